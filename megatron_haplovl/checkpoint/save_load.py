@@ -1,0 +1,97 @@
+"""Saving and resuming a run: DeepSpeed's own files, plus weights and settings that anything can read.
+
+SAVE/global_step100/            DeepSpeed's optimizer and engine state
+SAVE/global_step100/model.safetensors, config.json
+SAVE/latest                     "global_step100", written last
+SAVE/latest_checkpointed_iteration.txt
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_haplovl.checkpoint.weights import resolve_checkpoint, write_weights
+from megatron_haplovl.config.schema import Config
+from megatron_haplovl.parallel.groups import DataParallelGroup
+
+
+def save_checkpoint(engine: Any, config: Config, iteration: int, group: DataParallelGroup) -> Path:
+    """Write everything that a resumed run needs. Called by every rank.
+
+    Args:
+        engine: the DeepSpeed engine.
+        config: the run's settings; `config.checkpoint.save` is the folder.
+        iteration: optimizer steps done.
+        group: all data-parallel ranks.
+
+    Returns:
+        The folder of this checkpoint.
+    """
+    assert config.checkpoint.save is not None
+    root = Path(config.checkpoint.save)
+    tag = f"global_step{iteration}"
+    state = {"iteration": iteration, "global_batch_size": config.schedule.global_batch_size}
+    engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
+    _write_full_weights(engine, root / tag, is_writer=group.rank == 0)
+    if group.rank == 0:
+        _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
+        _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
+        _write_text(root / "latest", tag)
+    group.barrier()
+    return root / tag
+
+
+def load_checkpoint(engine: Any, config: Config) -> int:
+    """Resume from the newest checkpoint in `--load`. Called by every rank.
+
+    Returns:
+        Optimizer steps already done; 0 if the folder holds no checkpoint yet.
+
+    Raises:
+        ValueError: `latest` names a folder that is missing, or the run's global batch size has changed.
+    """
+    assert config.checkpoint.load is not None
+    root = Path(config.checkpoint.load)
+    if not (root / "latest").is_file():
+        return 0
+    folder = resolve_checkpoint(root)
+    path, state = engine.load_checkpoint(str(root), tag=folder.name)
+    if path is None:
+        raise ValueError(f"{folder}: DeepSpeed found no checkpoint to load here")
+    if state["global_batch_size"] != config.schedule.global_batch_size:
+        raise ValueError(
+            f"{folder} was saved with --global-batch-size {state['global_batch_size']}, this run has "
+            f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it"
+        )
+    return int(state["iteration"])
+
+
+def _write_full_weights(engine: Any, folder: Path, *, is_writer: bool) -> None:
+    """Gather the weights one by one (under ZeRO-3 every rank takes part) and write them on one rank."""
+    tensors = _full_weights(engine)
+    if is_writer:
+        write_weights(tensors, folder)
+    else:
+        for _ in tensors:
+            pass
+
+
+def _full_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    import deepspeed
+
+    for name, parameter in engine.module.named_parameters():
+        # Outside ZeRO-3 a parameter is whole already and this gathers nothing.
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach().cpu().clone()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that a reader never sees half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text + "\n")
+    aside.replace(path)

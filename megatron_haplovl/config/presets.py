@@ -1,0 +1,97 @@
+"""Named models with the paper's sizes, and the paper's training settings for each stage.
+
+A preset is a mapping of flag values in nested form, so that it can only set what a flag can set. The order of
+precedence is: schema default < stage defaults < preset < flags given by the user.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+
+_CLIP_VIT_L = PreDecoderConfig(
+    num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, activation="quick_gelu"
+)
+_VICUNA_7B = PostDecoderConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    norm_epsilon=1e-5,
+    rope_theta=10000.0,
+)
+_LLAMA3_8B = PostDecoderConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    norm_epsilon=1e-5,
+    rope_theta=500000.0,
+)
+_QWEN25_7B = PostDecoderConfig(
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    norm_epsilon=1e-6,
+    rope_theta=1000000.0,
+    qkv_bias=True,
+)
+_FIXED_336 = VisionConfig(patch_size=14, image_size=336, image_aspect_ratio="pad", image_newline=False)
+
+
+def _any_resolution(max_tiles: int) -> VisionConfig:
+    return VisionConfig(
+        patch_size=14, image_size=336, image_aspect_ratio="anyres", max_tiles=max_tiles, image_newline=True
+    )
+
+
+# Four tiles of 576 patches are the paper's "up to 2304 tokens" (Sec. 4.2); the released 7B-Pro allows six.
+_HAPLOVL_8B = ModelConfig(vocab_size=128256, vision=_any_resolution(4), pre=_CLIP_VIT_L, post=_LLAMA3_8B)
+
+MODELS: dict[str, ModelConfig] = {
+    "haplovl-debug": ModelConfig(
+        vocab_size=512,
+        vision=VisionConfig(patch_size=8, image_size=64, image_aspect_ratio="resize", image_newline=False),
+        pre=PreDecoderConfig(num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4),
+        post=PostDecoderConfig(
+            num_layers=4,
+            hidden_size=192,
+            ffn_hidden_size=512,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            rope_theta=10000.0,
+        ),
+    ),
+    "haplovl-7b": ModelConfig(vocab_size=32000, vision=_FIXED_336, pre=_CLIP_VIT_L, post=_VICUNA_7B),
+    "haplovl-8b": _HAPLOVL_8B,
+    "haplovl-8b-mi": _HAPLOVL_8B,
+    "haplovl-7b-pro": ModelConfig(vocab_size=152064, vision=_any_resolution(6), pre=_CLIP_VIT_L, post=_QWEN25_7B),
+}
+
+# Longest packed sequence. 6144 is the paper's context length (Sec. 4.2); 2048 is LLaVA-1.5's.
+SEQ_LENGTHS: dict[str, int] = {
+    "haplovl-debug": 512,
+    "haplovl-7b": 2048,
+    "haplovl-8b": 6144,
+    "haplovl-8b-mi": 6144,
+    "haplovl-7b-pro": 6144,
+}
+
+# Section -> field -> value. Paper Tables 8 and 9 and Sec. 4.1.
+STAGE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "pretrain": {
+        "recipe": {"recipe": "distill"},
+        "optimizer": {"lr": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 1e-4},
+        "schedule": {"global_batch_size": 256, "train_iters": 40000, "lr_warmup_iters": 2000},
+    },
+    "finetune": {
+        "recipe": {"recipe": "full"},
+        "optimizer": {"lr": 2e-5, "adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.0},
+        "schedule": {"global_batch_size": 128, "train_iters": 30000, "lr_warmup_iters": 0},
+    },
+}

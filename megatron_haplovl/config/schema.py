@@ -1,0 +1,260 @@
+"""Every setting of a run, as frozen dataclasses: one class per concern, one docstring per field.
+
+Command-line flags are generated from these fields (:mod:`megatron_haplovl.config.cli`), so the `help` of a field is
+its only documentation. A field named `num_layers` in the section with the prefix `pre` becomes `--pre-num-layers`.
+Nothing here imports torch: a configuration can be built, checked and written to JSON anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def setting(default: _T, help: str, *, choices: tuple[Any, ...] | None = None, metavar: str | None = None) -> _T:
+    """Declare one field: its default, its documentation, and (optionally) the values it may take."""
+    metadata = {"help": help, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """How an image becomes tokens (paper Sec. 3.1, "multi-modal embedding layers")."""
+
+    patch_size: int = setting(14, "side of the square pixel window that one token embeds")
+    image_size: int = setting(336, "side of one tile in pixels; a multiple of --patch-size")
+    image_aspect_ratio: str = setting(
+        "pad",
+        "pad: one tile, the image padded to a square; resize: one tile, the image stretched; "
+        "anyres: as many tiles as the best of the grid pinpoints holds",
+        choices=("pad", "resize", "anyres"),
+    )
+    max_tiles: int = setting(6, "anyres: use every tile grid of at least two and at most this many tiles")
+    image_newline: bool = setting(False, "append a learned newline token to every row of patches")
+
+    @property
+    def cells_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def cells_per_tile(self) -> int:
+        """Patches in one tile, which is also the length of the position embedding."""
+        return self.cells_per_side**2
+
+
+@dataclass(frozen=True)
+class PreDecoderConfig:
+    """The pre-decoder: a vision transformer's blocks plus RoPE, without class token (paper Sec. 3.1)."""
+
+    num_layers: int = setting(24, "blocks")
+    hidden_size: int = setting(1024, "width d")
+    ffn_hidden_size: int = setting(4096, "width of the MLP")
+    num_attention_heads: int = setting(16, "attention heads")
+    activation: str = setting("quick_gelu", "MLP activation", choices=("quick_gelu", "gelu", "gelu_tanh"))
+    layernorm_epsilon: float = setting(1e-5, "epsilon of the LayerNorms")
+    rope_theta: float = setting(10000.0, "base of the rotary embedding")
+
+
+@dataclass(frozen=True)
+class PostDecoderConfig:
+    """The post-decoder: a Llama-family language model's blocks (paper Sec. 3.1)."""
+
+    num_layers: int = setting(32, "blocks")
+    hidden_size: int = setting(4096, "width l")
+    ffn_hidden_size: int = setting(14336, "width of the SwiGLU MLP")
+    num_attention_heads: int = setting(32, "query heads")
+    num_key_value_heads: int = setting(8, "key/value heads; fewer than query heads is grouped-query attention")
+    norm_epsilon: float = setting(1e-5, "epsilon of the RMSNorms")
+    rope_theta: float = setting(500000.0, "base of the rotary embedding")
+    qkv_bias: bool = setting(False, "biases on the q, k and v projections (Qwen2.5)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole model. `vision`, `pre` and `post` are sections of their own."""
+
+    vocab_size: int = setting(128256, "rows of the text embedding and of the output head")
+    text_embedding: str = setting(
+        "factored",
+        "factored: the language model's matrix [V, l] followed by a projector l -> d; "
+        "folded: their product [V, d], the form of a released checkpoint",
+        choices=("factored", "folded"),
+    )
+    init_std: float = setting(0.02, "standard deviation of newly initialised weights")
+    vision: VisionConfig = field(default_factory=VisionConfig, metadata={"prefix": ""})
+    pre: PreDecoderConfig = field(default_factory=PreDecoderConfig, metadata={"prefix": "pre"})
+    post: PostDecoderConfig = field(default_factory=PostDecoderConfig, metadata={"prefix": "post"})
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the initial weights come from."""
+
+    vision_teacher: str | None = setting(
+        None, "Hugging Face folder of a CLIPVisionModel or CLIPModel: initialises the pre-decoder and teaches stage 1"
+    )
+    language_model: str | None = setting(
+        None,
+        "Hugging Face folder of a LlamaForCausalLM or Qwen2ForCausalLM: its embedding matrix, and in stage 2 the "
+        "post-decoder",
+    )
+    teacher_layer: int = setting(
+        -1, "stage 1: the teacher's hidden state that is distilled, counted as in `output_hidden_states`"
+    )
+    pretrained_checkpoint: str | None = setting(
+        None, "start from the weights of this training checkpoint (a --save folder, or one global_stepN in it)"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is packed (data preprocessed by tools/preprocess_data.py)."""
+
+    data_path: tuple[str, ...] = setting(
+        (), "prefixes of preprocessed data: one PREFIX, or WEIGHT PREFIX pairs to blend several", metavar="PREFIX"
+    )
+    aux_data_path: tuple[str, ...] = setting(
+        (),
+        "stage 1: auxiliary samples, each joined at random before or behind a main sample (paper Sec. 4.1); "
+        "same form as --data-path",
+        metavar="PREFIX",
+    )
+    valid_data_path: tuple[str, ...] = setting(
+        (), "held-out data for evaluation; same form as --data-path", metavar="PREFIX"
+    )
+    data_cache_path: str | None = setting(None, "folder for cached pack plans (default: beside the data)")
+    tokenizer_model: str | None = setting(
+        None, "Hugging Face tokenizer folder or sentencepiece .model; checked against the data's manifest"
+    )
+    mock_data: bool = setting(False, "train on random images and tokens, without any files")
+    seq_length: int = setting(2048, "tokens in one packed sequence, visual tokens included")
+    packing: bool = setting(True, "put several samples into one sequence; without it, one sample per sequence")
+    skip_long_samples: bool = setting(False, "leave out samples longer than --seq-length (otherwise an error)")
+    num_workers: int = setting(2, "data loading processes per rank; 0 loads in the training process")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rates. Defaults depend on the stage (paper Tables 8 and 9)."""
+
+    lr: float = setting(1e-4, "peak learning rate")
+    min_lr: float = setting(0.0, "learning rate at the end of the decay")
+    embedding_lr: float | None = setting(None, "peak learning rate of the embeddings, if it differs from --lr")
+    pre_decoder_lr: float | None = setting(None, "peak learning rate of the pre-decoder, if it differs from --lr")
+    connector_lr: float | None = setting(None, "peak learning rate of the connector, if it differs from --lr")
+    post_decoder_lr: float | None = setting(
+        None, "peak learning rate of the post-decoder, final norm and output head, if it differs from --lr"
+    )
+    weight_decay: float = setting(1e-4, "weight decay of matrices; norms, biases and 1-d parameters have none")
+    adam_beta1: float = setting(0.9, "AdamW's first beta")
+    adam_beta2: float = setting(0.95, "AdamW's second beta")
+    adam_eps: float = setting(1e-8, "AdamW's epsilon")
+    clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0 turns clipping off")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run and course of the learning rate."""
+
+    train_iters: int = setting(40000, "optimizer steps")
+    micro_batch_size: int = setting(1, "sequences per forward pass and rank")
+    global_batch_size: int = setting(256, "sequences per optimizer step, over all ranks")
+    lr_decay_style: str = setting("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
+    lr_decay_iters: int | None = setting(None, "steps until --min-lr is reached (default: --train-iters)")
+    lr_warmup_iters: int = setting(0, "steps of linear warm-up")
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What trains. A frozen part keeps its weights, has no optimizer state and no gradient."""
+
+    recipe: str = setting(
+        "full",
+        "distill: stage 1, the pre-decoder against its teachers; align: stage 2, the connector only; full: stage 2, "
+        "everything",
+        choices=("distill", "align", "full"),
+    )
+    freeze_embedding: bool = setting(False, "freeze text and patch embeddings, text projector and pre_norm")
+    freeze_pre_decoder: bool = setting(False, "freeze the pre-decoder's blocks")
+    freeze_connector: bool = setting(False, "freeze the connector")
+    freeze_post_decoder: bool = setting(False, "freeze the post-decoder's blocks, final norm and output head")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread. The DeepSpeed JSON and these flags must agree."""
+
+    zero_stage: int = setting(1, "ZeRO stage", choices=(0, 1, 2, 3))
+    deepspeed_config: str | None = setting(
+        None, "DeepSpeed JSON; its settings are used and must not contradict the flags", metavar="JSON"
+    )
+    distributed_timeout_minutes: int = setting(10, "minutes until a stuck collective ends the run")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats and kernels."""
+
+    bf16: bool = setting(
+        False, "train in bfloat16 with fp32 master weights and fp32 gradient accumulation (default: fp32)"
+    )
+    attention_backend: str = setting(
+        "auto", "implementation of the mixed-mask attention", choices=("auto", "reference", "sdpa")
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save: str | None = setting(None, "folder that receives checkpoints")
+    load: str | None = setting(None, "resume everything from the newest checkpoint in this folder, if there is one")
+    save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
+    exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = setting(10, "steps between log lines")
+    eval_interval: int | None = setting(None, "steps between evaluations on --valid-data-path (default: at the end)")
+    eval_iters: int = setting(10, "global batches per evaluation")
+    metrics_file: str | None = setting(None, "append every logged value to this JSON-lines file")
+    tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
+    wandb_project: str | None = setting(None, "report to this Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run as such."""
+
+    seed: int = setting(1234, "seed of weights, data order and joining")
+    device: str = setting(
+        "auto", "auto: a GPU where DeepSpeed's accelerator offers one, else the CPU", choices=("auto", "cpu", "cuda")
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about one run. Built by :func:`megatron_haplovl.config.cli.parse_args` or by hand."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, ready for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,121 @@
+"""Checks that need more than one setting. Each error names the flags and says what to change."""
+
+from __future__ import annotations
+
+from megatron_haplovl.config.schema import Config, ModelConfig
+
+
+def validate(config: Config) -> None:
+    """Check a configuration as far as that is possible without looking at files or at the process group.
+
+    Raises:
+        ValueError: the first contradiction found.
+    """
+    validate_model(config.model)
+    _validate_schedule(config)
+    _validate_data(config)
+    _validate_recipe(config)
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Check the sizes of a model.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+    _positive_sizes(model)
+    vision, pre, post = model.vision, model.pre, model.post
+    if vision.image_size % vision.patch_size:
+        raise ValueError(f"--image-size {vision.image_size} is not a multiple of --patch-size {vision.patch_size}")
+    if vision.image_aspect_ratio == "anyres" and vision.max_tiles < 2:
+        raise ValueError(f"--image-aspect-ratio anyres needs --max-tiles of at least 2, got {vision.max_tiles}")
+    for name, decoder in (("pre", pre), ("post", post)):
+        if decoder.hidden_size % decoder.num_attention_heads:
+            raise ValueError(
+                f"--{name}-hidden-size {decoder.hidden_size} is not a multiple of "
+                f"--{name}-num-attention-heads {decoder.num_attention_heads}"
+            )
+        if (decoder.hidden_size // decoder.num_attention_heads) % 2:
+            raise ValueError(
+                f"--{name}-hidden-size / --{name}-num-attention-heads = "
+                f"{decoder.hidden_size // decoder.num_attention_heads} is odd; RoPE rotates pairs"
+            )
+    if post.num_attention_heads % post.num_key_value_heads:
+        raise ValueError(
+            f"--post-num-attention-heads {post.num_attention_heads} is not a multiple of "
+            f"--post-num-key-value-heads {post.num_key_value_heads}"
+        )
+
+
+def _positive_sizes(model: ModelConfig) -> None:
+    for prefix, section in (("", model.vision), ("pre-", model.pre), ("post-", model.post), ("", model)):
+        for name, value in vars(section).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"--{prefix}{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _validate_schedule(config: Config) -> None:
+    schedule = config.schedule
+    for name in ("train_iters", "micro_batch_size", "global_batch_size"):
+        if getattr(schedule, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(schedule, name)}")
+    if schedule.global_batch_size % schedule.micro_batch_size:
+        raise ValueError(
+            f"--global-batch-size {schedule.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {schedule.micro_batch_size}"
+        )
+    decay = schedule.train_iters if schedule.lr_decay_iters is None else schedule.lr_decay_iters
+    if not 0 <= schedule.lr_warmup_iters < decay:
+        raise ValueError(
+            f"--lr-warmup-iters {schedule.lr_warmup_iters} must be at least 0 and less than the {decay} steps of "
+            "--lr-decay-iters (default: --train-iters)"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
+    for section, name in (
+        (config.checkpoint, "save_interval"),
+        (config.checkpoint, "exit_interval"),
+        (config.logging, "log_interval"),
+        (config.logging, "eval_interval"),
+        (config.logging, "eval_iters"),
+    ):
+        value = getattr(section, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if data.mock_data and (data.data_path or data.aux_data_path):
+        raise ValueError("--mock-data reads no files; leave out --data-path and --aux-data-path")
+    if not data.mock_data and not data.data_path:
+        raise ValueError("nothing to train on: give --data-path PREFIX (see tools/preprocess_data.py) or --mock-data")
+    if data.aux_data_path and config.recipe.recipe != "distill":
+        raise ValueError("--aux-data-path joins samples for stage 1 only (pretrain_haplovl.py); blend with --data-path")
+    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
+        raise ValueError("--save-interval needs --save")
+
+
+def _validate_recipe(config: Config) -> None:
+    recipe = config.recipe
+    if recipe.recipe == "distill":
+        if config.init.vision_teacher is None and not data_is_mock(config):
+            raise ValueError("stage 1 distils a vision teacher: give --vision-teacher FOLDER (a Hugging Face CLIP)")
+        if (
+            config.init.language_model is None
+            and config.init.pretrained_checkpoint is None
+            and not data_is_mock(config)
+        ):
+            raise ValueError("stage 1 needs the text embedding of a language model: give --language-model FOLDER")
+        if config.model.text_embedding == "folded":
+            raise ValueError(
+                "stage 1 needs --text-embedding factored: its teacher is the language model's own matrix, which a "
+                "folded embedding no longer holds"
+            )
+        if recipe.freeze_connector or recipe.freeze_post_decoder:
+            raise ValueError("stage 1 has no connector and no post-decoder to freeze")
+
+
+def data_is_mock(config: Config) -> bool:
+    """Whether the run needs no files at all (then teachers are made at random, too)."""
+    return config.data.mock_data

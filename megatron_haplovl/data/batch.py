@@ -1,0 +1,73 @@
+"""The one type that crosses from data to model: a micro-batch of packed sequences.
+
+Shape legend, used in every tensor name of the package:
+
+    B  packed sequences in the micro-batch      S  tokens of a packed sequence (visual tokens included)
+    D  width of the hidden state                V  vocabulary
+    T  image tiles in the micro-batch           C, H, W  channels, height and width of a tile
+    P  patches that became tokens               N  newline tokens
+    H  (in attention tensors) heads             K  width of one head
+
+A sequence holds several documents, a document several images; images of one sequence follow each other in token order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained (torch's cross-entropy convention)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    The mixed mask (paper Sec. 3.1, "Masking strategy") is two vectors: query i of a sequence sees exactly the keys
+    `kv_start[i] <= j < kv_end[i]` of the same sequence. Padding sees itself only and is never trained.
+    """
+
+    tokens_BS: torch.Tensor
+    """int64 token ids; 0 where the position is visual or padding."""
+    labels_BS: torch.Tensor
+    """int64 next-token labels (already shifted); IGNORE_INDEX where nothing is trained. Stage 2."""
+    text_mask_BS: torch.Tensor
+    """bool, True at text tokens. Stage 1 trains all of them."""
+    position_ids_BS: torch.Tensor
+    """int64, counted through text and image tokens alike from each document's start."""
+    kv_start_BS: torch.Tensor
+    """int32, first visible key: the first token of the document."""
+    kv_end_BS: torch.Tensor
+    """int32, one past the last visible key: i + 1 for text, the image's end for an image token."""
+    tiles_TCHW: torch.Tensor
+    """float32 normalised pixels, in the order in which the images appear. T may be 0."""
+    patch_source_P: torch.Tensor
+    """int64 index into the T * cells_per_tile patches of `tiles_TCHW` (tile by tile, row-major in a tile)."""
+    patch_target_P: torch.Tensor
+    """int64 index into the flattened B * S positions, where that patch's token stands."""
+    newline_target_N: torch.Tensor
+    """int64 index into the flattened B * S positions, where an image newline stands."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Valid tokens in one whole global batch, known from the plan: the denominators of the losses."""
+
+    lm_tokens: int
+    """Positions with a label, stage 2."""
+    text_tokens: int
+    """Text tokens, stage 1's L_feat and L_ctp (S in paper Eq. 3 and 4)."""
+    visual_tokens: int
+    """Patch tokens without newlines, stage 1's L_v (hw in paper Eq. 2)."""
+    tokens: int
+    """All tokens that are not padding."""
+    documents: int
+    """Documents (samples, or joined samples)."""

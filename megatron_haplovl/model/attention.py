@@ -1,0 +1,60 @@
+"""Self-attention of both decoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_haplovl.kernels.attention import attention
+from megatron_haplovl.model.context import SequenceContext
+from megatron_haplovl.model.rope import apply_rope
+
+
+class SelfAttention(nn.Module):
+    """Multi-head (or grouped-query) attention with RoPE under the mixed mask.
+
+    The number of heads is read from the projected tensors, so a rank that holds a slice of the projections computes
+    its slice of the heads with this same code.
+
+    Args:
+        hidden_size: width D.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G; G divides H.
+        rope_theta: base of the rotary embedding.
+        qkv_bias: biases on q, k and v.
+        output_bias: bias on the output projection.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        rope_theta: float,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.head_width = hidden_size // num_heads
+        self.rope_theta = rope_theta
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * self.head_width, hidden_size, bias=output_bias)
+
+    def forward(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        q_BSHK, k_BSGK, v_BSGK = (
+            projection(x_BSD).unflatten(-1, (-1, self.head_width))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = context.rope(self.head_width, self.rope_theta, q_BSHK.dtype)
+        out_BSHK = attention(
+            apply_rope(q_BSHK, cos, sin),
+            apply_rope(k_BSGK, cos, sin),
+            v_BSGK,
+            context.mask,
+            backend=context.attention_backend,
+        )
+        return self.o_proj(out_BSHK.flatten(2))

@@ -1,0 +1,27 @@
+"""What every block needs to know about the sequence besides the hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_haplovl.kernels.mask import MixedMask
+from megatron_haplovl.model.rope import rope_table
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceContext:
+    """Mask and positions of one micro-batch; rotary tables are built once per decoder and shared by its blocks."""
+
+    mask: MixedMask
+    position_ids_BS: torch.Tensor
+    attention_backend: str = "auto"
+    _rope: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def rope(self, head_width: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each [B, S, 1, K], for heads of this width."""
+        key = (head_width, theta, dtype)
+        if key not in self._rope:
+            self._rope[key] = rope_table(self.position_ids_BS, head_width, theta, dtype)
+        return self._rope[key]

@@ -1,0 +1,54 @@
+"""The two feed-forward networks: CLIP's two-layer MLP and Llama's SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """OpenAI CLIP's approximation x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x))), with biases: the pre-decoder's (paper Sec. 3.1, "Pre-decoder")."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.down_proj(self.activation(self.up_proj(x_BSD)))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases: the post-decoder's."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))

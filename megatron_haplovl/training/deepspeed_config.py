@@ -1,0 +1,78 @@
+"""From flags to a DeepSpeed configuration; a JSON given by the user is merged in and must not contradict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_haplovl.config.schema import Config
+
+
+def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        config: flags.
+        data_parallel_size: ranks that hold different sequences.
+
+    Raises:
+        ValueError: the global batch does not divide, the JSON is unreadable, or it contradicts a flag.
+    """
+    schedule = config.schedule
+    per_pass = schedule.micro_batch_size * data_parallel_size
+    if schedule.global_batch_size % per_pass:
+        raise ValueError(
+            f"--global-batch-size {schedule.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{schedule.micro_batch_size} x {data_parallel_size} data-parallel ranks; use a multiple of {per_pass}"
+        )
+    ours: dict[str, Any] = {
+        "train_batch_size": schedule.global_batch_size,
+        "train_micro_batch_size_per_gpu": schedule.micro_batch_size,
+        "gradient_accumulation_steps": schedule.global_batch_size // per_pass,
+        "gradient_clipping": config.optimizer.clip_grad,
+        # DeepSpeed keeps fp32 master weights beside bf16 ones only under ZeRO. Without it, fp32 weights and bf16
+        # arithmetic (autocast) are what gives the same training.
+        "bf16": {"enabled": config.precision.bf16 and config.parallel.zero_stage > 0},
+        "torch_autocast": {"enabled": config.precision.bf16 and config.parallel.zero_stage == 0, "dtype": "bfloat16"},
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+    }
+    quiet: dict[str, Any] = {
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.precision.bf16 and config.parallel.zero_stage > 0:
+        quiet["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.parallel.deepspeed_config is None:
+        return {**quiet, **ours}
+    theirs = _read(config.parallel.deepspeed_config)
+    for forbidden in ("optimizer", "scheduler", "fp16"):
+        if forbidden in theirs and theirs[forbidden] != {"enabled": False}:
+            raise ValueError(
+                f"{config.parallel.deepspeed_config}: {forbidden!r} is set by flags here (--lr, --lr-decay-style, "
+                "--bf16, ...); remove it from the JSON"
+            )
+    return {**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)}
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--deepspeed_config {path}: not a JSON object")
+    return content
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours[key], value, path, f"{prefix}{key}.")
+        elif key not in ours or value == "auto":
+            merged[key] = ours.get(key, value)
+        elif value != ours[key]:
+            raise ValueError(f"{path}: {prefix}{key} is {value!r}, but the flags say {ours[key]!r}; make them agree")
+    return merged

@@ -1,0 +1,32 @@
+"""Arithmetic of one step, for the throughput in the log."""
+
+from __future__ import annotations
+
+from megatron_haplovl.config.schema import ModelConfig
+
+
+def training_flops(
+    model: ModelConfig, *, tokens: int, head_tokens: int, visible_pairs: int, with_post_decoder: bool
+) -> float:
+    """Floating-point operations of forward and backward: 6 per matrix weight and token, attention by its true mask.
+
+    Args:
+        model: sizes.
+        tokens: tokens that are not padding.
+        head_tokens: tokens whose vocabulary logits are computed.
+        visible_pairs: (query, key) pairs under the mixed mask.
+        with_post_decoder: stage 2; stage 1 has the pre-decoder only.
+    """
+    pre, post = model.pre, model.post
+    pre_block = 4 * pre.hidden_size**2 + 2 * pre.hidden_size * pre.ffn_hidden_size
+    matrices = pre.num_layers * pre_block * tokens + model.vocab_size * post.hidden_size * head_tokens
+    # q k^T and the weighted sum of v: 4 per pair and channel forward, twice that backward.
+    attention = pre.num_layers * pre.hidden_size * visible_pairs
+    if with_post_decoder:
+        kv_width = post.hidden_size // post.num_attention_heads * post.num_key_value_heads
+        post_block = (
+            2 * post.hidden_size**2 + 2 * post.hidden_size * kv_width + 3 * post.hidden_size * post.ffn_hidden_size
+        )
+        matrices += (post.num_layers * post_block + pre.hidden_size * post.hidden_size) * tokens
+        attention += post.num_layers * post.hidden_size * visible_pairs
+    return 6.0 * matrices + 12.0 * attention

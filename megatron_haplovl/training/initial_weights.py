@@ -1,0 +1,101 @@
+"""Where every weight of a new run comes from: a checkpoint, a pretrained model, or a random stream."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
+from megatron_haplovl.checkpoint.weights import WeightReader, resolve_checkpoint
+from megatron_haplovl.config.schema import Config
+from megatron_haplovl.model.initialization import initialize_weights
+
+_NEW = "newly initialised"
+
+# What no pretrained model holds, so that it may start at random beside pretrained weights.
+_MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
+
+# What stage 1 leaves behind (paper Sec. 3.2: "we keep the pre-decoder, while discarding the heads").
+_DROPPED = re.compile(r"distillation\..*")
+
+
+def fill_weights(model: nn.Module, config: Config) -> str:
+    """Give every parameter its initial value.
+
+    A later source wins: random, `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`.
+
+    Returns:
+        A table that says for every part of the model where its tensors came from, and what was dropped.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, one that the model does not have, or one that should have been
+            inherited and is in no source.
+    """
+    parameters = dict(model.named_parameters())
+    source_of = dict.fromkeys(parameters, _NEW)
+    initialize_weights(model, config.model.init_std, config.run.seed)
+    init = config.init
+    if init.vision_teacher is not None:
+        _copy(load_vision_model(init.vision_teacher, config.model), parameters, source_of, init.vision_teacher)
+    if init.language_model is not None:
+        embedding_only = not any(name.startswith("post_decoder.") for name in parameters)
+        weights = load_language_model(init.language_model, config.model, embedding_only=embedding_only)
+        if config.model.text_embedding == "folded":
+            del weights["embedding.text.weight"]
+        _copy(weights, parameters, source_of, init.language_model)
+    dropped: list[str] = []
+    if init.pretrained_checkpoint is not None:
+        dropped = _copy_checkpoint(resolve_checkpoint(init.pretrained_checkpoint), parameters, source_of)
+    if not config.data.mock_data:
+        _refuse_missing(source_of)
+    return _report(source_of, dropped)
+
+
+def _copy(
+    weights: Mapping[str, torch.Tensor], parameters: dict[str, nn.Parameter], source_of: dict[str, str], source: str
+) -> None:
+    for name, tensor in weights.items():
+        if name not in parameters:
+            raise ValueError(f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)})")
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(parameters[name].shape)}; "
+                "check --model and the size flags"
+            )
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+        source_of[name] = source
+
+
+def _copy_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], source_of: dict[str, str]) -> list[str]:
+    """Copy a training checkpoint's weights; returns the names that were left out on purpose."""
+    reader = WeightReader(folder)
+    dropped = [name for name in reader.names() if name not in parameters and _DROPPED.fullmatch(name)]
+    for name in reader.names():
+        if name not in dropped:
+            _copy({name: reader.get(name)}, parameters, source_of, str(folder))
+    return dropped
+
+
+def _refuse_missing(source_of: dict[str, str]) -> None:
+    missing = [name for name, source in source_of.items() if source == _NEW and not _MAY_BE_NEW.fullmatch(name)]
+    if missing:
+        parts = sorted({name.split(".", 1)[0] for name in missing})
+        raise ValueError(
+            f"no weights for {', '.join(parts)} ({len(missing)} tensors, such as {missing[0]!r}); give "
+            "--pretrained-checkpoint, --language-model (text embedding, post-decoder, head) or --vision-teacher "
+            "(patch embedding, pre-decoder)"
+        )
+
+
+def _report(source_of: dict[str, str], dropped: list[str]) -> str:
+    rows = Counter((name.split(".", 1)[0], source) for name, source in source_of.items())
+    rows.update((name.split(".", 1)[0], "dropped: stage 1 only") for name in dropped)
+    width = max(len(part) for part, _ in rows)
+    lines = [f"  {part:<{width}}  {count:>5} tensors  {source}" for (part, source), count in rows.items()]
+    return "\n".join(["initial weights:", *lines])

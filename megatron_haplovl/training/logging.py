@@ -1,0 +1,117 @@
+"""The log line, and the other places where the same numbers go."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from megatron_haplovl.config.schema import LoggingConfig
+from megatron_haplovl.kernels import capabilities
+
+
+class _Sink(Protocol):
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _JsonLines:
+    """One JSON object per line: `{"iteration": ..., "time": ..., name: value, ...}`."""
+
+    def __init__(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file: TextIO = open(path, "a")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"iteration": step, "time": time.time(), **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: str) -> None:
+        if not capabilities.has_tensorboard():
+            raise ValueError("--tensorboard-dir needs the package tensorboard: pip install tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, project: str, config: dict[str, Any]) -> None:
+        if not capabilities.has_wandb():
+            raise ValueError("--wandb-project needs the package wandb: pip install wandb")
+        import wandb
+
+        self.run = wandb.init(project=project, config=config)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class RunLogger:
+    """Prints and records on one rank; on every other rank it does nothing.
+
+    Args:
+        config: where to report.
+        settings: the whole configuration, for trackers that keep it.
+        enabled: True on the one rank that reports.
+    """
+
+    def __init__(self, config: LoggingConfig, settings: dict[str, Any], *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.sinks: list[_Sink] = []
+        if not enabled:
+            return
+        if config.metrics_file is not None:
+            self.sinks.append(_JsonLines(config.metrics_file))
+        if config.tensorboard_dir is not None:
+            self.sinks.append(_TensorBoard(config.tensorboard_dir))
+        if config.wandb_project is not None:
+            self.sinks.append(_WeightsAndBiases(config.wandb_project, settings))
+
+    def print(self, message: str) -> None:
+        """A line for the person who watches."""
+        if self.enabled:
+            print(message, flush=True)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Values for the metrics file and the trackers."""
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def training_line(step: int, last_step: int, columns: Mapping[str, float | int]) -> str:
+    """The log line that users of Megatron know: ` iteration 10/ 100 | name: value | ... |`."""
+    parts = [f" iteration {step:8d}/{last_step:8d}"]
+    for name, value in columns.items():
+        parts.append(f" {name}: {value}" if isinstance(value, int) else f" {name}: {_format(name, value)}")
+    return " |".join(parts) + " |"
+
+
+def _format(name: str, value: float) -> str:
+    if name == "elapsed time per iteration (ms)":
+        return f"{value:.1f}"
+    if name in ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm"):
+        return f"{value:.3f}"
+    return f"{value:.6E}"

@@ -1,0 +1,180 @@
+"""The training loop: one optimizer step after the other, with logging, evaluation and saving in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_haplovl.checkpoint.save_load import save_checkpoint
+from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.training.flops import training_flops
+from megatron_haplovl.training.logging import training_line
+from megatron_haplovl.training.metrics import reduce_metrics, total_loss
+from megatron_haplovl.training.schedule import learning_rate
+from megatron_haplovl.training.setup import Run, Sums
+
+
+@dataclass
+class _Progress:
+    """What the log line counts, since the last line and since the start."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    documents: int = 0
+    flops: float = 0.0
+
+
+def train(run: Run) -> None:
+    """Train until --train-iters (or --exit-interval), saving and evaluating on the way."""
+    config, last_step = run.config, run.config.schedule.train_iters
+    micro_batches = run.train_data.micro_batches(run.first_step)
+    window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
+    step = run.first_step
+    if step < last_step and step == 0:
+        evaluate(run, step)
+    while step < last_step:
+        started = time.perf_counter()
+        metrics, pairs = train_step(run, step, micro_batches)
+        counts = run.train_data.counts(step)
+        step += 1
+        consumed_tokens += counts.tokens
+        window.steps += 1
+        window.seconds += time.perf_counter() - started
+        window.tokens += counts.tokens
+        window.documents += counts.documents
+        window.flops += _flops(run, counts, pairs)
+        if step % config.logging.log_interval == 0 or step == last_step:
+            _log(run, step, metrics, window, consumed_tokens)
+            window = _Progress()
+        if _is_due(config.logging.eval_interval, step) or step == last_step:
+            evaluate(run, step)
+        leave = _is_due(config.checkpoint.exit_interval, step)
+        if config.checkpoint.save is not None and (
+            _is_due(config.checkpoint.save_interval, step) or step == last_step or leave
+        ):
+            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.group)}")
+        if leave and step < last_step:
+            run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
+            break
+
+
+def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dict[str, float], int]:
+    """One optimizer step over the global batch number `step`.
+
+    Returns:
+        Losses of the step, with "loss" their trained sum and "grad norm" the norm before clipping, equal on every rank;
+        and this rank's visible (query, key) pairs.
+
+    Raises:
+        FloatingPointError: a loss is not finite, on every rank at once and before the weights are touched.
+    """
+    engine, counts = run.engine, run.train_data.counts(step)
+    for param_group in engine.optimizer.param_groups:
+        param_group["lr"] = learning_rate(run.config, step) * param_group["lr_ratio"]
+    accumulated: Sums = {}
+    pairs = 0
+    accumulation = engine.gradient_accumulation_steps()
+    for micro_step in range(accumulation):
+        batch = next(micro_batches)
+        pairs += int((batch.kv_end_BS - batch.kv_start_BS).sum())
+        sums = run.forward(batch.to(run.device))
+        # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed over
+        # ranks; DeepSpeed averages them, which the factor undoes.
+        engine.backward(total_loss(sums, run.terms, counts) * run.group.size, scale_wrt_gas=False)
+        for name, value in sums.items():
+            accumulated[name] = accumulated.get(name, 0.0) + value.detach()
+        if micro_step == accumulation - 1:
+            metrics = _checked_metrics(run, step, accumulated, counts)
+            norm = _unpartitioned_grad_norm(engine)
+        engine.step()
+    metrics["grad norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+    return metrics, pairs
+
+
+def _unpartitioned_grad_norm(engine: Any) -> torch.Tensor | None:
+    """The gradient norm where DeepSpeed leaves the gradients in the parameters and does not keep it (fp32, ZeRO 0)."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _checked_metrics(run: Run, step: int, sums: Sums, counts: StepCounts) -> dict[str, float]:
+    metrics = reduce_metrics(sums, run.terms, counts, run.group)
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {metrics}; the weights were not updated")
+    return {"loss": sum(metrics[term.name] for term in run.terms if term.trained), **metrics}
+
+
+@torch.no_grad()
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Losses on --valid-data-path over --eval-iters global batches, the same ones every time; logged and returned."""
+    if run.valid_data is None:
+        return {}
+    run.engine.eval()
+    accumulation = run.engine.gradient_accumulation_steps()
+    micro_batches = run.valid_data.micro_batches(0)
+    steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
+    accumulated: Sums = {}
+    for _ in range(steps * accumulation):
+        for name, value in run.forward(next(micro_batches).to(run.device)).items():
+            accumulated[name] = accumulated.get(name, 0.0) + value
+    counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
+    run.engine.train()
+    metrics = {
+        f"valid {name}": value for name, value in reduce_metrics(accumulated, run.terms, counts, run.group).items()
+    }
+    run.logger.print(" validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:])
+    run.logger.record(step, metrics)
+    return metrics
+
+
+def _sum_counts(counts: list[StepCounts]) -> StepCounts:
+    return StepCounts(**{name: sum(getattr(c, name) for c in counts) for name in vars(counts[0])})
+
+
+def _log(run: Run, step: int, metrics: dict[str, float], window: _Progress, consumed_tokens: int) -> None:
+    batch_size = run.config.schedule.global_batch_size
+    losses = {name: value for name, value in metrics.items() if name != "grad norm"}
+    columns: dict[str, float | int] = {
+        "consumed samples": step * batch_size,
+        "consumed tokens": consumed_tokens,
+        "elapsed time per iteration (ms)": 1000.0 * window.seconds / window.steps,
+        "learning rate": learning_rate(run.config, step - 1),
+        "global batch size": batch_size,
+        **losses,
+        "grad norm": metrics["grad norm"],
+        "number of skipped iterations": int(run.engine.skipped_steps),
+        "number of nan iterations": 0,
+        "samples per second": window.documents / window.seconds,
+        "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.group.size,
+        "TFLOPs": window.flops / window.seconds / run.group.size / 1e12,
+    }
+    run.logger.print(training_line(step, run.config.schedule.train_iters, columns))
+    run.logger.record(step, columns)
+
+
+def _flops(run: Run, counts: StepCounts, local_pairs: int) -> float:
+    stage1 = run.config.recipe.recipe == "distill"
+    return training_flops(
+        run.config.model,
+        tokens=counts.tokens,
+        head_tokens=counts.text_tokens if stage1 else counts.lm_tokens,
+        # The other ranks' sequences are packed alike; their exact pairs are not worth a message.
+        visible_pairs=local_pairs * run.group.size,
+        with_post_decoder=not stage1,
+    )
+
+
+def _tokens_before(run: Run, step: int) -> int:
+    return sum(run.train_data.counts(i).tokens for i in range(step))
+
+
+def _is_due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0

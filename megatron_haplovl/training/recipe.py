@@ -1,0 +1,79 @@
+"""What trains, and how fast: from a recipe and freeze flags to the optimizer's parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from megatron_haplovl.config.schema import OptimizerConfig, RecipeConfig
+
+# First part of a parameter's name -> the part of the model that freeze flags and learning rates speak of.
+_PART_OF = {
+    "embedding": "embedding",
+    "pre_decoder": "pre_decoder",
+    "connector": "connector",
+    "post_decoder": "post_decoder",
+    "final_norm": "post_decoder",
+    "lm_head": "post_decoder",
+    "distillation": "distillation",
+}
+
+_TRAINED_BY = {
+    "distill": {"embedding", "pre_decoder", "distillation"},
+    "align": {"connector"},
+    "full": {"embedding", "pre_decoder", "connector", "post_decoder"},
+}
+
+# Stage 1 distils the language model's own matrix W, so it must not move (paper Sec. 3.2).
+_ALWAYS_FROZEN_BY = {"distill": {"embedding.text.weight"}, "align": set[str](), "full": set[str]()}
+
+
+def part_of(parameter: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    return _PART_OF[parameter.split(".", 1)[0]]
+
+
+def trained_parts(config: RecipeConfig) -> set[str]:
+    """Parts that a recipe trains, less what the freeze flags take away."""
+    frozen = {
+        part for part in ("embedding", "pre_decoder", "connector", "post_decoder") if getattr(config, f"freeze_{part}")
+    }
+    return _TRAINED_BY[config.recipe] - frozen
+
+
+def apply_recipe(model: nn.Module, config: RecipeConfig) -> None:
+    """Set `requires_grad` of every parameter.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    parts = trained_parts(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts and name not in _ALWAYS_FROZEN_BY[config.recipe])
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"recipe {config.recipe!r} with these freeze flags leaves nothing to train")
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The optimizer's groups: one per part of the model and kind of weight decay.
+
+    Matrices decay; norms, biases and other one-dimensional parameters do not. Each group carries `lr_ratio`, its peak
+    learning rate over `--lr`, so that one schedule serves all.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of(name), parameter.ndim >= 2
+        if (part, decays) not in groups:
+            peak = getattr(config, f"{part}_lr", None)
+            groups[part, decays] = {
+                "name": f"{part}{'' if decays else ' (no decay)'}",
+                "params": [],
+                "lr": config.lr,
+                "lr_ratio": 1.0 if peak is None else peak / config.lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+        groups[part, decays]["params"].append(parameter)
+    return list(groups.values())

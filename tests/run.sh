@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes the environment and runs the tests.
+#
+#   bash tests/run.sh            the test suite
+#   bash tests/run.sh --full     with the slow matrices
+#   bash tests/run.sh tests/unit/model -k mask      anything else goes to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection=(-m "not slow")
+if [ "${1:-}" = "--full" ]; then
+  selection=()
+  shift
+fi
+EXTRAS=test source tools/environment.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec python -m pytest "${selection[@]}" "$@"

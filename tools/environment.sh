@@ -1,0 +1,19 @@
+# Makes the project's own environment in .venv, once, and activates it. To be sourced from the repository's root.
+#
+#   EXTRAS   extras of setup.py to install (default: examples)
+#   PYTHON   the interpreter to make it with (default: python3)
+if [ ! -f .venv/bin/activate ]; then
+  echo "making .venv with ${PYTHON:-python3}"
+  "${PYTHON:-python3}" -m venv .venv || return 1
+fi
+# shellcheck disable=SC1091
+source .venv/bin/activate
+_wanted=$(cat constraints.txt setup.py | cksum | tr -d ' ')-${EXTRAS:-examples}
+if [ ! -f ".venv/installed-$_wanted" ]; then
+  echo "installing into .venv (a few minutes at first)"
+  # torch by its exact version first: a range would let another package pull a second build of it.
+  pip install --quiet "$(grep '^torch==' constraints.txt)" || return 1
+  pip install --quiet -c constraints.txt -e ".[${EXTRAS:-examples}]" || return 1
+  touch ".venv/installed-$_wanted"
+fi
+unset _wanted
