@@ -37,7 +37,7 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, group: DataPara
     tag = f"global_step{iteration}"
     state = {"iteration": iteration, "global_batch_size": config.schedule.global_batch_size}
     engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
-    _write_full_weights(engine, root / tag, is_writer=group.rank == 0)
+    _write_weights(engine, root / tag, is_writer=group.rank == 0)
     if group.rank == 0:
         _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
         _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
@@ -71,9 +71,9 @@ def load_checkpoint(engine: Any, config: Config) -> int:
     return int(state["iteration"])
 
 
-def _write_full_weights(engine: Any, folder: Path, *, is_writer: bool) -> None:
+def _write_weights(engine: Any, folder: Path, *, is_writer: bool) -> None:
     """Gather the weights one by one (under ZeRO-3 every rank takes part) and write them on one rank."""
-    tensors = _full_weights(engine)
+    tensors = full_weights(engine)
     if is_writer:
         write_weights(tensors, folder)
     else:
@@ -81,7 +81,8 @@ def _write_full_weights(engine: Any, folder: Path, *, is_writer: bool) -> None:
             pass
 
 
-def _full_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter, whole and on the CPU, one at a time. Called by every rank, which must read to the end."""
     import deepspeed
 
     for name, parameter in engine.module.named_parameters():

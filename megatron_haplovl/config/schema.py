@@ -32,7 +32,7 @@ class VisionConfig:
         "anyres: as many tiles as the best of the grid pinpoints holds",
         choices=("pad", "resize", "anyres"),
     )
-    max_tiles: int = setting(6, "anyres: use every tile grid of at least two and at most this many tiles")
+    max_tiles: int = setting(6, "anyres: choose among all grids of at most this many tiles, the single tile included")
     image_newline: bool = setting(False, "append a learned newline token to every row of patches")
 
     @property
@@ -203,7 +203,7 @@ class PrecisionConfig:
         False, "train in bfloat16 with fp32 master weights and fp32 gradient accumulation (default: fp32)"
     )
     attention_backend: str = setting(
-        "auto", "implementation of the mixed-mask attention", choices=("auto", "reference", "sdpa")
+        "auto", "implementation of the mixed-mask attention", choices=("auto", "reference", "cpu_segments", "sdpa")
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from megatron_haplovl.kernels.attention_cpu import cpu_segments_attention
 from megatron_haplovl.kernels.mask import MixedMask
 
 
@@ -45,19 +46,26 @@ def sdpa_attention(
     return out_BHSK.transpose(1, 2)
 
 
-_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference_attention, "sdpa": sdpa_attention}
+_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "reference": reference_attention,
+    "cpu_segments": cpu_segments_attention,
+    "sdpa": sdpa_attention,
+}
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that `auto` stands for here; any other name stays as it is.
+def resolve_backend(name: str, device: torch.device | str) -> str:
+    """The backend that `auto` stands for on a device; any other name is checked and stays as it is.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a backend that does not run on this device.
     """
+    on_cpu = torch.device(device).type == "cpu"
     if name == "auto":
-        return "sdpa"
+        return "cpu_segments" if on_cpu else "sdpa"
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; choose from {sorted(_BACKENDS)} or auto")
+    if name == "cpu_segments" and not on_cpu:
+        raise ValueError(f"attention backend cpu_segments runs on a CPU, not on {device}; use auto")
     return name
 
 
@@ -85,4 +93,4 @@ def attention(
     """
     if scale is None:
         scale = q_BSHK.shape[-1] ** -0.5
-    return _BACKENDS[resolve_backend(backend)](q_BSHK, k_BSGK, v_BSGK, mask, scale)
+    return _BACKENDS[resolve_backend(backend, q_BSHK.device)](q_BSHK, k_BSGK, v_BSGK, mask, scale)

@@ -23,7 +23,7 @@ def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
             leaf = name.rsplit(".", 1)[-1]
             if name == "distillation.logit_scale":
                 parameter.fill_(math.log(1 / 0.07))  # CLIP's initial temperature
-            if "norm" in name and leaf == "weight":
+            elif "norm" in name and leaf == "weight":
                 parameter.fill_(1.0)
             elif leaf == "bias":
                 parameter.zero_()

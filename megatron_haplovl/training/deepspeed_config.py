@@ -71,8 +71,11 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
     for key, value in theirs.items():
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merge(ours[key], value, path, f"{prefix}{key}.")
-        elif key not in ours or value == "auto":
-            merged[key] = ours.get(key, value)
+        elif value == "auto":
+            if key not in ours:
+                raise ValueError(f"{path}: {prefix}{key} is 'auto', and no flag sets it; give its value")
+        elif key not in ours:
+            merged[key] = value
         elif value != ours[key]:
             raise ValueError(f"{path}: {prefix}{key} is {value!r}, but the flags say {ours[key]!r}; make them agree")
     return merged

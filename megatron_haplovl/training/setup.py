@@ -64,7 +64,7 @@ def setup(config: Config) -> Run:
     """
     device, group = initialize_processes(config)
     logger = RunLogger(config.logging, config.to_dict(), enabled=group.rank == 0)
-    backend = resolve_backend(config.precision.attention_backend)
+    backend = resolve_backend(config.precision.attention_backend, device)
     logger.print(
         f"ranks: {group.size} | device: {device} | precision: {'bf16' if config.precision.bf16 else 'fp32'} | "
         f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {backend}"

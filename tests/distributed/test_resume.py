@@ -1,0 +1,64 @@
+"""A run stopped after step k and resumed repeats the losses of one that never stopped, exactly, on two ranks.
+
+Planted once to see this fail: optimizer state not loaded, and reading from the first pack after resuming.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_haplovl.checkpoint.weights import WeightReader
+from tests.distributed.launch import run_ranks
+
+TRAIN_ITERS, RESUMED_AFTER = 6, 4
+CASES = [
+    (f"{recipe}-zero{zero_stage}-{'bf16' if bf16 else 'fp32'}", recipe, zero_stage, bf16)
+    for recipe, zero_stage, bf16 in (
+        ("distill", 0, False),
+        ("distill", 1, True),
+        ("align", 2, False),
+        ("align", 3, True),
+        ("full", 0, True),
+        ("full", 1, False),
+        ("full", 2, True),
+        ("full", 3, False),
+    )
+]
+TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    run_ranks("worker_resume.py", 2, str(folder))
+    return folder
+
+
+def read(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("name", [case[0] for case in CASES])
+def test_resumed_equals_undisturbed(folder, name):
+    whole, stopped, resumed = (read(folder / name / f"{part}.jsonl") for part in ("whole", "stopped", "resumed"))
+    assert [line["iteration"] for line in resumed] == list(range(RESUMED_AFTER + 1, TRAIN_ITERS + 1))
+    assert stopped + resumed == whole
+
+
+@pytest.mark.parametrize("name", [case[0] for case in CASES])
+def test_final_weights_are_identical(folder, name):
+    whole, broken = (WeightReader(folder / name / part / f"global_step{TRAIN_ITERS}") for part in ("whole", "broken"))
+    assert whole.names() == broken.names()
+    assert all((whole.get(n) == broken.get(n)).all() for n in whole.names())
+
+
+@pytest.mark.parametrize("name", [case[0] for case in CASES])
+def test_the_checkpoint_folder_has_its_files(folder, name):
+    save = folder / name / "broken"
+    assert (save / "latest").read_text().strip() == f"global_step{TRAIN_ITERS}"
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(TRAIN_ITERS)
+    saved = json.loads((save / "latest").with_name(f"global_step{RESUMED_AFTER}").joinpath("config.json").read_text())
+    assert saved["iteration"] == RESUMED_AFTER

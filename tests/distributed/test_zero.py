@@ -1,0 +1,134 @@
+"""ZeRO 0-3 on two ranks against one plain torch process: losses, gradient norms and weights after two steps.
+
+The reference below knows nothing of DeepSpeed, of ranks or of accumulation: it sees the global batch as one tensor,
+divides by counts that it takes from the labels itself, and steps torch's AdamW. The two ranks see it in two
+micro-batches each. Planted once to see these tests fail: the factor for DeepSpeed's averaging left out of `train_step`
+(weights), the counts of the micro-batch instead of the global batch (loss), a causal mask (loss), and the vision
+parameters skipped in a batch without images (ZeRO-3 stops at its time limit).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.data.stream import build_stream
+from megatron_haplovl.losses.distillation import distillation_loss
+from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.training.initial_weights import fill_weights
+from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
+from megatron_haplovl.training.setup import build_model
+from megatron_haplovl.training.teacher import random_teacher
+from tests.distributed.cases import STEPS, config, result_file
+from tests.distributed.launch import run_ranks
+
+RECIPES = ("distill", "align", "full")
+
+# Measured worst cases over all recipes and stages: loss 5e-7, norm 2e-6 (relative), weights 2e-6.
+LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 5e-6, 2e-5, 1e-5
+# bf16 has 8 bits. AdamW's first steps move every weight by about the learning rate, 1e-3, whatever the gradient's
+# size, so that where its sign is lost in rounding a weight may end two such steps away.
+BF16_LOSS_TOLERANCE, BF16_WEIGHT_TOLERANCE = 2e-2, 5e-3
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """One launch of all cases."""
+    folder = tmp_path_factory.mktemp("zero")
+    run_ranks("worker_zero.py", 2, str(folder))
+    return folder
+
+
+def whole_batches(c):
+    """The global batches of the first steps, each as one tensor, from a stream without ranks."""
+    c = config(c.recipe.recipe, schedule__micro_batch_size=c.schedule.global_batch_size)
+    return build_stream((), c, num_steps=STEPS, dp_rank=0, dp_size=1, log=lambda _: None).micro_batches()
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """Recipe -> (losses and norms per step, weights) of the plain reference."""
+    return {recipe: train_serially(recipe) for recipe in RECIPES}
+
+
+def train_serially(recipe):
+    c = config(recipe)
+    teacher = random_teacher(c.model, c.init.teacher_layer, c.run.seed) if recipe == "distill" else None
+    model = build_model(c, teacher)
+    fill_weights(model, c)
+    apply_recipe(model, c.recipe)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, c.optimizer),
+        lr=c.optimizer.lr,
+        betas=(c.optimizer.adam_beta1, c.optimizer.adam_beta2),
+        eps=c.optimizer.adam_eps,
+    )
+    metrics = []
+    batches = whole_batches(c)
+    for _ in range(STEPS):
+        batch = next(batches)
+        if teacher is None:
+            sums = model(batch, next_token_loss)
+            losses = {"lm loss": sums["lm loss"] / int((batch.labels_BS != IGNORE_INDEX).sum())}
+        else:
+            sums = model(batch, teacher(batch), distillation_loss)
+            text = int(batch.text_mask_BS.sum())
+            losses = {
+                "vision loss": sums["vision loss"] / batch.patch_target_P.numel(),
+                "feature loss": sums["feature loss"] / text,
+                "ctp loss": sums["ctp loss"] / text,
+            }
+        sum(losses.values()).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, c.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics.append({**{name: loss.item() for name, loss in losses.items()}, "grad norm": norm.item()})
+    return metrics, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_rank_without_images_beside_one_with_images():
+    """What the comparison below must include: peers hang there under ZeRO-3."""
+    streams = [
+        build_stream((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2, log=lambda _: None)
+        for rank in (0, 1)
+    ]
+    images = [[batch.patch_target_P.numel() > 0 for batch in stream.micro_batches()] for stream in streams]
+    assert any(a != b for a, b in zip(*images, strict=True)), images
+
+
+def test_the_reference_sees_several_documents_images_and_tiles():
+    c = config("full")
+    stream = build_stream((), c, num_steps=STEPS, dp_rank=0, dp_size=1, log=lambda _: None)
+    assert stream.counts(0).documents >= 2 * c.schedule.global_batch_size
+    batch: Batch = next(whole_batches(c))
+    assert batch.tiles_TCHW.shape[0] > 2 * c.schedule.global_batch_size and batch.newline_target_N.numel() > 0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp32_equals_one_plain_process(distributed, serial, recipe, zero_stage):
+    result = torch.load(result_file(distributed, recipe, zero_stage, "fp32"), weights_only=True)
+    metrics, weights = serial[recipe]
+    for got, expected in zip(result["metrics"], metrics, strict=True):
+        for name, value in expected.items():
+            tolerance = NORM_TOLERANCE if name == "grad norm" else LOSS_TOLERANCE
+            assert got[name] == pytest.approx(value, rel=tolerance), name
+    assert metrics[0]["grad norm"] > config(recipe).optimizer.clip_grad or recipe == "align"
+    assert result["weights"].keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bf16_stays_near_fp32(distributed, serial, recipe, zero_stage):
+    result = torch.load(result_file(distributed, recipe, zero_stage, "bf16"), weights_only=True)
+    metrics, weights = serial[recipe]
+    for got, expected in zip(result["metrics"], metrics, strict=True):
+        for name in expected.keys() - {"grad norm"}:
+            assert got[name] == pytest.approx(expected[name], rel=BF16_LOSS_TOLERANCE), name
+    for name, weight in weights.items():
+        got = result["weights"][name].float()
+        torch.testing.assert_close(got, weight, rtol=2**-7, atol=BF16_WEIGHT_TOLERANCE, msg=name)

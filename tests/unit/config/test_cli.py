@@ -1,0 +1,103 @@
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_haplovl.config.cli import build_config, build_parser, iterate_settings, parse_args
+from megatron_haplovl.config.schema import Config
+
+MOCK = ["--model", "haplovl-debug", "--mock-data"]
+
+
+def test_precedence_is_schema_then_stage_then_preset_then_flag():
+    stage1 = parse_args("pretrain", argv=MOCK)
+    stage2 = parse_args("finetune", argv=MOCK)
+    assert (stage1.optimizer.lr, stage1.optimizer.adam_beta2, stage1.optimizer.weight_decay) == (1e-4, 0.95, 1e-4)
+    assert (stage2.optimizer.lr, stage2.optimizer.adam_beta2, stage2.optimizer.weight_decay) == (2e-5, 0.98, 0.0)
+    assert (stage1.schedule.global_batch_size, stage1.schedule.train_iters) == (256, 40_000)
+    assert (stage1.recipe.recipe, stage2.recipe.recipe) == ("distill", "full")
+    assert stage1.data.seq_length == 512
+    flagged = parse_args("pretrain", argv=[*MOCK, "--lr", "3e-4", "--seq-length", "128", "--pre-num-layers", "2"])
+    assert (flagged.optimizer.lr, flagged.data.seq_length, flagged.model.pre.num_layers) == (3e-4, 128, 2)
+    assert flagged.model.post == stage1.model.post
+
+
+def test_every_setting_is_documented_and_has_its_own_flag():
+    settings = list(iterate_settings(Config))
+    assert all(s.field.metadata["help"] for s in settings)
+    flags = [s.flag for s in settings]
+    assert len(flags) == len(set(flags))
+    help_text = build_parser("pretrain", "").format_help()
+    assert all(flag in help_text for flag in flags)
+
+
+def test_lists_and_switches():
+    config = parse_args(
+        "finetune", argv=["--model", "haplovl-debug", "--data-path", "0.3", "a", "0.7", "b", "--no-packing"]
+    )
+    assert config.data.data_path == ("0.3", "a", "0.7", "b")
+    assert config.data.packing is False
+
+
+def test_the_launchers_local_rank_is_accepted():
+    assert parse_args("finetune", argv=[*MOCK, "--local_rank=1"]) == parse_args("finetune", argv=MOCK)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*MOCK, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        ([*MOCK, "--train-it", "5"], "unrecognized arguments"),
+        ([*MOCK, "--recipe", "half"], "invalid choice: 'half'"),
+        ([*MOCK, "--data-path", "x"], "--mock-data reads no files"),
+        (["--model", "haplovl-debug"], "nothing to train on"),
+        ([*MOCK, "--global-batch-size", "5", "--micro-batch-size", "2"], "not a multiple of --micro-batch-size 2"),
+        ([*MOCK, "--patch-size", "7"], "--image-size 64 is not a multiple of --patch-size 7"),
+        ([*MOCK, "--post-num-key-value-heads", "4"], "not a multiple of --post-num-key-value-heads 4"),
+        ([*MOCK, "--pre-num-layers", "0"], "--pre-num-layers must be at least 1"),
+        ([*MOCK, "--lr-warmup-iters", "9", "--train-iters", "9"], "less than the 9 steps"),
+        ([*MOCK, "--min-lr", "1"], "larger than --lr"),
+        ([*MOCK, "--save-interval", "3"], "--save-interval needs --save"),
+        (["--model", "haplovl-debug", "--data-path", "x", "--aux-data-path", "y"], "for stage 1 only"),
+    ],
+)
+def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args("finetune", argv=words)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data-path", "x"], "--vision-teacher"),
+        (["--data-path", "x", "--vision-teacher", "t"], "--language-model"),
+        (["--mock-data", "--text-embedding", "folded"], "--text-embedding factored"),
+        (["--mock-data", "--freeze-connector"], "no connector"),
+    ],
+)
+def test_stage_1_needs_its_teachers(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args("pretrain", argv=["--model", "haplovl-debug", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_help_survives_percent_signs_and_prints(capsys):
+    parser = build_parser("finetune", "100 % of the model")
+    assert isinstance(parser, argparse.ArgumentParser)
+    parser.print_help()
+    assert "--post-qkv-bias" in capsys.readouterr().out
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ValueError, match="unknown model preset 'x'"):
+        build_config("finetune", "x", {})
+    with pytest.raises(ValueError, match="unknown stage 'x'"):
+        build_config("x", "haplovl-debug", {})
+
+
+def test_configuration_is_frozen():
+    config = parse_args("finetune", argv=MOCK)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.seed = 1  # type: ignore[misc]

@@ -1,0 +1,125 @@
+"""The planner's rectangles against the mask's definition, and the fused CPU backend under every kind of plan."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_haplovl.kernels import attention_cpu
+from megatron_haplovl.kernels.attention import attention
+from megatron_haplovl.kernels.attention_plan import plan_calls
+from tests.unit.kernels.test_attention import mixed_mask
+
+PAIRS_PER_CALL = {"segments": 0.0, "some joined": 60.0, "whole documents and more": 1e9}
+
+
+def random_layout(seed):
+    """Several documents of text runs and images, and padding."""
+    random = np.random.default_rng(seed)
+    documents = []
+    for _ in range(random.integers(1, 5)):
+        runs = []
+        for _ in range(random.integers(1, 5)):
+            runs.append(
+                int(random.integers(1, 90 if random.random() < 0.2 else 9)) * (1 if random.random() < 0.5 else -1)
+            )
+        documents.append(runs)
+    return documents, int(random.integers(0, 6))
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("plan", PAIRS_PER_CALL)
+def test_plans_cover_the_mask_exactly(seed, plan):
+    mask, dense = mixed_mask(*random_layout(seed))
+    calls = mask.calls(PAIRS_PER_CALL[plan])
+    assert [r for c in calls for r in range(c.row_start, c.row_end)] == list(range(len(dense)))
+    computed = torch.zeros_like(dense)
+    for c in calls:
+        rows, keys = slice(c.row_start, c.row_end), slice(c.key_start, c.key_end)
+        n, m = c.row_end - c.row_start, c.key_end - c.key_start
+        if c.kind == "full":
+            computed[rows, keys] = True
+        elif c.kind == "causal":
+            assert n == m
+            computed[rows, keys] = torch.ones(n, m, dtype=torch.bool).tril()
+        elif c.kind == "alone":
+            computed[rows, keys] = torch.eye(n, dtype=torch.bool)
+            others = torch.ones(len(dense), dtype=torch.bool)
+            others[rows] = False
+            assert not dense[others, keys].any()
+        else:
+            computed[rows, keys] = mask.additive(c, torch.float32)[0, 0] == 0
+    assert torch.equal(computed, dense)
+
+
+def test_plan_of_a_document_with_a_long_image_and_long_text():
+    """Cheap calls: the image is one full rectangle, text is cut into row blocks; dear calls: one for everything."""
+    start = np.zeros(500, dtype=np.int64)
+    end = np.arange(1, 501)
+    end[100:300] = 300
+    cheap = plan_calls(start, end, 0, pairs_per_call=10.0)
+    assert [(c.row_start, c.row_end, c.kind) for c in cheap if c.kind == "full"] == [(100, 300, "full")]
+    assert len(cheap) > 5
+    assert sum(c.pairs for c in cheap) < 1.2 * int((end - start).sum())
+    (dear,) = plan_calls(start, end, 0, pairs_per_call=1e9)
+    assert (dear.key_end, dear.kind) == (500, "masked")
+
+
+def test_the_plan_is_the_cheapest_cut():
+    """Against all 2^k cuts of a small layout."""
+    mask, _ = mixed_mask([[3, -4, 2], [-2, 3]], 0)
+    start, end = mask.kv_start_BS[0].numpy().astype(int), mask.kv_end_BS[0].numpy().astype(int)
+    places, rows = [3, 7, 9, 11], len(start)
+    for overhead in (0.5, 3.0, 7.0, 20.0, 100.0):
+        costs = []
+        for chosen in range(16):
+            cuts = [0, *[p for i, p in enumerate(places) if chosen >> i & 1], rows]
+            costs.append(
+                sum(overhead + (b - a) * (end[b - 1] - start[a]) for a, b in zip(cuts, cuts[1:], strict=False))
+            )
+        plan = plan_calls(start, end, 0, overhead)
+        assert sum(overhead + c.pairs for c in plan) == min(costs)
+
+
+@pytest.mark.parametrize("plan", PAIRS_PER_CALL)
+@pytest.mark.parametrize(
+    ("dtype", "out_tolerance", "grad_tolerance"),
+    # Measured worst cases: fp64 2e-15 and 6e-15, fp32 2e-6 and 4e-6, bf16 8e-3 and 2e-2.
+    [(torch.float64, 1e-14, 5e-14), (torch.float32, 1e-5, 2e-5), (torch.bfloat16, 2e-2, 5e-2)],
+)
+def test_output_and_gradients_against_fp64(monkeypatch, plan, dtype, out_tolerance, grad_tolerance):
+    monkeypatch.setattr(attention_cpu, "pairs_per_call", lambda channels: PAIRS_PER_CALL[plan])
+    for seed in range(6):
+        mask, _ = mixed_mask(*random_layout(seed))
+        n = mask.kv_start_BS.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, weight = (
+            torch.randn(1, n, h, 16, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2, 4)
+        )
+        out = attention(q, k, v, mask, backend="cpu_segments")
+        grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        q64, k64, v64 = (t.detach().double().requires_grad_() for t in (q, k, v))
+        expected = attention(q64, k64, v64, mask, backend="reference")
+        expected_grads = torch.autograd.grad((expected * weight.double()).sum(), (q64, k64, v64))
+        assert out.dtype == dtype
+        assert (out.double() - expected).abs().max() < out_tolerance
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert (grad.double() - expected_grad).abs().max() < grad_tolerance
+
+
+def test_gradcheck():
+    mask, _ = mixed_mask([[2, -3, 2], [1, -2]], 2)
+    q, k, v = (torch.randn(1, 12, h, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, backend="cpu_segments"), (q, k, v))
+
+
+def test_sequences_of_a_batch_have_plans_of_their_own():
+    first, _ = mixed_mask([[5, -4, 3]], 0)
+    second, _ = mixed_mask([[2, -2], [6]], 2)
+    from megatron_haplovl.kernels.mask import MixedMask
+
+    both = MixedMask(torch.cat([first.kv_start_BS, second.kv_start_BS]), torch.cat([first.kv_end_BS, second.kv_end_BS]))
+    q, k, v = (torch.randn(2, 12, 2, 8) for _ in range(3))
+    out = attention(q, k, v, both, backend="cpu_segments")
+    for b, mask in enumerate((first, second)):
+        alone = attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, backend="reference")
+        torch.testing.assert_close(out[b : b + 1], alone, rtol=0, atol=1e-5)

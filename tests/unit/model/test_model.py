@@ -1,0 +1,194 @@
+"""The model's parts against transformers' modules and convolutions, and the mixed mask through the whole model."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.model.embeddings import cut_patches
+from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.model.initialization import initialize_weights
+from megatron_haplovl.model.rope import apply_rope, rope_table
+
+TINY = ModelConfig(
+    vocab_size=50,
+    vision=VisionConfig(patch_size=4, image_size=8, image_newline=True),
+    pre=PreDecoderConfig(num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2),
+    post=PostDecoderConfig(
+        num_layers=2, hidden_size=24, ffn_hidden_size=32, num_attention_heads=4, num_key_value_heads=2
+    ),
+)
+
+
+def make_model(config=TINY, seed=0, std=0.1):
+    model = HaploVL(config)
+    initialize_weights(model, std, seed)
+    return model
+
+
+def make_batch(documents, seq_length, seed=0):
+    """One sequence of documents given as lists of "t" (a text token) and "I" (an image of 2 x 2 patches, 2 newlines)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, positions, start, end, source, target, newline, tiles = [], [], [], [], [], [], [], []
+    for document in documents:
+        first = len(tokens)
+        for item in document:
+            here = len(tokens)
+            if item == "t":
+                tokens.append(int(torch.randint(1, 50, (), generator=generator)))
+                end.append(here + 1)
+            else:
+                tokens += [0] * 6
+                end += [here + 6] * 6
+                source += [4 * len(tiles) + i for i in range(4)]
+                target += [here, here + 1, here + 3, here + 4]
+                newline += [here + 2, here + 5]
+                tiles.append(torch.randn(3, 8, 8, generator=generator))
+        length = len(tokens) - first
+        positions += range(length)
+        start += [first] * length
+    used = len(tokens)
+    for i in range(used, seq_length):
+        tokens.append(0)
+        positions.append(0)
+        start.append(i)
+        end.append(i + 1)
+    tokens_BS = torch.tensor([tokens])
+    labels_BS = torch.full_like(tokens_BS, IGNORE_INDEX)
+    labels_BS[0, : used - 1] = tokens_BS[0, 1:used]
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        text_mask_BS=tokens_BS != 0,
+        position_ids_BS=torch.tensor([positions]),
+        kv_start_BS=torch.tensor([start], dtype=torch.int32),
+        kv_end_BS=torch.tensor([end], dtype=torch.int32),
+        tiles_TCHW=torch.stack(tiles) if tiles else torch.zeros(0, 3, 8, 8),
+        patch_source_P=torch.tensor(source, dtype=torch.int64),
+        patch_target_P=torch.tensor(target, dtype=torch.int64),
+        newline_target_N=torch.tensor(newline, dtype=torch.int64),
+    )
+
+
+def test_rope_is_llamas():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, rope_theta=500.0)
+    positions = torch.tensor([[0, 1, 2, 700, 5, 5]])
+    q = torch.randn(1, 6, 4, 8)
+    their_cos, their_sin = LlamaRotaryEmbedding(config)(q, positions)
+    expected, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), their_cos, their_sin)
+    ours = apply_rope(q, *rope_table(positions, 8, 500.0, torch.float32))
+    # fp32 angles of up to 700 radians: measured worst case 1.2e-5.
+    torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-4)
+
+
+def test_rope_angles_are_exact_in_bf16_training():
+    cos, _ = rope_table(torch.tensor([[6143]]), 2, 10000.0, torch.bfloat16)
+    assert float(cos[0, 0, 0, 0]) == pytest.approx(float(torch.tensor(6143.0).cos()), abs=2**-8)
+
+
+def test_patch_embedding_is_a_strided_convolution():
+    tiles, weight = torch.randn(3, 3, 8, 8), torch.randn(5, 3, 4, 4)
+    expected = torch.nn.functional.conv2d(tiles, weight, stride=4).flatten(2).transpose(1, 2).reshape(-1, 5)
+    torch.testing.assert_close(cut_patches(tiles, 4) @ weight.flatten(1).T, expected, rtol=0, atol=1e-5)
+
+
+def test_embedding_places_patches_positions_and_newlines():
+    model = make_model()
+    batch = make_batch([["t", "I", "t"]], 9)
+    embedding = model.embedding
+    embedding.pre_norm = torch.nn.Identity()
+    x = embedding(batch)[0]
+    text = embedding.text_projector(embedding.text(batch.tokens_BS[0]))
+    patches = torch.nn.functional.conv2d(batch.tiles_TCHW, embedding.patch.weight.view(16, 3, 4, 4), stride=4)
+    patches = patches.flatten(2)[0].T + embedding.position
+    expected = torch.stack(
+        [text[0], patches[0], patches[1], embedding.image_newline, patches[2], patches[3], embedding.image_newline]
+        + [text[7], text[8]]
+    )
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+
+
+def test_mixed_mask_through_the_whole_model():
+    """A token's change reaches exactly the tokens that the paper's mask lets see it."""
+    model = make_model()
+    batch = make_batch([["t", "I", "t", "I"], ["t", "t"]], 20)
+    base = model.hidden_states(batch)[0]
+    # Document 0 is positions 0-13 (images at 1-6 and 8-13), document 1 14-15, padding 16-19.
+    for changed, reached in ((0, range(0, 14)), (7, range(7, 14)), (14, range(14, 16)), (15, range(15, 16))):
+        tokens = batch.tokens_BS.clone()
+        tokens[0, changed] = (tokens[0, changed] + 7) % 49 + 1
+        hidden = model.hidden_states(dataclasses.replace(batch, tokens_BS=tokens))[0]
+        assert ((hidden != base).any(dim=1).nonzero().squeeze(1)).tolist() == list(reached)
+    tiles = batch.tiles_TCHW.clone()
+    tiles[1, :, 7, 7] += 1.0  # last patch of the second image
+    hidden = model.hidden_states(dataclasses.replace(batch, tiles_TCHW=tiles))[0]
+    assert ((hidden != base).any(dim=1).nonzero().squeeze(1)).tolist() == list(range(8, 14))
+
+
+def test_a_packed_document_equals_the_document_alone():
+    model = make_model()
+    alone = make_batch([["t", "I", "t", "t"]], 9)
+    packed = make_batch([["t", "I", "t", "t"], ["t", "I", "I"], ["t"]], 28)
+    torch.testing.assert_close(model.hidden_states(packed)[0, :9], model.hidden_states(alone)[0], rtol=0, atol=2e-6)
+
+
+def test_loss_uses_trained_positions_only_and_gradients_reach_every_parameter():
+    model = make_model()
+    batch = make_batch([["t", "I", "t", "t"], ["t", "t"]], 12)
+    losses = model(batch, next_token_loss)
+    logits = model.logits(batch)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    torch.testing.assert_close(losses["lm loss"], expected, rtol=1e-6, atol=0)
+    losses["lm loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_batch_without_images_gives_every_parameter_a_gradient():
+    model = make_model()
+    model(make_batch([["t", "t", "t"]], 4), next_token_loss)["lm loss"].backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    zero = {n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    assert without == []
+    assert zero == {"embedding.patch.weight", "embedding.position", "embedding.image_newline"}
+
+
+def test_stages_share_names_and_initial_weights():
+    stage1 = HaploVLForDistillation(TINY, teacher_width=16)
+    initialize_weights(stage1, 0.1, seed=3)
+    stage2 = make_model(seed=3)
+    shared = set(dict(stage1.named_parameters())) & set(dict(stage2.named_parameters()))
+    assert {n for n, _ in stage1.named_parameters()} - shared == {
+        "distillation.logit_scale",
+        "distillation.text_head.bias",
+        "distillation.text_head.weight",
+        "distillation.vision_head.bias",
+        "distillation.vision_head.weight",
+    }
+    for name in shared:
+        assert torch.equal(stage1.get_parameter(name), stage2.get_parameter(name))
+    assert torch.equal(stage1.distillation.vision_head.weight, torch.eye(16))
+    assert stage1.distillation.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
+def test_folded_embedding_equals_the_factored_one():
+    factored = make_model()
+    folded = HaploVL(dataclasses.replace(TINY, text_embedding="folded"))
+    weights = factored.state_dict()
+    projector = weights.pop("embedding.text_projector.weight")
+    weights["embedding.text.weight"] = weights["embedding.text.weight"] @ projector.T
+    folded.load_state_dict(weights)
+    batch = make_batch([["t", "I", "t"]], 10)
+    torch.testing.assert_close(folded.logits(batch), factored.logits(batch), rtol=0, atol=1e-5)
+
+
+def test_debug_preset_runs():
+    model = make_model(MODELS["haplovl-debug"])
+    assert sum(p.numel() for p in model.parameters()) < 20_000_000

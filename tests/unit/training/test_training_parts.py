@@ -1,0 +1,135 @@
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_haplovl.config.cli import build_config
+from megatron_haplovl.data.batch import StepCounts
+from megatron_haplovl.losses.terms import LossTerm
+from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.parallel.groups import DataParallelGroup
+from megatron_haplovl.training.deepspeed_config import deepspeed_config
+from megatron_haplovl.training.flops import training_flops
+from megatron_haplovl.training.logging import training_line
+from megatron_haplovl.training.metrics import reduce_metrics, total_loss
+from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
+from megatron_haplovl.training.schedule import learning_rate
+from tests.unit.model.test_model import TINY
+
+
+def config(stage="finetune", **sections):
+    overrides = {(section, name): value for section, values in sections.items() for name, value in values.items()}
+    return build_config(stage, "haplovl-debug", {("data", "mock_data"): True, **overrides})
+
+
+def test_learning_rate_warms_up_and_decays():
+    c = config(
+        optimizer={"lr": 1.0, "min_lr": 0.1},
+        schedule={"train_iters": 24, "lr_warmup_iters": 4, "lr_decay_iters": 14, "lr_decay_style": "cosine"},
+    )
+    assert [learning_rate(c, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(c, 4) == 1.0
+    assert learning_rate(c, 9) == pytest.approx(0.55)
+    assert learning_rate(c, 6) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.2)))
+    assert learning_rate(c, 14) == learning_rate(c, 23) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("style", "halfway"), [("linear", 0.5), ("constant", 1.0)])
+def test_other_decays(style, halfway):
+    c = config(optimizer={"lr": 1.0}, schedule={"train_iters": 10, "lr_decay_style": style})
+    assert learning_rate(c, 5) == pytest.approx(halfway)
+
+
+def trained_names(model, c):
+    apply_recipe(model, c.recipe)
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_distillation_freezes_only_the_teachers_matrix():
+    model = HaploVLForDistillation(TINY, 16)
+    everything = {name for name, _ in model.named_parameters()}
+    assert everything - trained_names(model, config("pretrain")) == {"embedding.text.weight"}
+
+
+def test_align_trains_the_connector_and_full_everything():
+    model = HaploVL(TINY)
+    assert trained_names(model, config(recipe={"recipe": "align"})) == {"connector.weight"}
+    assert trained_names(model, config()) == {name for name, _ in model.named_parameters()}
+
+
+def test_freeze_flags_take_parts_away():
+    model = HaploVL(TINY)
+    names = trained_names(model, config(recipe={"freeze_pre_decoder": True, "freeze_post_decoder": True}))
+    assert {name.split(".")[0] for name in names} == {"embedding", "connector"}
+    with pytest.raises(ValueError, match="nothing to train"):
+        apply_recipe(model, config(recipe={"recipe": "align", "freeze_connector": True}).recipe)
+
+
+def test_parameter_groups_have_their_rates_and_no_decay_on_vectors():
+    model = HaploVL(TINY)
+    c = config(optimizer={"lr": 1e-3, "connector_lr": 4e-3, "weight_decay": 0.1})
+    apply_recipe(model, c.recipe)
+    groups = parameter_groups(model, c.optimizer)
+    names = {p: n for n, p in model.named_parameters()}
+    assert sorted(names[p] for g in groups for p in g["params"]) == sorted(names.values())
+    for group in groups:
+        assert group["lr_ratio"] == (4.0 if group["name"].startswith("connector") else 1.0)
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0)
+
+
+def test_losses_are_divided_by_global_counts():
+    terms = (LossTerm("a", "text_tokens"), LossTerm("b", "visual_tokens"), LossTerm("c", "text_tokens", trained=False))
+    counts = StepCounts(lm_tokens=1, text_tokens=4, visual_tokens=0, tokens=9, documents=2)
+    sums = {"a": torch.tensor(6.0), "b": torch.tensor(0.0), "c": torch.tensor(2.0)}
+    assert float(total_loss(sums, terms, counts)) == 1.5
+    assert reduce_metrics(sums, terms, counts, DataParallelGroup(0, 1)) == {"a": 1.5, "b": 0.0, "c": 0.5}
+
+
+def test_deepspeed_json_is_merged(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False}, "train_batch_size": "auto"}))
+    c = config(
+        schedule={"global_batch_size": 8, "micro_batch_size": 2},
+        parallel={"zero_stage": 2, "deepspeed_config": str(path)},
+    )
+    merged = deepspeed_config(c, data_parallel_size=2)
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert (merged["train_batch_size"], merged["gradient_accumulation_steps"]) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, but the flags say 1"),
+        ('{"train_batch_size": 7}', "train_batch_size is 7, but the flags say 128"),
+        ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by flags"),
+        ('{"offload": "auto"}', "offload is 'auto', and no flag sets it"),
+        ("[]", "not a JSON object"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_deepspeed_json_must_agree(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(config(parallel={"deepspeed_config": str(path)}), 1)
+
+
+def test_batch_must_divide_over_the_ranks():
+    with pytest.raises(ValueError, match="use a multiple of 6"):
+        deepspeed_config(config(schedule={"global_batch_size": 8, "micro_batch_size": 2}), 3)
+
+
+def test_flops_of_a_model_counted_by_hand():
+    # Pre-decoder: 2 blocks of 4 x 16^2 + 2 x 16 x 32; post: 2 blocks of 2 x 24^2 + 2 x 24 x 12 + 3 x 24 x 32.
+    matrices = 2 * 2048 * 10 + 50 * 24 * 3 + 2 * 4032 * 10 + 16 * 24 * 10
+    attention = (2 * 16 + 2 * 24) * 77
+    flops = training_flops(TINY, tokens=10, head_tokens=3, visible_pairs=77, with_post_decoder=True)
+    assert flops == 6 * matrices + 12 * attention
+
+
+def test_log_line_has_megatrons_form():
+    line = training_line(10, 100, {"consumed samples": 40, "lm loss": 1.25, "grad norm": 0.5})
+    assert line == " iteration       10/     100 | consumed samples: 40 | lm loss: 1.250000E+00 | grad norm: 0.500 |"
