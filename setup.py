@@ -21,10 +21,11 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "protobuf>=4",
+        "protobuf",
         "numpy>=1.26",
         "pillow>=10",
         "jinja2>=3.1",
+        "tqdm",
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],

@@ -33,7 +33,7 @@ def make_model(config=TINY, seed=0, std=0.1):
 
 
 def make_batch(documents, seq_length, seed=0):
-    """One sequence of documents given as lists of "t" (a text token) and "I" (an image of 2 x 2 patches, 2 newlines)."""
+    """One sequence of documents given as lists of "t", a text token, and "I", an image of 4 patches and 2 newlines."""
     generator = torch.Generator().manual_seed(seed)
     tokens, positions, start, end, source, target, newline, tiles = [], [], [], [], [], [], [], []
     for document in documents:

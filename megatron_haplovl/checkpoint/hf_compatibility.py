@@ -1,0 +1,103 @@
+"""Does a Hugging Face folder hold the model that the flags describe? Its config.json, compared setting by setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_haplovl.config.schema import ModelConfig
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Our name of an activation -> Hugging Face's."""
+
+
+def read_hf_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of a Hugging Face folder, with the library's defaults for keys that config.json leaves out.
+
+    Raises:
+        ValueError: there is no such folder or no config.json in it. Nothing is ever downloaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return config
+
+
+def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path) -> None:
+    """Compare a CLIP configuration with the pre-decoder and the patch embedding.
+
+    Raises:
+        ValueError: not a CLIP vision model, or a setting differs; the message names the flag.
+    """
+    if config.model_type == "clip":
+        config = config.vision_config
+    if config.model_type != "clip_vision_model":
+        raise ValueError(f"{where}: model_type {config.model_type!r} is not a CLIP vision model")
+    if config.num_channels != 3:
+        raise ValueError(f"{where}: num_channels is {config.num_channels}; images here have 3")
+    pre, vision = model.pre, model.vision
+    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    _check(config.hidden_size, pre.hidden_size, "hidden_size", "--pre-hidden-size", where)
+    _check(config.intermediate_size, pre.ffn_hidden_size, "intermediate_size", "--pre-ffn-hidden-size", where)
+    _check(config.num_hidden_layers, pre.num_layers, "num_hidden_layers", "--pre-num-layers", where)
+    _check(
+        config.num_attention_heads, pre.num_attention_heads, "num_attention_heads", "--pre-num-attention-heads", where
+    )
+    _check(
+        activations.get(config.hidden_act, config.hidden_act), pre.activation, "hidden_act", "--pre-activation", where
+    )
+    _check(config.layer_norm_eps, pre.layernorm_epsilon, "layer_norm_eps", "--pre-layernorm-epsilon", where)
+    _check(config.image_size, vision.image_size, "image_size", "--image-size", where)
+    _check(config.patch_size, vision.patch_size, "patch_size", "--patch-size", where)
+
+
+def check_language_config(config: PretrainedConfig, model: ModelConfig, where: Path, *, embedding_only: bool) -> None:
+    """Compare a Llama or Qwen2 configuration with the text embedding and (unless `embedding_only`) the post-decoder.
+
+    Raises:
+        ValueError: not such a model, a setting differs (the message names the flag), or it has a part that the
+            post-decoder lacks.
+    """
+    if config.model_type not in ("llama", "qwen2"):
+        raise ValueError(f"{where}: model_type {config.model_type!r} is neither 'llama' nor 'qwen2'")
+    post = model.post
+    _check(config.vocab_size, model.vocab_size, "vocab_size", "--vocab-size", where)
+    _check(config.hidden_size, post.hidden_size, "hidden_size", "--post-hidden-size", where)
+    if embedding_only:
+        return
+    heads = config.num_attention_heads
+    rope = config.rope_parameters
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _check(config.intermediate_size, post.ffn_hidden_size, "intermediate_size", "--post-ffn-hidden-size", where)
+    _check(config.num_hidden_layers, post.num_layers, "num_hidden_layers", "--post-num-layers", where)
+    _check(heads, post.num_attention_heads, "num_attention_heads", "--post-num-attention-heads", where)
+    _check(
+        config.num_key_value_heads or heads,
+        post.num_key_value_heads,
+        "num_key_value_heads",
+        "--post-num-key-value-heads",
+        where,
+    )
+    _check(config.rms_norm_eps, post.norm_epsilon, "rms_norm_eps", "--post-norm-epsilon", where)
+    _check(rope["rope_theta"], post.rope_theta, "rope_theta", "--post-rope-theta", where)
+    _check(config.model_type == "qwen2", post.qkv_bias, "q/k/v bias", "--[no-]post-qkv-bias", where)
+    for found, expected, what in (
+        (rope.get("rope_type", "default"), "default", "rope_scaling (rope_type)"),
+        (head_dim, config.hidden_size // heads, "head_dim (hidden_size / num_attention_heads)"),
+        (config.hidden_act, "silu", "hidden_act"),
+        (getattr(config, "attention_bias", False), False, "attention_bias"),
+        (getattr(config, "mlp_bias", False), False, "mlp_bias"),
+        (getattr(config, "use_sliding_window", False), False, "use_sliding_window"),
+    ):
+        if found != expected:
+            raise ValueError(f"{where}: {what} is {found!r}; the post-decoder supports {expected!r} only")
+
+
+def _check(theirs: Any, ours: Any, name: str, flag: str, where: Path) -> None:
+    if theirs != ours:
+        raise ValueError(f"{where}: {name} is {theirs!r}, but the model has {ours!r}; change {flag} or the folder")

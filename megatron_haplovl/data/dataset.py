@@ -1,0 +1,198 @@
+"""From pack numbers to a batch: read samples, expand image placeholders, lay documents out behind each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.data.image_geometry import ImageLayout, image_layout
+from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+from megatron_haplovl.data.plan_cache import PackPlan
+from megatron_haplovl.data.sources import EncodedImage, Sample, Source
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document laid out: visual tokens in place, positions counted from its own start.
+
+    Shapes: n tokens, p patches, m newlines, t tiles.
+    """
+
+    tokens: IntArray
+    """`[n]`, 0 at visual positions."""
+    labels: IntArray
+    """`[n]`, the next token where that one is trained, else IGNORE_INDEX."""
+    is_text: npt.NDArray[np.bool_]
+    """`[n]`."""
+    kv_end: IntArray
+    """`[n]`."""
+    patch_source: IntArray
+    """`[p]`, index into the `t * cells_per_tile` patches of the document's tiles."""
+    patch_target: IntArray
+    """`[p]`."""
+    newline_target: IntArray
+    """`[m]`."""
+    tiles: list[npt.NDArray[np.float32]]
+    """One `[tiles of the image, 3, H, W]` array per image."""
+
+
+def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Document:
+    """Lay out one sample, or two joined ones, as one document.
+
+    Args:
+        samples: in order; each starts where the one before it ends.
+        vision: how images become tokens.
+
+    Raises:
+        ValueError: an image that cannot be decoded or has another size than the one recorded.
+    """
+    ids = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
+    is_image = np.concatenate([sample.is_image for sample in samples])
+    trained = np.concatenate([_trained(sample) for sample in samples])
+    images = [image for sample in samples for image in sample.images]
+    layouts = [image_layout(image.height, image.width, vision) for image in images]
+    assert int(is_image.sum()) == len(images)
+
+    lengths = np.ones(len(ids), dtype=np.int64)
+    lengths[is_image] = [layout.num_tokens for layout in layouts]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    total = int(ends[-1])
+
+    text_positions = starts[~is_image]
+    tokens = np.zeros(total, dtype=np.int64)
+    tokens[text_positions] = ids[~is_image]
+    is_text = np.zeros(total, dtype=np.bool_)
+    is_text[text_positions] = True
+    is_trained = np.zeros(total, dtype=np.bool_)
+    is_trained[text_positions] = trained[~is_image]
+    labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
+    labels[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
+
+    kv_end = np.arange(1, total + 1, dtype=np.int64)
+    source, target, newline = _Growing(), _Growing(), _Growing()
+    tiles: list[npt.NDArray[np.float32]] = []
+    first_patch = 0
+    for start, image, layout in zip(starts[is_image].tolist(), images, layouts, strict=True):
+        kv_end[start : start + layout.num_tokens] = start + layout.num_tokens
+        source.append(first_patch + layout.patch_source())
+        target.append(start + layout.patch_offsets())
+        newline.append(start + layout.newline_offsets())
+        tiles.append(_read_tiles(image, layout, vision))
+        first_patch += layout.num_tiles * vision.cells_per_tile
+    return Document(tokens, labels, is_text, kv_end, source.array(), target.array(), newline.array(), tiles)
+
+
+def _trained(sample: Sample) -> npt.NDArray[np.bool_]:
+    trained = sample.loss_mask.astype(np.bool_)
+    trained[:1] = False
+    return trained
+
+
+def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) -> npt.NDArray[np.float32]:
+    # Preprocessing has decoded the image already and recorded its size, which is then the limit.
+    decoded = decode_image(image.data, max_pixels=image.height * image.width)
+    if (decoded.height, decoded.width) != (image.height, image.width):
+        raise ValueError(
+            f"a stored image has {decoded.height} x {decoded.width} pixels where {image.height} x {image.width} were "
+            "recorded; preprocess again"
+        )
+    tiles = image_to_tiles(decoded, vision)
+    assert len(tiles) == layout.num_tiles
+    return tiles
+
+
+class _Growing:
+    """Parts of an index array."""
+
+    def __init__(self) -> None:
+        self._parts: list[IntArray] = [np.zeros(0, dtype=np.int64)]
+
+    def append(self, part: IntArray) -> None:
+        self._parts.append(part)
+
+    def array(self) -> IntArray:
+        return np.concatenate(self._parts)
+
+
+def collate(packs: Sequence[Sequence[Document]], seq_length: int, vision: VisionConfig) -> Batch:
+    """Put documents behind each other and sequences on top of each other.
+
+    Args:
+        packs: the documents of each sequence; a sequence without documents is all padding.
+        seq_length: length of every sequence, filled with padding.
+        vision: how images become tokens.
+    """
+    shape = (len(packs), seq_length)
+    tokens_BS = np.zeros(shape, dtype=np.int64)
+    labels_BS = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    text_mask_BS = np.zeros(shape, dtype=np.bool_)
+    position_ids_BS = np.zeros(shape, dtype=np.int64)
+    # Padding sees itself only.
+    kv_start_BS = np.tile(np.arange(seq_length, dtype=np.int32), (len(packs), 1))
+    kv_end_BS = kv_start_BS + np.int32(1)
+    source, target, newline = _Growing(), _Growing(), _Growing()
+    tiles: list[npt.NDArray[np.float32]] = []
+    first_patch = 0
+    for row, documents in enumerate(packs):
+        start = 0
+        for document in documents:
+            end = start + len(document.tokens)
+            assert end <= seq_length
+            here = (row, slice(start, end))
+            tokens_BS[here] = document.tokens
+            labels_BS[here] = document.labels
+            text_mask_BS[here] = document.is_text
+            position_ids_BS[here] = np.arange(end - start)
+            kv_start_BS[here] = start
+            kv_end_BS[here] = document.kv_end + start
+            source.append(document.patch_source + first_patch)
+            target.append(document.patch_target + row * seq_length + start)
+            newline.append(document.newline_target + row * seq_length + start)
+            tiles.extend(document.tiles)
+            first_patch += sum(map(len, document.tiles)) * vision.cells_per_tile
+            start = end
+    no_tile = np.zeros((0, 3, vision.image_size, vision.image_size), dtype=np.float32)
+    return Batch(
+        tokens_BS=torch.from_numpy(tokens_BS),
+        labels_BS=torch.from_numpy(labels_BS),
+        text_mask_BS=torch.from_numpy(text_mask_BS),
+        position_ids_BS=torch.from_numpy(position_ids_BS),
+        kv_start_BS=torch.from_numpy(kv_start_BS),
+        kv_end_BS=torch.from_numpy(kv_end_BS),
+        tiles_TCHW=torch.from_numpy(np.concatenate([no_tile, *tiles])),
+        patch_source_P=torch.from_numpy(source.array()),
+        patch_target_P=torch.from_numpy(target.array()),
+        newline_target_N=torch.from_numpy(newline.array()),
+    )
+
+
+class PackDataset(Dataset[Batch]):
+    """Micro-batches by lists of pack numbers. Reading is deterministic: the same numbers give the same batch."""
+
+    def __init__(self, plan: PackPlan, sources: Sequence[Source], seq_length: int, vision: VisionConfig) -> None:
+        self._plan, self._sources = plan, sources
+        self._seq_length, self._vision = seq_length, vision
+
+    def __getitem__(self, packs: Sequence[int]) -> Batch:
+        return collate([self._documents(pack) for pack in packs], self._seq_length, self._vision)
+
+    def _documents(self, pack: int) -> list[Document]:
+        documents = []
+        for items in self._plan.documents(pack):
+            try:
+                samples = [self._sources[source].read(sample) for source, sample in items]
+                documents.append(lay_out_document(samples, self._vision))
+            except ValueError as error:
+                where = ", ".join(f"{self._sources[source].name} sample {sample}" for source, sample in items)
+                raise ValueError(f"{where}: {error}") from error
+        return documents

@@ -1,0 +1,171 @@
+"""From the size of an image to its tokens: tiles, kept patches, newlines. Pure integer arithmetic, no pixels, no torch.
+
+The rules for any resolution are those of the released checkpoints, which follow LLaVA-NeXT:
+
+1. Choose the grid of tiles (`grid_pinpoints`) that keeps most of the image and, among those, wastes least.
+2. Scale the image to fit into the grid, keeping its shape, and pad it evenly with black.
+3. Embed each tile, put the tiles' patches together into one grid of cells, and drop the rows or columns of cells that
+   hold only padding.
+4. Append a newline token to every row (if the model has one), and read the rows one after the other.
+
+With `pad` and `resize` there is one tile, and all of its cells are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_haplovl.config.schema import VisionConfig
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How one image stands in the token sequence.
+
+    All sizes are in cells (one cell is one patch), except `tile_rows` and `tile_cols`, which are in tiles.
+    """
+
+    tile_rows: int
+    tile_cols: int
+    cells_per_side: int
+    """Cells along one side of a tile."""
+    first_row: int
+    """First kept row of cells, and after it the number of kept rows; the same for columns."""
+    rows: int
+    first_col: int
+    cols: int
+    newline: bool
+    """Whether every row ends with a newline token."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that go through the patch embedding."""
+        return self.tile_rows * self.tile_cols
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens, newlines not counted."""
+        return self.rows * self.cols
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the image: patches and newlines."""
+        return self.rows * (self.cols + self.newline)
+
+    def patch_source(self) -> npt.NDArray[np.int64]:
+        """Where each patch token comes from: `[num_patches]` indices into the image's `num_tiles * cells_per_side**2`
+        patches, which are numbered tile by tile (row-major) and row-major within a tile."""
+        side = self.cells_per_side
+        row = np.arange(self.first_row, self.first_row + self.rows)[:, None]
+        col = np.arange(self.first_col, self.first_col + self.cols)[None, :]
+        tile = (row // side) * self.tile_cols + col // side
+        return (tile * side**2 + (row % side) * side + col % side).reshape(-1).astype(np.int64)
+
+    def patch_offsets(self) -> npt.NDArray[np.int64]:
+        """Position of each patch token, `[num_patches]`, counted from the image's first token."""
+        row = np.arange(self.rows)[:, None]
+        col = np.arange(self.cols)[None, :]
+        return (row * (self.cols + self.newline) + col).reshape(-1).astype(np.int64)
+
+    def newline_offsets(self) -> npt.NDArray[np.int64]:
+        """Position of each newline token, `[rows]` or `[0]`, counted from the image's first token."""
+        if not self.newline:
+            return np.zeros(0, dtype=np.int64)
+        return np.arange(self.rows, dtype=np.int64) * (self.cols + 1) + self.cols
+
+
+@lru_cache
+def grid_pinpoints(vision: VisionConfig) -> tuple[tuple[int, int], ...]:
+    """The resolutions (height, width) in pixels that `anyres` chooses from.
+
+    Every grid of at least one and at most `max_tiles` tiles is included, the single tile too, so that a small image
+    is not blown up to several tiles. They are sorted by height and then width; of equally good ones the first is taken.
+    """
+    side = vision.image_size
+    return tuple(
+        (rows * side, cols * side)
+        for rows in range(1, vision.max_tiles + 1)
+        for cols in range(1, vision.max_tiles // rows + 1)
+    )
+
+
+def select_best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The pinpoint that keeps most pixels of a `height` x `width` image and, among equals, wastes fewest of its own."""
+
+    def quality(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        target_height, target_width = pinpoint
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - target_height * target_width
+
+    return max(pinpoints, key=quality)
+
+
+def fit_within(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """Size (height, width) of an image scaled to fit into a target, its shape kept; the short side is rounded up."""
+    scale_w, scale_h = target_width / width, target_height / height
+    if scale_w < scale_h:
+        return min(math.ceil(height * scale_w), target_height), target_width
+    return target_height, min(math.ceil(width * scale_h), target_width)
+
+
+def image_layout(height: int, width: int, vision: VisionConfig) -> ImageLayout:
+    """Lay out an image of `height` x `width` pixels.
+
+    Args:
+        height: pixels, of the image as stored (no EXIF rotation is applied).
+        width: pixels.
+        vision: tile and patch size and the way to treat the shape.
+
+    Raises:
+        ValueError: an empty image.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {height} x {width} pixels (height x width) has no pixels")
+    side = vision.cells_per_side
+    if vision.image_aspect_ratio != "anyres":
+        return ImageLayout(1, 1, side, 0, side, 0, side, vision.image_newline)
+    best_height, best_width = select_best_resolution(height, width, grid_pinpoints(vision))
+    tile_rows, tile_cols = best_height // vision.image_size, best_width // vision.image_size
+    first_row, rows, first_col, cols = _unpad(height, width, tile_rows * side, tile_cols * side)
+    return ImageLayout(tile_rows, tile_cols, side, first_row, rows, first_col, cols, vision.image_newline)
+
+
+def _unpad(height: int, width: int, grid_rows: int, grid_cols: int) -> tuple[int, int, int, int]:
+    """First kept row, kept rows, first kept column, kept columns of a padded grid of cells.
+
+    The 7 digits keep 13.999999999 from becoming 13 rows, as in LLaVA-NeXT. There, an image so narrow that less than one
+    row of cells remains would leave no token at all; here the middle row (or pair of rows) is kept.
+    """
+    if width / height > grid_cols / grid_rows:
+        content = max(1, int(round(height * (grid_cols / width), 7)))
+        padding = (grid_rows - content) // 2
+        return padding, grid_rows - 2 * padding, 0, grid_cols
+    content = max(1, int(round(width * (grid_rows / height), 7)))
+    padding = (grid_cols - content) // 2
+    return 0, grid_rows, padding, grid_cols - 2 * padding
+
+
+def count_image_tokens(
+    sizes_N2: npt.NDArray[np.int32], vision: VisionConfig
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens (newlines included) and patches of many images.
+
+    Args:
+        sizes_N2: (height, width) in pixels.
+        vision: tile and patch size and the way to treat the shape.
+
+    Returns:
+        Two arrays `[N]`: all tokens, and patches only.
+    """
+    unique, inverse = np.unique(np.asarray(sizes_N2).reshape(-1, 2), axis=0, return_inverse=True)
+    layouts = [image_layout(int(height), int(width), vision) for height, width in unique]
+    tokens = np.array([layout.num_tokens for layout in layouts], dtype=np.int64)
+    patches = np.array([layout.num_patches for layout in layouts], dtype=np.int64)
+    inverse = inverse.reshape(-1)
+    return tokens[inverse], patches[inverse]

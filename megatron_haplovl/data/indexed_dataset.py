@@ -1,0 +1,164 @@
+"""Sequences of numbers in a pair of files, PREFIX.bin and PREFIX.idx, in Megatron's format.
+
+PREFIX.bin holds the sequences one after the other; PREFIX.idx (little-endian) says where each one is:
+
+    9 bytes `MMIDIDX\\0\\0`, u64 version (1), u8 number type, u64 sequences, u64 document boundaries,
+    i32 length of each sequence (in numbers), i64 offset of each sequence (in bytes), i64 document boundaries
+
+A document boundary is the number of sequences before it; there is one more boundary than documents. Here every sequence
+is a document of its own. `megatron.core.datasets.indexed_dataset` reads these files.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<QBQQ")
+# Megatron's codes. Several kinds of integer exist, but no uint32.
+_DTYPES: dict[int, Any] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The file with the numbers."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The file with the index."""
+    return Path(f"{prefix}.idx")
+
+
+class IndexedDatasetWriter:
+    """Writes PREFIX.bin as sequences arrive, and PREFIX.idx at the end. A context manager.
+
+    Leaving the `with` block through an exception leaves no index, so a half-written pair cannot be read.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
+        assert self._dtype in _CODES, f"{self._dtype} is not a number type of the format"
+        self._lengths: list[int] = []
+        self._file: BinaryIO = bin_path(prefix).open("wb")
+
+    def add(self, sequence: npt.ArrayLike) -> None:
+        """Append one sequence (one-dimensional, possibly empty)."""
+        array = np.ascontiguousarray(sequence, dtype=self._dtype)
+        assert array.ndim == 1
+        self._file.write(array.tobytes())
+        self._lengths.append(len(array))
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        count = len(self._lengths)
+        lengths = np.array(self._lengths, dtype="<i4")
+        pointers = np.zeros(count, dtype="<i8")
+        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
+        with idx_path(self._prefix).open("wb") as index:
+            index.write(_MAGIC)
+            index.write(_HEADER.pack(_VERSION, _CODES[self._dtype], count, count + 1))
+            index.write(lengths.tobytes())
+            index.write(pointers.tobytes())
+            index.write(np.arange(count + 1, dtype="<i8").tobytes())
+
+
+class IndexedDataset:
+    """Reads a pair of files through memory maps; `dataset[i]` is the i-th sequence, without a copy.
+
+    Args:
+        prefix: path without `.bin` and `.idx`.
+
+    Raises:
+        ValueError: a file is missing, truncated or not of this format.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self._prefix = str(prefix)
+        self._dtype, self.lengths, self._pointers = _read_index(idx_path(prefix))
+        data = bin_path(prefix)
+        if not data.is_file():
+            raise ValueError(f"{data} does not exist, but its index {idx_path(prefix)} does")
+        size = data.stat().st_size
+        ends = self._pointers + self.lengths.astype(np.int64) * self._dtype.itemsize
+        needed = int(ends.max()) if len(ends) else 0
+        if size < needed:
+            raise ValueError(f"{data} is truncated: it has {size} bytes, its index needs {needed}")
+        # An empty file cannot be mapped; it holds empty sequences only.
+        self._bytes: npt.NDArray[np.uint8] = (
+            np.memmap(data, dtype=np.uint8, mode="r") if size else np.zeros(0, dtype=np.uint8)
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        start = int(self._pointers[index])
+        return self._bytes[start : start + int(self.lengths[index]) * self._dtype.itemsize].view(self._dtype)
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        # A data loading process opens the files anew; pickling a map would copy the whole file.
+        return IndexedDataset, (self._prefix,)
+
+    def flat(self) -> npt.NDArray[Any]:
+        """All sequences in one array, in order. Only for files whose sequences follow each other, as the writer's do.
+
+        Raises:
+            ValueError: they do not.
+        """
+        ends = self._pointers + self.lengths.astype(np.int64) * self._dtype.itemsize
+        if len(ends) and (self._pointers[0] != 0 or not np.array_equal(ends[:-1], self._pointers[1:])):
+            raise ValueError(f"the sequences of {bin_path(self._prefix)} do not follow each other in order")
+        return self._bytes[: int(ends[-1]) if len(ends) else 0].view(self._dtype)
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Index in `flat()` of the first number of each sequence, `[len(self)]`."""
+        return self._pointers // self._dtype.itemsize
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is the prefix right, and was the data preprocessed?")
+    raw = path.read_bytes()
+    start = len(_MAGIC) + _HEADER.size
+    if not raw.startswith(_MAGIC):
+        raise ValueError(f"{path} is not an index of Megatron's format: it does not start with MMIDIDX")
+    if len(raw) < start:
+        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, its header needs {start}")
+    version, code, count, boundaries = _HEADER.unpack_from(raw, len(_MAGIC))
+    if version != _VERSION or code not in _DTYPES:
+        raise ValueError(f"{path} has version {version} and number type {code}; version 1, types 1 to 8 are known")
+    needed = start + count * 12 + boundaries * 8
+    if len(raw) < needed:
+        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, {count} sequences need {needed}")
+    lengths = np.frombuffer(raw, dtype="<i4", count=count, offset=start)
+    pointers = np.frombuffer(raw, dtype="<i8", count=count, offset=start + count * 4)
+    if count and (int(lengths.min()) < 0 or int(pointers.min()) < 0):
+        raise ValueError(f"{path} is damaged: it has negative lengths or offsets")
+    return np.dtype(_DTYPES[code]), lengths, pointers

@@ -1,0 +1,121 @@
+"""PREFIX.manifest.json: what a set of preprocessed files holds, and how it was made.
+
+It depends on the input alone (no dates, no paths), so that the same records always give the same manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Rises when files of an older version can no longer be read."""
+
+TOKENS = ""
+LOSS_MASK = "_loss_mask"
+IMAGES = "_images"
+IMAGE_REFS = "_image_refs"
+IMAGE_SIZES = "_image_sizes.npy"
+DATA_SUFFIXES = (
+    *(f"{part}.{kind}" for part in (TOKENS, LOSS_MASK, IMAGES, IMAGE_REFS) for kind in ("bin", "idx")),
+    IMAGE_SIZES,
+)
+"""Every data file of a prefix, as the end of its name."""
+MANIFEST_SUFFIX = ".manifest.json"
+REPORT_SUFFIX = ".report.jsonl"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One data file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the files hold."""
+
+    samples: int
+    text_only_samples: int
+    tokens: int
+    """Token ids, an image counted as one (its visual tokens depend on the model)."""
+    loss_tokens: int
+    """Tokens that are trained in stage 2."""
+    image_references: int
+    images: int
+    """Distinct images."""
+    image_bytes: int
+    longest_sample: int
+    """Token ids of the longest sample, an image counted as one."""
+    largest_token_id: int
+    """Placeholders for images left out."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of PREFIX.manifest.json."""
+
+    format_version: int
+    tokenizer_fingerprint: str
+    image_token_id: int
+    video_token_id: int
+    chat_template: str
+    chat_template_sha256: str
+    counts: Counts
+    skipped: dict[str, int]
+    """Records that were left out, by reason."""
+    files: dict[str, FileEntry]
+    """Data files by suffix."""
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of everything above: two prefixes with the same hash hold the same data."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write the JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(prefix: str) -> Manifest:
+    """Read PREFIX.manifest.json and check that the data files exist with the sizes it states.
+
+    Raises:
+        ValueError: the manifest is missing, damaged or of another version, or a file is missing or has another size.
+    """
+    path = Path(prefix + MANIFEST_SUFFIX)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; {prefix!r} is not the prefix of preprocessed data")
+    try:
+        manifest = _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {manifest.format_version}, this program reads version {FORMAT_VERSION}; "
+            "preprocess again"
+        )
+    for suffix in DATA_SUFFIXES:
+        file = Path(prefix + suffix)
+        if suffix not in manifest.files:
+            raise ValueError(f"{path} does not list {file.name}")
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, but {path.name} lists it")
+        expected, size = manifest.files[suffix].bytes, file.stat().st_size
+        if size != expected:
+            problem = "truncated" if size < expected else "not the file that was written"
+            raise ValueError(f"{file} is {problem}: it has {size} bytes, {path.name} says {expected}")
+    return manifest
+
+
+def _from_json(value: dict[str, Any]) -> Manifest:
+    fields = dict(value)
+    fields["counts"] = Counts(**fields["counts"])
+    fields["files"] = {suffix: FileEntry(**entry) for suffix, entry in fields["files"].items()}
+    return Manifest(**fields)

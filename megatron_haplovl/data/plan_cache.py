@@ -1,0 +1,183 @@
+"""Keep pack plans on disk: a folder per plan, named by a hash of all that it depends on, in it a folder per epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.data.batch import StepCounts
+from megatron_haplovl.data.pack_plan import COUNT_NAMES, BlendedSource, EpochPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.sources import Source
+
+# Rises when the same inputs would give another plan.
+_ALGORITHM = 1
+_ARRAYS = ("items", "doc_offsets", "pack_offsets", "counts")
+
+
+class PackPlan:
+    """Epochs one after the other; a pack has one number through all of them.
+
+    Args:
+        epochs: at least one.
+        cycle: start over after the last epoch (otherwise packs behind the end are empty).
+    """
+
+    def __init__(self, epochs: list[EpochPlan], *, cycle: bool = False) -> None:
+        assert epochs
+        self.epochs = epochs
+        self._cycle = cycle
+        self._ends = np.cumsum([epoch.num_packs for epoch in epochs])
+
+    @property
+    def num_packs(self) -> int:
+        """Packs in all epochs."""
+        return int(self._ends[-1])
+
+    def _find(self, pack: int) -> tuple[EpochPlan, int] | None:
+        if self._cycle:
+            pack %= self.num_packs
+        if pack >= self.num_packs:
+            return None
+        epoch = int(np.searchsorted(self._ends, pack, side="right"))
+        return self.epochs[epoch], pack - (int(self._ends[epoch - 1]) if epoch else 0)
+
+    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
+        """Documents of a pack, each a list of (source, sample); none for a pack behind the end."""
+        found = self._find(pack)
+        return [] if found is None else found[0].documents(found[1])
+
+    def counts(self, packs: range) -> StepCounts:
+        """Sums over some packs."""
+        total = np.zeros(len(COUNT_NAMES), dtype=np.int64)
+        for found in map(self._find, packs):
+            if found is not None:
+                total += found[0].counts[found[1]]
+        return StepCounts(**{name: int(n) for name, n in zip(COUNT_NAMES, total, strict=True)})
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanInputs:
+    """The sources of a plan with their weights."""
+
+    main: list[tuple[float, Source]]
+    aux: list[tuple[float, Source]]
+    vision: VisionConfig
+    settings: PlanSettings
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the plan depends on."""
+        parts = {
+            "algorithm": _ALGORITHM,
+            "main": [(weight, source.content_hash) for weight, source in self.main],
+            "aux": [(weight, source.content_hash) for weight, source in self.aux],
+            "vision": dataclasses.asdict(self.vision),
+            "settings": dataclasses.asdict(self.settings),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def blend(self) -> tuple[list[BlendedSource], list[BlendedSource]]:
+        """The sizes of all samples; reads the data once."""
+        main, aux = (
+            [BlendedSource(source.name, weight, source.counts(self.vision)) for weight, source in group]
+            for group in (self.main, self.aux)
+        )
+        return main, aux
+
+
+def cached_plan(
+    inputs: PlanInputs,
+    cache: Path,
+    *,
+    min_packs: int,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    log: Callable[[str], None],
+) -> PackPlan:
+    """Load the epochs that hold at least `min_packs` packs, building those that are not in the cache.
+
+    Args:
+        inputs: what the plan depends on.
+        cache: folder that holds the plans.
+        min_packs: packs that will be asked for.
+        is_builder: whether this process builds; the others wait in `barrier` until it has. Several builders may share a
+            folder.
+        barrier: called once by every process.
+        log: receives one line per epoch built.
+
+    Raises:
+        ValueError: a sample is too long, or the folder cannot be written.
+    """
+    folder = cache / inputs.key
+    if is_builder:
+        _build_missing(inputs, folder, min_packs, log)
+    barrier()
+    epochs: list[EpochPlan] = []
+    while sum(epoch.num_packs for epoch in epochs) < min_packs:
+        path = _epoch_folder(folder, len(epochs))
+        if not path.is_dir():
+            raise ValueError(f"{path} was not found after building; --data-cache-path must be shared by all processes")
+        epochs.append(_load_epoch(path))
+    return PackPlan(epochs)
+
+
+def _build_missing(inputs: PlanInputs, folder: Path, min_packs: int, log: Callable[[str], None]) -> None:
+    packs, number = 0, 0
+    sizes: tuple[list[BlendedSource], list[BlendedSource]] | None = None
+    while packs < min_packs:
+        path = _epoch_folder(folder, number)
+        if not path.is_dir():
+            sizes = sizes or inputs.blend()
+            plan = build_epoch(*sizes, inputs.settings, number)
+            _save_epoch(plan, path)
+            log(f"pack plan: built epoch {number} ({plan.num_packs} packs) in {folder}")
+        packs += _load_epoch(path).num_packs
+        number += 1
+
+
+def _epoch_folder(folder: Path, number: int) -> Path:
+    return folder / f"epoch_{number:05d}"
+
+
+def _save_epoch(plan: EpochPlan, path: Path) -> None:
+    """Write aside and rename, so that a folder with the final name is complete."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ValueError(f"the pack plan cannot be written to {path.parent}: {error}; see --data-cache-path") from error
+    try:
+        for name in _ARRAYS:
+            np.save(aside / f"{name}.npy", getattr(plan, name), allow_pickle=False)
+        (aside / "stats.json").write_text(json.dumps(plan.stats), encoding="utf-8")
+        aside.chmod(0o755)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            # Another builder was first; its plan is the same.
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _load_epoch(path: Path) -> EpochPlan:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    try:
+        for name in _ARRAYS:
+            arrays[name] = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        stats = json.loads((path / "stats.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"the cached pack plan {path} is damaged ({error}); delete the folder to rebuild") from error
+    return EpochPlan(stats=stats, **arrays)

@@ -1,0 +1,213 @@
+"""LLaVA records: what one line of a training file may look like, and every reason why it cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK
+
+
+class Reason(str, Enum):
+    """Why a record cannot be used: the `reason` in a report line."""
+
+    UNPARSABLE = "unparsable_line"
+    NO_CONVERSATIONS = "no_conversations"
+    BAD_TURNS = "bad_turns"
+    EMPTY_ANSWER = "empty_answer"
+    IMAGE_COUNT = "image_mark_count_mismatch"
+    VIDEO = "video_not_supported"
+    RESERVED_TOKEN = "reserved_token_in_text"
+    TEMPLATE = "template_error"
+    NOTHING_TO_TRAIN = "nothing_to_train"
+    UNKNOWN_TOKEN_ID = "token_id_outside_vocabulary"
+    TOO_LONG = "too_long"
+    PATH_ESCAPES = "path_escapes_image_folder"
+    MISSING_IMAGE = "missing_image"
+    UNDECODABLE_IMAGE = "undecodable_image"
+    TRUNCATED_IMAGE = "truncated_image"
+    DECOMPRESSION_BOMB = "decompression_bomb"
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; becomes one line of the report."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[RecordError], tuple[Reason, str]]:
+        return RecordError, (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checked record."""
+
+    messages: list[dict[str, str]]
+    """`role` (system, user, assistant) and `content`; user and assistant alternate, the last is an assistant's."""
+    images: tuple[str, ...]
+    """Paths relative to the image folder, in the order of the `<image>` marks."""
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A record before it is checked, with its place in the file."""
+
+    location: str
+    """`line 7` of a JSONL file, `index 7` of a JSON list."""
+    value: Any
+    """The parsed JSON, or a :class:`RecordError` if the line could not be parsed."""
+
+    @property
+    def id(self) -> str | None:
+        """The record's own id, if it has one."""
+        found = self.value.get("id") if isinstance(self.value, dict) else None
+        return None if found is None else str(found)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read_records(path: Path) -> tuple[int, Iterator[RawRecord]]:
+    """Number of records and the records of a file.
+
+    Args:
+        path: `.json`, one list; or `.jsonl`, one object per line (blank lines are skipped).
+
+    Raises:
+        ValueError: the file is missing, has another suffix, or ends in `.json` and is not a JSON list.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            return sum(1 for line in lines if line.strip()), _read_lines(path)
+    if path.suffix != ".json":
+        raise ValueError(f"{path} must end in .json or .jsonl")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a list of records, not {type(records).__name__}")
+    return len(records), (RawRecord(f"index {index}", record) for index, record in enumerate(records))
+
+
+def _read_lines(path: Path) -> Iterator[RawRecord]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value: Any = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                value = RecordError(Reason.UNPARSABLE, str(error))
+            yield RawRecord(f"line {number}", value)
+
+
+def check_record(raw: RawRecord) -> Record:
+    """Turn a LLaVA record into messages and image paths.
+
+    A record is `{"id": ..., "image": PATH or [PATH, ...], "system": ..., "conversations": [{"from": "human" or "gpt",
+    "value": TEXT}, ...]}`; `id`, `image` and `system` are optional, and `role`/`content` with user and assistant are
+    understood as well.
+
+    Raises:
+        RecordError: the record cannot be used.
+    """
+    if isinstance(raw.value, RecordError):
+        raise raw.value
+    if not isinstance(raw.value, dict):
+        raise RecordError(Reason.NO_CONVERSATIONS, f"a record must be an object, not {type(raw.value).__name__}")
+    messages = _check_turns(raw.value)
+    images = _check_images(raw.value)
+    texts = [message["content"] for message in messages]
+    if raw.value.get("video") or any(VIDEO_MARK in text for text in texts):
+        raise RecordError(Reason.VIDEO, "video records are not supported")
+    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    if marks != len(images):
+        raise RecordError(Reason.IMAGE_COUNT, f"{marks} {IMAGE_MARK} marks in the text, {len(images)} images given")
+    return Record(messages, images)
+
+
+def _check_turns(value: dict[str, Any]) -> list[dict[str, str]]:
+    turns = value.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise RecordError(Reason.NO_CONVERSATIONS, "`conversations` is missing, empty or not a list")
+    messages: list[dict[str, str]] = []
+    if value.get("system"):
+        turns = [{"from": "system", "value": value["system"]}, *turns]
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise RecordError(Reason.BAD_TURNS, f"turn {number} is not an object")
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise RecordError(Reason.BAD_TURNS, f"turn {number} is from {speaker!r}, not one of {sorted(_ROLES)}")
+        if not isinstance(text, str):
+            raise RecordError(Reason.BAD_TURNS, f"the text of turn {number} is {type(text).__name__}, not a string")
+        if not _is_unicode(text):
+            raise RecordError(Reason.BAD_TURNS, f"the text of turn {number} contains half a surrogate pair")
+        messages.append({"role": _ROLES[speaker], "content": text})
+    spoken = messages[1:] if messages[0]["role"] == "system" else messages
+    if not spoken:
+        raise RecordError(Reason.NO_CONVERSATIONS, "there is nothing but a system message")
+    for number, message in enumerate(spoken):
+        expected = ("user", "assistant")[number % 2]
+        if message["role"] != expected:
+            raise RecordError(
+                Reason.BAD_TURNS, f"turn {number} is from the {message['role']} where the {expected} is expected"
+            )
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise RecordError(Reason.EMPTY_ANSWER, f"the answer in turn {number} is empty")
+    if len(spoken) % 2:
+        raise RecordError(Reason.EMPTY_ANSWER, "the last question has no answer")
+    return messages
+
+
+def _check_images(value: dict[str, Any]) -> tuple[str, ...]:
+    given = value.get("image")
+    if given is None or given == "":
+        return ()
+    images = [given] if isinstance(given, str) else given
+    if not isinstance(images, list) or not all(
+        isinstance(image, str) and image and _is_unicode(image) for image in images
+    ):
+        raise RecordError(Reason.MISSING_IMAGE, f"`image` must be a path or a list of paths, not {given!r}")
+    return tuple(images)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a lone surrogate, which JSON can write and UTF-8 cannot."""
+    return not _SURROGATE.search(text)
+
+
+def resolve_image(relative: str, folder: Path) -> Path:
+    """Find an image inside the image folder.
+
+    Args:
+        relative: path as the record gives it.
+        folder: the image folder, itself already resolved.
+
+    Raises:
+        RecordError: the path is absolute, climbs out of the folder (through `..` or a symbolic link), or is no file.
+    """
+    if os.path.isabs(relative) or ".." in Path(relative).parts or "\0" in relative:
+        raise RecordError(Reason.PATH_ESCAPES, f"{relative!r} is not a path below the image folder")
+    try:
+        resolved = Path(os.path.realpath(folder / relative))
+        if not resolved.is_relative_to(folder):
+            raise RecordError(Reason.PATH_ESCAPES, f"{relative!r} leads out of the image folder, to {resolved}")
+        if not resolved.is_file():
+            raise RecordError(Reason.MISSING_IMAGE, f"{relative!r} is not a file in the image folder")
+    except OSError as error:  # a name too long, a loop of links
+        raise RecordError(Reason.MISSING_IMAGE, f"{relative!r} cannot be opened: {error}") from error
+    return resolved

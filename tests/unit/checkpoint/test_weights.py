@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_haplovl.checkpoint.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    WeightReader,
+    read_config,
+    read_iteration,
+    resolve_checkpoint,
+    write_weights,
+)
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, VisionConfig
+
+
+def _state() -> dict[str, torch.Tensor]:
+    return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(2.5)}
+
+
+def _assert_reads_back(reader: WeightReader, state: dict[str, torch.Tensor]) -> None:
+    assert reader.names() == sorted(state)
+    for name, tensor in state.items():
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert reader.get(name).dtype == tensor.dtype
+        assert torch.equal(reader.get(name), tensor)
+
+
+def test_one_file(tmp_path: Path) -> None:
+    assert write_weights(_state(), tmp_path) == 24 + 8 + 4
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
+    _assert_reads_back(WeightReader(tmp_path), _state())
+
+
+def test_shards(tmp_path: Path) -> None:
+    write_weights(_state(), tmp_path, max_shard_bytes=32)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index == {"metadata": {"total_size": 36}, "weight_map": {"a": first, "b": first, "c": second}}
+    assert sorted(load_file(tmp_path / first)) == ["a", "b"]
+    _assert_reads_back(WeightReader(tmp_path), _state())
+
+
+def test_rewriting_leaves_no_file_of_the_earlier_call(tmp_path: Path) -> None:
+    write_weights(_state(), tmp_path, max_shard_bytes=8)
+    (tmp_path / "unfinished-00009.safetensors").write_bytes(b"interrupted")
+    write_weights({"d": torch.zeros(1)}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
+    assert WeightReader(tmp_path).names() == ["d"]
+
+
+def test_a_stream_is_written_shard_by_shard(tmp_path: Path) -> None:
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "first", torch.zeros(4)
+        yield "second", torch.zeros(4)
+        # By now the first shard is complete, so it is no longer in memory.
+        assert (tmp_path / "unfinished-00000.safetensors").is_file()
+        yield "third", torch.zeros(4)
+
+    write_weights(stream(), tmp_path, max_shard_bytes=16)
+    assert WeightReader(tmp_path).names() == ["first", "second", "third"]
+
+
+def test_views_and_tied_tensors_are_written_whole(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(4, 3)
+    state = {"view": whole[1:3], "transposed": whole.T, "whole": whole, "tied": whole}
+    write_weights(state, tmp_path)
+    _assert_reads_back(WeightReader(tmp_path), state)
+
+
+def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+    pairs = [("a", torch.zeros(2)), ("a", torch.zeros(2))]
+    with pytest.raises(ValueError, match="twice"):
+        write_weights(iter(pairs), tmp_path)
+    with pytest.raises(ValueError, match="twice"):
+        write_weights(iter(pairs), tmp_path, max_shard_bytes=8)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights(tmp_path: Path, sharded: bool) -> None:
+    state = _state()
+    if sharded:
+        torch.save({"a": state["a"]}, tmp_path / "one.bin")
+        torch.save({"b": state["b"], "c": state["c"]}, tmp_path / "two.bin")
+        index = {"weight_map": {"a": "one.bin", "b": "two.bin", "c": "two.bin"}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    _assert_reads_back(WeightReader(tmp_path), state)
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise RuntimeError('code from a pickle was run')",)
+
+
+def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
+    torch.save({"a": _RunsCode()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        WeightReader(tmp_path)
+
+
+def test_reader_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        WeightReader(tmp_path / "missing")
+    with pytest.raises(ValueError, match="no weights here"):
+        WeightReader(tmp_path)
+    write_weights(_state(), tmp_path)
+    with pytest.raises(ValueError, match="no tensor 'z'"):
+        WeightReader(tmp_path).get("z")
+    content = (tmp_path / SINGLE_FILE).read_bytes()
+    (tmp_path / SINGLE_FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors: broken"):
+        WeightReader(tmp_path)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    write_weights(_state(), tmp_path, max_shard_bytes=32)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors \(1 tensors\), which is missing"):
+        WeightReader(tmp_path)
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match="not a plain file name"):
+        WeightReader(tmp_path)
+
+
+def test_resolve_checkpoint(tmp_path: Path) -> None:
+    step = tmp_path / "global_step3"
+    step.mkdir()
+    with pytest.raises(ValueError, match="neither a --save folder"):
+        resolve_checkpoint(tmp_path)
+    (step / "config.json").write_text("{}")
+    (tmp_path / "latest").write_text("global_step3\n")
+    assert resolve_checkpoint(tmp_path) == step
+    assert resolve_checkpoint(step) == step
+    (tmp_path / "latest").write_text("global_step4")
+    with pytest.raises(ValueError, match="global_step4'?, but .* is missing"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("../global_step3")
+    with pytest.raises(ValueError, match="not the name of a folder"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        resolve_checkpoint(tmp_path / "missing")
+
+
+def test_config_survives_json(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        Config(),
+        model=ModelConfig(vocab_size=77, vision=VisionConfig(patch_size=7)),
+        data=DataConfig(data_path=("0.5", "a", "0.5", "b")),
+    )
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "iteration": 12}))
+    assert read_config(tmp_path) == config
+    assert read_iteration(tmp_path) == 12
+
+
+def test_config_with_an_unknown_setting(tmp_path: Path) -> None:
+    values = Config().to_dict()
+    values["model"]["pre"]["wings"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="unknown settings in PreDecoderConfig: wings"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="has no iteration"):
+        read_iteration(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_config(tmp_path)

@@ -1,0 +1,196 @@
+"""Each template against strings written out by hand, and the loss mask against the text that must be trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ConversationEncoder, load_chat_template
+from megatron_haplovl.data.records import Reason, RecordError
+from megatron_haplovl.data.tokenizer import load_tokenizer
+from tests.conftest import CONTROL_MARKS, train_sentencepiece
+
+MESSAGES = [
+    {"role": "user", "content": "<image>\nWhat color is it? "},
+    {"role": "assistant", "content": "It is red."},
+    {"role": "user", "content": "And the circle?"},
+    {"role": "assistant", "content": " The circle is blue.\n"},
+]
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# Template -> whole text, and the parts of it that are trained.
+EXPECTED = {
+    "plain": (
+        "<s><image>It is red.</s>The circle is blue.</s>",
+        ["It is red.</s>", "The circle is blue.</s>"],
+    ),
+    "vicuna_v1": (
+        f"<s>{VICUNA_SYSTEM} USER: <image>\nWhat color is it? ASSISTANT: It is red.</s>"
+        "USER: And the circle? ASSISTANT: The circle is blue.</s>",
+        ["It is red.</s>", "The circle is blue.</s>"],
+    ),
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat color is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nIt is red.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd the circle?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nThe circle is blue.<|eot_id|>",
+        ["It is red.<|eot_id|>", "The circle is blue.<|eot_id|>"],
+    ),
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat color is it?<|im_end|>\n"
+        "<|im_start|>assistant\nIt is red.<|im_end|>\n"
+        "<|im_start|>user\nAnd the circle?<|im_end|>\n"
+        "<|im_start|>assistant\nThe circle is blue.<|im_end|>\n",
+        ["It is red.<|im_end|>", "The circle is blue.<|im_end|>"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model_with_newlines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama's: no normalization, so that line breaks survive (as bytes)."""
+    return train_sentencepiece(
+        tmp_path_factory.mktemp("spm"), normalization_rule_name="identity", remove_extra_whitespaces=False
+    )
+
+
+def make_encoder(model: Path, name: str) -> ConversationEncoder:
+    return ConversationEncoder(load_tokenizer(model), load_chat_template(name))
+
+
+def trained_texts(encoder: ConversationEncoder, messages: list[dict[str, str]]) -> list[str]:
+    """The text of each run of trained tokens."""
+    encoded = encoder.encode(messages)
+    runs = np.split(np.arange(len(encoded.loss_mask)), np.flatnonzero(np.diff(encoded.loss_mask)) + 1)
+    return [encoder.tokenizer.hf.decode(encoded.token_ids[run].tolist()) for run in runs if encoded.loss_mask[run[0]]]
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_rendered_text(tiny_spm_model: Path, name: str) -> None:
+    text, spans = make_encoder(tiny_spm_model, name).render(MESSAGES)
+    expected, trained = EXPECTED[name]
+    assert text == expected
+    # Vicuna's span begins with the space that belongs to the first word of the answer.
+    assert [text[start:end].strip() for start, end in spans if text[start:end].strip()][0].startswith("It is red.")
+    assert "".join(text[start:end].strip() for start, end in spans) == "".join(trained)
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_trained_tokens_are_the_answers(model_with_newlines: Path, name: str) -> None:
+    encoder = make_encoder(model_with_newlines, name)
+    expected = EXPECTED[name][1]
+    if name == "plain":  # the two answers touch
+        expected = ["".join(expected)]
+    got = trained_texts(encoder, MESSAGES)
+    assert [text.replace("</s> ", "</s>").strip() for text in got] == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_trained_tokens_are_what_follows_the_generation_prompt(model_with_newlines: Path, name: str) -> None:
+    """What the model is asked to continue is exactly what it was trained to continue."""
+    encoder = make_encoder(model_with_newlines, name)
+    whole = encoder.encode(MESSAGES[:2])
+    prompt, _ = encoder.render(MESSAGES[:1], add_generation_prompt=True)
+    prompt_ids, _ = encoder.tokenizer.encode(prompt)
+    assert whole.token_ids[: len(prompt_ids)].tolist() == prompt_ids
+    assert int(np.argmax(whole.loss_mask)) == len(prompt_ids)
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_byte_level_tokenizer_from_a_hugging_face_folder(tmp_path: Path, name: str, trim_offsets: bool) -> None:
+    """As Llama 3's and Qwen's: spaces belong to the words behind them, and offsets may or may not cover them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", *CONTROL_MARKS],
+        show_progress=False,
+    )
+    backend.train_from_iterator([m["content"] for m in MESSAGES] * 5, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    encoder = make_encoder(tmp_path, name)
+    text, trained = EXPECTED[name]
+    encoded = encoder.encode(MESSAGES)
+    assert encoder.tokenizer.hf.decode(encoded.token_ids.tolist(), clean_up_tokenization_spaces=False) == text
+    expected = ["".join(trained)] if name == "plain" else trained
+    assert [run.strip() for run in trained_texts(encoder, MESSAGES)] == expected
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama3", "chatml"])
+def test_system_message(tiny_spm_model: Path, name: str) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *MESSAGES[:2]]
+    text, _ = make_encoder(tiny_spm_model, name).render(messages)
+    assert text.count("Be brief.") == 1
+    assert VICUNA_SYSTEM not in text and "helpful assistant" not in text
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_content_in_parts_as_processors_give_it(tiny_spm_model: Path, name: str) -> None:
+    encoder = make_encoder(tiny_spm_model, name)
+    question = [{"type": "image"}, {"type": "text", "text": "What color is it?"}]
+    parts = [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    plain = [
+        {"role": "user", "content": "<image>\nWhat color is it?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    assert encoder.render(parts) == encoder.render(plain)  # type: ignore[arg-type]
+
+
+def test_image_in_an_answer_is_not_trained(tiny_spm_model: Path) -> None:
+    encoder = make_encoder(tiny_spm_model, "chatml")
+    messages = [{"role": "user", "content": "Show."}, {"role": "assistant", "content": "This: <image> it is."}]
+    encoded = encoder.encode(messages)
+    image = encoded.token_ids == encoder.tokenizer.image_token_id
+    assert image.sum() == 1 and encoded.loss_mask[image].tolist() == [0]
+
+
+def test_first_token_is_never_trained(tmp_path: Path) -> None:
+    template = tmp_path / "bare.jinja"
+    template.write_text("{% generation %}{{ messages[1].content }}{% endgeneration %}")
+    encoder = make_encoder(train_sentencepiece(tmp_path), str(template))
+    encoded = encoder.encode([{"role": "user", "content": ""}, {"role": "assistant", "content": "It is red."}])
+    assert encoded.loss_mask[0] == 0 and encoded.loss_mask[1:].all()
+
+
+def test_control_token_in_the_text(tiny_spm_model: Path) -> None:
+    encoder = make_encoder(tiny_spm_model, "chatml")
+    for token in ("<|im_end|>", "</s>"):
+        with pytest.raises(RecordError) as caught:
+            encoder.encode([{"role": "user", "content": f"a {token} b"}, {"role": "assistant", "content": "b"}])
+        assert caught.value.reason is Reason.RESERVED_TOKEN
+        assert token in caught.value.detail
+
+
+def test_template_and_tokenizer_that_do_not_fit(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path, control_symbols=[]))
+    with pytest.raises(ValueError, match=r"'chatml' writes '<\|im_end\|>', which the tokenizer does not know"):
+        ConversationEncoder(tokenizer, load_chat_template("chatml"))
+    no_eos = load_tokenizer(train_sentencepiece(tmp_path, name="no_eos", eos_id=-1))
+    with pytest.raises(ValueError, match="vicuna_v1 ends every answer with an end-of-sequence token"):
+        ConversationEncoder(no_eos, load_chat_template("vicuna_v1"))
+
+
+def test_template_without_generation_marks(tmp_path: Path) -> None:
+    (tmp_path / "x.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=r"has no {% generation %} block"):
+        load_chat_template(str(tmp_path / "x.jinja"))
+    with pytest.raises(ValueError, match="'vicuna' is neither one of"):
+        load_chat_template("vicuna")
+
+
+def test_template_that_drops_an_image(tmp_path: Path, tiny_spm_model: Path) -> None:
+    (tmp_path / "x.jinja").write_text("Q: {% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    encoder = make_encoder(tiny_spm_model, str(tmp_path / "x.jinja"))
+    with pytest.raises(RecordError, match="has 0 images, the messages 1"):
+        encoder.encode(MESSAGES[:2])
