@@ -56,14 +56,14 @@ _HAPLOVL_8B = ModelConfig(vocab_size=128256, vision=_any_resolution(4), pre=_CLI
 MODELS: dict[str, ModelConfig] = {
     "haplovl-debug": ModelConfig(
         vocab_size=512,
-        vision=VisionConfig(patch_size=8, image_size=64, image_aspect_ratio="resize", image_newline=False),
-        pre=PreDecoderConfig(num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4),
+        vision=VisionConfig(patch_size=16, image_size=64, image_aspect_ratio="resize", image_newline=False),
+        pre=PreDecoderConfig(num_layers=3, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4),
         post=PostDecoderConfig(
-            num_layers=4,
-            hidden_size=192,
-            ffn_hidden_size=512,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            num_layers=3,
+            hidden_size=160,
+            ffn_hidden_size=448,
+            num_attention_heads=5,
+            num_key_value_heads=5,
             rope_theta=10000.0,
         ),
     ),

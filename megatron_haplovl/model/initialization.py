@@ -15,8 +15,7 @@ def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
     The stream depends on the seed and the parameter's name only, so a parameter starts with the same values whatever
     else the model holds and however it is split over ranks.
 
-    Matrices and embeddings are normal with the given deviation; norms are one, biases zero. The distillation's vision
-    head starts as the identity where it is square, since the pre-decoder starts as a copy of its teacher.
+    Matrices and embeddings are normal with the given deviation; norms are one, biases zero.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -27,8 +26,6 @@ def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
                 parameter.fill_(1.0)
             elif leaf == "bias":
                 parameter.zero_()
-            elif name == "distillation.vision_head.weight" and parameter.shape[0] == parameter.shape[1]:
-                nn.init.eye_(parameter)
             else:
                 generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -175,8 +175,8 @@ def test_export_generates_and_is_evaluated(chain):
 
 def test_stage_2_from_stage_1_without_a_language_model_is_refused(chain):
     out = run(
-        f"{sys.executable} finetune_haplovl.py {SIZES} --vocab-size {load_vocab(chain)} --data-path {chain.folder}/train "
-        f"{SCHEDULE} --pretrained-checkpoint {chain.folder}/stage1",
+        f"{sys.executable} finetune_haplovl.py {SIZES} --vocab-size {load_vocab(chain)} "
+        f"--data-path {chain.folder}/train {SCHEDULE} --pretrained-checkpoint {chain.folder}/stage1",
         fails=True,
     )
     assert "no weights for final_norm, lm_head, post_decoder" in out and "give --pretrained-checkpoint" in out

@@ -1,0 +1,1 @@
+"""Steps that every example shares: tokenizer, teachers, records, plots and summary."""

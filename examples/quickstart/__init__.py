@@ -1,0 +1,1 @@
+"""A demo data set of rendered scenes: see examples/quickstart.sh."""
