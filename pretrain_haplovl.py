@@ -1,6 +1,7 @@
-"""Stage 1, modal expansion: teach the pre-decoder images and text by distillation (paper Sec. 3.2).
+r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillation (paper Sec. 3.2).
 
-deepspeed pretrain_haplovl.py --model haplovl-debug --mock-data --train-iters 10 --global-batch-size 4
+    deepspeed pretrain_haplovl.py --model haplovl-debug --mock-data \
+        --train-iters 10 --lr-warmup-iters 0 --global-batch-size 4
 """
 
 from megatron_haplovl.config.cli import parse_args

@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_haplovl", "megatron_haplovl.*"]),
     package_data={"megatron_haplovl.data": ["templates/*.jinja"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.18",

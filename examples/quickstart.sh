@@ -26,7 +26,8 @@ VISION_TEACHER_DATA=(--train "$DATA/captions.json" --heldout "$DATA/heldout_capt
 
 mkdir -p "$RUN"
 BF16_ARGS=()
-if [ "$(python -m examples.common.pick_precision --file "$RUN/precision" "${PRECISION:-auto}")" = bf16 ]; then
+PRECISION=$(python -m examples.common.pick_precision --file "$RUN/precision" "${PRECISION:-auto}")
+if [ "$PRECISION" = bf16 ]; then
   BF16_ARGS=(--bf16)
 fi
 
@@ -53,6 +54,7 @@ STAGE1_ARGS=(
   --train-iters 300
   --lr 1e-3
   --lr-warmup-iters 20
+  --eval-interval 50
 )
 ALIGN_ARGS=(
   "${TRAINING_ARGS[@]}"
@@ -60,11 +62,13 @@ ALIGN_ARGS=(
   --train-iters 150
   --lr 3e-3
   --lr-warmup-iters 10
+  --eval-interval 50
 )
 FULL_ARGS=(
   "${TRAINING_ARGS[@]}"
   --data-path 3 "$PREPROCESSED_DATA/instructions" 1 "$PREPROCESSED_DATA/captions" 1 "$PREPROCESSED_DATA/texts"
   --train-iters 2200
+  --lr-decay-iters 3000
   --lr 1.5e-3
   --lr-warmup-iters 30
   --eval-interval 250

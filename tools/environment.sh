@@ -2,6 +2,10 @@
 #
 #   EXTRAS   extras of setup.py to install (default: examples)
 #   PYTHON   the interpreter to make it with (default: python3)
+if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "${PYTHON:-python3} is older than Python 3.11; set PYTHON to a newer one" >&2
+  return 1
+fi
 if [ ! -f .venv/bin/activate ]; then
   echo "making .venv with ${PYTHON:-python3}"
   "${PYTHON:-python3}" -m venv .venv || return 1

@@ -36,7 +36,13 @@ def plot(stages: dict[str, Series], output: Path) -> None:
         stages: title of a stage -> its series; held-out series start with "valid ".
         output: the PNG to write.
     """
-    panels = [(title, name) for title, series in stages.items() for name in series if not name.startswith(_HELDOUT)]
+    # "loss" is the sum of the others, or the only other one.
+    panels = [
+        (title, name)
+        for title, series in stages.items()
+        for name in series
+        if name != "loss" and not name.startswith(_HELDOUT)
+    ]
     rows = -(-len(panels) // _COLUMNS)
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=(4.2 * _COLUMNS, 2.9 * rows), squeeze=False)
     for axis, (title, name) in zip(axes.flat, panels, strict=False):
@@ -45,6 +51,8 @@ def plot(stages: dict[str, Series], output: Path) -> None:
         if _HELDOUT + name in series:
             heldout = zip(*series[_HELDOUT + name], strict=True)
             axis.plot(*heldout, color="tab:orange", linestyle="--", marker="o", markersize=4, label="held out")
+        if name.endswith("loss"):
+            axis.set_yscale("log")
         axis.set_title(f"{title}: {name}", fontsize=10)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -19,10 +19,13 @@ phase() {
 
 # in_parallel PHASE PHASE: two shell functions at a time; fails if one does.
 in_parallel() {
+  # Both in the background: a function behind `||` would go on after a failed command.
   "$1" &
   local first=$!
-  "$2" || { wait "$first"; return 1; }
+  "$2" &
+  local second=$!
   wait "$first"
+  wait "$second"
 }
 
 make_tokenizer() {
@@ -76,7 +79,7 @@ train() {
   # shellcheck disable=SC2086
   phase "$name" --after "${PREPROCESSED[@]}" $after --output "$RUN/$name" "$RUN/metrics/$name.jsonl" -- \
     deepspeed --num_gpus "$NUM_PROCESSES" "$script" "${MODEL_ARGS[@]}" --tokenizer-model "$RUN/tokenizer" \
-    --save "$RUN/$name" --metrics-file "$RUN/metrics/$name.jsonl" "$@"
+    --device cpu --save "$RUN/$name" --metrics-file "$RUN/metrics/$name.jsonl" "$@"
 }
 
 run_recipe() {
@@ -108,5 +111,7 @@ run_recipe() {
   echo
   echo "One question about $QUESTION_IMAGE:"
   echo "  $QUESTION"
-  echo "  -> $(python tools/generate.py --model "$hf" --image "$QUESTION_IMAGE" --prompt "$QUESTION")"
+  local answer
+  answer=$(python tools/generate.py --model "$hf" --image "$QUESTION_IMAGE" --prompt "$QUESTION" --device cpu)
+  echo "  -> $answer"
 }

@@ -26,7 +26,8 @@ VISION_TEACHER_DATA=(--train "$DATA/boxes.json" --heldout "$DATA/heldout_boxes.j
 
 mkdir -p "$RUN"
 BF16_ARGS=()
-if [ "$(python -m examples.common.pick_precision --file "$RUN/precision" "${PRECISION:-auto}")" = bf16 ]; then
+PRECISION=$(python -m examples.common.pick_precision --file "$RUN/precision" "${PRECISION:-auto}")
+if [ "$PRECISION" = bf16 ]; then
   BF16_ARGS=(--bf16)
 fi
 

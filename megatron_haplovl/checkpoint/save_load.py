@@ -20,13 +20,14 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.parallel.groups import DataParallelGroup
 
 
-def save_checkpoint(engine: Any, config: Config, iteration: int, group: DataParallelGroup) -> Path:
+def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, group: DataParallelGroup) -> Path:
     """Write everything that a resumed run needs. Called by every rank.
 
     Args:
         engine: the DeepSpeed engine.
         config: the run's settings; `config.checkpoint.save` is the folder.
         iteration: optimizer steps done.
+        plan_key: the training data's `DataStream.plan_key`; together with the iteration, the position in the data.
         group: all data-parallel ranks.
 
     Returns:
@@ -35,7 +36,11 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, group: DataPara
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save)
     tag = f"global_step{iteration}"
-    state = {"iteration": iteration, "global_batch_size": config.schedule.global_batch_size}
+    state = {
+        "iteration": iteration,
+        "global_batch_size": config.schedule.global_batch_size,
+        "plan_key": plan_key,
+    }
     engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
     _write_weights(engine, root / tag, is_writer=group.rank == 0)
     if group.rank == 0:
@@ -46,27 +51,48 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, group: DataPara
     return root / tag
 
 
-def load_checkpoint(engine: Any, config: Config) -> int:
+def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
     """Resume from the newest checkpoint in `--load`. Called by every rank.
+
+    DeepSpeed unpickles its files, so the folder must come from a source that may run code here. What the optimizer is
+    set to (rates, decay, betas, clipping) is taken from the flags, not from the checkpoint.
+
+    Args:
+        engine: a fresh DeepSpeed engine.
+        config: the run's settings; `config.checkpoint.load` is the folder.
+        plan_key: the training data's `DataStream.plan_key`.
 
     Returns:
         Optimizer steps already done; 0 if the folder holds no checkpoint yet.
 
     Raises:
-        ValueError: `latest` names a folder that is missing, or the run's global batch size has changed.
+        ValueError: `latest` names a folder that is missing, or the global batch size or the data has changed, so that
+            the position in the data would be lost.
     """
     assert config.checkpoint.load is not None
     root = Path(config.checkpoint.load)
     if not (root / "latest").is_file():
         return 0
     folder = resolve_checkpoint(root)
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
+    clip_grad = getattr(engine.optimizer, "clip_grad", None)
     path, state = engine.load_checkpoint(str(root), tag=folder.name)
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed found no checkpoint to load here")
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    if clip_grad is not None:
+        engine.optimizer.clip_grad = clip_grad
     if state["global_batch_size"] != config.schedule.global_batch_size:
         raise ValueError(
             f"{folder} was saved with --global-batch-size {state['global_batch_size']}, this run has "
             f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it"
+        )
+    if state["plan_key"] != plan_key:
+        raise ValueError(
+            f"{folder} was trained on other data, or on the same in another order; to resume, keep the preprocessed "
+            "data, --data-path with its weights, --aux-data-path, --seed, --seq-length, --packing and the image flags; "
+            "to start anew from its weights, give it as --pretrained-checkpoint instead of --load"
         )
     return int(state["iteration"])
 

@@ -1,8 +1,8 @@
 """Weight files and checkpoint folders: reading one tensor at a time, writing shards.
 
-Every weight file of the project goes through this module: Hugging Face folders (teachers, language models, exported
-models) and the `model.safetensors` of training checkpoints. Pickled files are read with `weights_only=True`, so that a
-file cannot run code.
+Hugging Face folders (teachers, language models, exported models) and the `model.safetensors` of training checkpoints
+are read here. Pickled files are read with `weights_only=True`, so that a file cannot run code. The optimizer state that
+`--load` resumes from is DeepSpeed's own and does not go through this module; see `checkpoint.save_load`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS
+from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS, STAGE_RECIPES
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.config.validate import validate
 
@@ -148,7 +148,7 @@ def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) 
     """Combine defaults, stage, preset and overrides (path in the schema -> value) into one configuration.
 
     Raises:
-        ValueError: an unknown stage or model.
+        ValueError: an unknown stage or model, or a recipe of the other stage.
     """
     if stage not in STAGE_DEFAULTS:
         raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGE_DEFAULTS)}")
@@ -161,6 +161,10 @@ def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) 
     settings["data", "seq_length"] = SEQ_LENGTHS[model]
     for path, value in {**settings, **overrides}.items():
         config = _replace(config, path, tuple(value) if isinstance(value, list) else value)
+    if config.recipe.recipe not in STAGE_RECIPES[stage]:
+        raise ValueError(
+            f"{stage}_haplovl.py trains --recipe {' or '.join(STAGE_RECIPES[stage])}, not {config.recipe.recipe}"
+        )
     return config
 
 

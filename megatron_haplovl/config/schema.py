@@ -212,7 +212,11 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     save: str | None = setting(None, "folder that receives checkpoints")
-    load: str | None = setting(None, "resume everything from the newest checkpoint in this folder, if there is one")
+    load: str | None = setting(
+        None,
+        "resume everything from the newest checkpoint in this folder, if there is one; DeepSpeed unpickles it, so it "
+        "must be your own",
+    )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
 
@@ -222,7 +226,10 @@ class LoggingConfig:
     """What is reported, and where."""
 
     log_interval: int = setting(10, "steps between log lines")
-    eval_interval: int | None = setting(None, "steps between evaluations on --valid-data-path (default: at the end)")
+    eval_interval: int | None = setting(
+        None,
+        "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
+    )
     eval_iters: int = setting(10, "global batches per evaluation")
     metrics_file: str | None = setting(None, "append every logged value to this JSON-lines file")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")

@@ -70,6 +70,8 @@ def _validate_schedule(config: Config) -> None:
             f"--lr-warmup-iters {schedule.lr_warmup_iters} must be at least 0 and less than the {decay} steps of "
             "--lr-decay-iters (default: --train-iters)"
         )
+    if schedule.lr_decay_style == "constant" and (schedule.lr_decay_iters is not None or config.optimizer.min_lr):
+        raise ValueError("--lr-decay-style constant never decays; leave out --lr-decay-iters and --min-lr")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
     for section, name in (
@@ -86,14 +88,18 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
-    if data.mock_data and (data.data_path or data.aux_data_path):
-        raise ValueError("--mock-data reads no files; leave out --data-path and --aux-data-path")
+    if data.mock_data and (data.data_path or data.aux_data_path or data.valid_data_path):
+        raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
     if not data.mock_data and not data.data_path:
         raise ValueError("nothing to train on: give --data-path PREFIX (see tools/preprocess_data.py) or --mock-data")
     if data.aux_data_path and config.recipe.recipe != "distill":
         raise ValueError("--aux-data-path joins samples for stage 1 only (pretrain_haplovl.py); blend with --data-path")
     if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
         raise ValueError("--save-interval needs --save")
+    if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
+        raise ValueError("--exit-interval saves before it leaves, so it needs --save")
+    if config.logging.eval_interval is not None and not data.valid_data_path:
+        raise ValueError("--eval-interval needs --valid-data-path")
 
 
 def _validate_recipe(config: Config) -> None:
@@ -114,6 +120,8 @@ def _validate_recipe(config: Config) -> None:
             )
         if recipe.freeze_connector or recipe.freeze_post_decoder:
             raise ValueError("stage 1 has no connector and no post-decoder to freeze")
+    elif config.init.teacher_layer != -1:
+        raise ValueError("--teacher-layer is for stage 1 (pretrain_haplovl.py), which distils the teacher")
 
 
 def data_is_mock(config: Config) -> bool:

@@ -33,11 +33,14 @@ class DataStream:
         config: Config,
         *,
         steps_available: int,
+        plan_key: str,
         dp_rank: int,
         dp_size: int,
     ) -> None:
         self.steps_available = steps_available
         """Steps that the plan holds."""
+        self.plan_key = plan_key
+        """Hash of all that the order of the data depends on; equal keys give equal batches."""
         self._plan = plan
         self._global_batch_size = config.schedule.global_batch_size
         self._sampler = _PackNumbers(
@@ -151,6 +154,7 @@ def build_stream(
         plan = PackPlan([build_epoch(*inputs.blend(), settings, 0)], cycle=shuffle)
     else:
         inputs = PlanInputs(open_sources(paths, config), open_sources(aux_paths, config), config.model.vision, settings)
+        _check_one_tokenizer([source for _, source in inputs.main + inputs.aux])
         first_prefix = Path(inputs.main[0][1].name)
         cache = Path(config.data.data_cache_path) if config.data.data_cache_path else first_prefix.parent / _CACHE
         plan = cached_plan(
@@ -166,6 +170,7 @@ def build_stream(
         plan,
         [source for _, source in inputs.main + inputs.aux],
         config,
+        plan_key=inputs.key,
         steps_available=num_steps if shuffle else min(num_steps, -(-plan.num_packs // batch)),
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -224,6 +229,17 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
             )
         sources.append((weight, source))
     return sources
+
+
+def _check_one_tokenizer(sources: list[Source]) -> None:
+    """Data of two tokenizers in one run would train on nonsense, in silence."""
+    indexed = [source for source in sources if isinstance(source, IndexedSource)]
+    for source in indexed[1:]:
+        if source.manifest.tokenizer_fingerprint != indexed[0].manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{indexed[0].name} and {source.name} were preprocessed with different tokenizers; preprocess one of "
+                "them again"
+            )
 
 
 def _log_plan(plan: PackPlan, inputs: PlanInputs, seconds: float, log: Callable[[str], None]) -> None:

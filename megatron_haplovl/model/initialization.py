@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 
-def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter from a random stream of its own.
+def initialize_weights(parameters: Mapping[str, nn.Parameter], std: float, seed: int) -> None:
+    """Fill parameters, each from a random stream of its own.
 
     The stream depends on the seed and the parameter's name only, so a parameter starts with the same values whatever
     else the model holds and however it is split over ranks.
@@ -18,7 +19,7 @@ def initialize_weights(model: nn.Module, std: float, seed: int) -> None:
     Matrices and embeddings are normal with the given deviation; norms are one, biases zero.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             leaf = name.rsplit(".", 1)[-1]
             if name == "distillation.logit_scale":
                 parameter.fill_(math.log(1 / 0.07))  # CLIP's initial temperature

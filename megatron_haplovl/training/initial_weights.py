@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
-from megatron_haplovl.checkpoint.weights import WeightReader, resolve_checkpoint
-from megatron_haplovl.config.schema import Config
+from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
+from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initialize_weights
 
 _NEW = "newly initialised"
@@ -27,7 +27,8 @@ _DROPPED = re.compile(r"distillation\..*")
 def fill_weights(model: nn.Module, config: Config) -> str:
     """Give every parameter its initial value.
 
-    A later source wins: random, `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`.
+    A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
+    starts at random.
 
     Returns:
         A table that says for every part of the model where its tensors came from, and what was dropped.
@@ -38,7 +39,6 @@ def fill_weights(model: nn.Module, config: Config) -> str:
     """
     parameters = dict(model.named_parameters())
     source_of = dict.fromkeys(parameters, _NEW)
-    initialize_weights(model, config.model.init_std, config.run.seed)
     init = config.init
     if init.vision_teacher is not None:
         _copy(load_vision_model(init.vision_teacher, config.model), parameters, source_of, init.vision_teacher)
@@ -50,9 +50,11 @@ def fill_weights(model: nn.Module, config: Config) -> str:
         _copy(weights, parameters, source_of, init.language_model)
     dropped: list[str] = []
     if init.pretrained_checkpoint is not None:
-        dropped = _copy_checkpoint(resolve_checkpoint(init.pretrained_checkpoint), parameters, source_of)
+        dropped = _copy_checkpoint(resolve_checkpoint(init.pretrained_checkpoint), config.model, parameters, source_of)
     if not config.data.mock_data:
         _refuse_missing(source_of)
+    new = {name: parameter for name, parameter in parameters.items() if source_of[name] == _NEW}
+    initialize_weights(new, config.model.init_std, config.run.seed)
     return _report(source_of, dropped)
 
 
@@ -72,8 +74,25 @@ def _copy(
         source_of[name] = source
 
 
-def _copy_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], source_of: dict[str, str]) -> list[str]:
+def _check_same_model(folder: Path, model: ModelConfig) -> None:
+    """Refuse what shapes do not show: heads, activations, rotary bases and the like."""
+    theirs = read_config(folder).model
+    for section, names in (("pre", None), ("post", None), ("vision", ("patch_size", "image_size"))):
+        for name, value in vars(getattr(model, section)).items():
+            was = getattr(getattr(theirs, section), name)
+            if was != value and (names is None or name in names):
+                prefix = "" if section == "vision" else f"{section}-"
+                raise ValueError(
+                    f"{folder} was trained with --{prefix}{name.replace('_', '-')} {was}, this run has {value}; make "
+                    "them agree"
+                )
+
+
+def _copy_checkpoint(
+    folder: Path, model: ModelConfig, parameters: dict[str, nn.Parameter], source_of: dict[str, str]
+) -> list[str]:
     """Copy a training checkpoint's weights; returns the names that were left out on purpose."""
+    _check_same_model(folder, model)
     reader = WeightReader(folder)
     dropped = [name for name in reader.names() if name not in parameters and _DROPPED.fullmatch(name)]
     for name in reader.names():

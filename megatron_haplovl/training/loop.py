@@ -26,7 +26,6 @@ class _Progress:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    documents: int = 0
     flops: float = 0.0
 
 
@@ -47,7 +46,6 @@ def train(run: Run) -> None:
         window.steps += 1
         window.seconds += time.perf_counter() - started
         window.tokens += counts.tokens
-        window.documents += counts.documents
         window.flops += _flops(run, counts, pairs)
         if step % config.logging.log_interval == 0 or step == last_step:
             _log(run, step, metrics, window, consumed_tokens)
@@ -58,7 +56,7 @@ def train(run: Run) -> None:
         if config.checkpoint.save is not None and (
             _is_due(config.checkpoint.save_interval, step) or step == last_step or leave
         ):
-            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.group)}")
+            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.train_data.plan_key, run.group)}")
         if leave and step < last_step:
             run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
@@ -72,7 +70,8 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
         and this rank's visible (query, key) pairs.
 
     Raises:
-        FloatingPointError: a loss is not finite, on every rank at once and before the weights are touched.
+        FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
+            saved.
     """
     engine, counts = run.engine, run.train_data.counts(step)
     for param_group in engine.optimizer.param_groups:
@@ -94,6 +93,11 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
             norm = _unpartitioned_grad_norm(engine)
         engine.step()
     metrics["grad norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+    if not math.isfinite(metrics["grad norm"]):
+        raise FloatingPointError(
+            f"step {step + 1}: the gradient norm is not finite, though the loss is: {metrics}; the weights can no "
+            "longer be trusted and were not saved"
+        )
     return metrics, pairs
 
 
@@ -152,7 +156,7 @@ def _log(run: Run, step: int, metrics: dict[str, float], window: _Progress, cons
         "grad norm": metrics["grad norm"],
         "number of skipped iterations": int(run.engine.skipped_steps),
         "number of nan iterations": 0,
-        "samples per second": window.documents / window.seconds,
+        "samples per second": window.steps * batch_size / window.seconds,
         "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.group.size,
         "TFLOPs": window.flops / window.seconds / run.group.size / 1e12,
     }

@@ -60,6 +60,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Matrices decay; norms, biases and other one-dimensional parameters do not. Each group carries `lr_ratio`, its peak
     learning rate over `--lr`, so that one schedule serves all.
+
+    Raises:
+        ValueError: a learning rate for a part that is not trained.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -76,4 +79,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
                 "weight_decay": config.weight_decay if decays else 0.0,
             }
         groups[part, decays]["params"].append(parameter)
+    for part in ("embedding", "pre_decoder", "connector", "post_decoder"):
+        if getattr(config, f"{part}_lr") is not None and (part, True) not in groups:
+            raise ValueError(f"--{part.replace('_', '-')}-lr is given, but this run does not train that part")
     return list(groups.values())

@@ -85,12 +85,6 @@ def setup(config: Config) -> Run:
         forward = partial(_forward_stage2, engine)
         terms = LANGUAGE_MODELING_TERMS
 
-    first_step = 0
-    if config.checkpoint.load is not None:
-        first_step = load_checkpoint(engine, config)
-        found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
-        logger.print(f"{config.checkpoint.load}: {found}")
-
     build = partial(
         build_stream, config=config, dp_rank=group.rank, dp_size=group.size, barrier=group.barrier, log=logger.print
     )
@@ -100,6 +94,12 @@ def setup(config: Config) -> Run:
     valid_data = None
     if config.data.valid_data_path:
         valid_data = build(config.data.valid_data_path, num_steps=config.logging.eval_iters, shuffle=False)
+
+    first_step = 0
+    if config.checkpoint.load is not None:
+        first_step = load_checkpoint(engine, config, train_data.plan_key)
+        found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
+        logger.print(f"{config.checkpoint.load}: {found}")
     return Run(config, engine, forward, terms, train_data, valid_data, first_step, group, device, logger)
 
 

@@ -20,9 +20,12 @@ TINY: dict[tuple[str, ...], Any] = {
     ("model", "pre", "num_layers"): 2,
     ("model", "pre", "hidden_size"): 32,
     ("model", "pre", "ffn_hidden_size"): 64,
+    ("model", "pre", "num_attention_heads"): 4,
     ("model", "post", "num_layers"): 2,
     ("model", "post", "hidden_size"): 48,
     ("model", "post", "ffn_hidden_size"): 64,
+    ("model", "post", "num_attention_heads"): 6,
+    ("model", "post", "num_key_value_heads"): 2,
     ("data", "mock_data"): True,
     # This seed and length put several documents and images into some sequences, and a text-only sequence on one rank
     # beside images on the other; `test_zero.py` asserts that.

@@ -119,8 +119,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
         f"{sys.executable} tools/convert_checkpoint.py export --load {folder}/full --save {folder}/hf --verify"
     )
     out["generate"] = run(
-        f"{sys.executable} tools/generate.py --model {folder}/hf --image {dataset.image_folder}/a/0.png --prompt Color? "
-        "--max-new-tokens 4"
+        f"{sys.executable} tools/generate.py --model {folder}/hf --image {dataset.image_folder}/a/0.png "
+        "--prompt Color? --max-new-tokens 4"
     )
     out["evaluate"] = run(
         f"{sys.executable} tools/evaluate.py --model {folder}/hf --question-file {folder}/questions.jsonl "

@@ -59,6 +59,12 @@ def test_the_launchers_local_rank_is_accepted():
         ([*MOCK, "--min-lr", "1"], "larger than --lr"),
         ([*MOCK, "--save-interval", "3"], "--save-interval needs --save"),
         (["--model", "haplovl-debug", "--data-path", "x", "--aux-data-path", "y"], "for stage 1 only"),
+        ([*MOCK, "--valid-data-path", "x"], "--mock-data reads no files"),
+        ([*MOCK, "--recipe", "distill"], "finetune_haplovl.py trains --recipe align or full"),
+        ([*MOCK, "--exit-interval", "3"], "so it needs --save"),
+        ([*MOCK, "--eval-interval", "3"], "--eval-interval needs --valid-data-path"),
+        ([*MOCK, "--lr-decay-style", "constant", "--min-lr", "1e-6"], "never decays"),
+        ([*MOCK, "--teacher-layer", "-2"], "--teacher-layer is for stage 1"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):

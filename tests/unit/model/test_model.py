@@ -28,7 +28,7 @@ TINY = ModelConfig(
 
 def make_model(config=TINY, seed=0, std=0.1):
     model = HaploVL(config)
-    initialize_weights(model, std, seed)
+    initialize_weights(dict(model.named_parameters()), std, seed)
     return model
 
 
@@ -162,7 +162,7 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient():
 
 def test_stages_share_names_and_initial_weights():
     stage1 = HaploVLForDistillation(TINY, teacher_width=16)
-    initialize_weights(stage1, 0.1, seed=3)
+    initialize_weights(dict(stage1.named_parameters()), 0.1, seed=3)
     stage2 = make_model(seed=3)
     shared = set(dict(stage1.named_parameters())) & set(dict(stage2.named_parameters()))
     assert {n for n, _ in stage1.named_parameters()} - shared == {

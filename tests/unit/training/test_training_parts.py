@@ -79,6 +79,14 @@ def test_parameter_groups_have_their_rates_and_no_decay_on_vectors():
             assert group["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0)
 
 
+def test_a_learning_rate_for_a_frozen_part_is_refused():
+    model = HaploVL(TINY)
+    c = config(recipe={"recipe": "align"}, optimizer={"pre_decoder_lr": 1e-3})
+    apply_recipe(model, c.recipe)
+    with pytest.raises(ValueError, match="--pre-decoder-lr is given, but this run does not train that part"):
+        parameter_groups(model, c.optimizer)
+
+
 def test_losses_are_divided_by_global_counts():
     terms = (LossTerm("a", "text_tokens"), LossTerm("b", "visual_tokens"), LossTerm("c", "text_tokens", trained=False))
     counts = StepCounts(lm_tokens=1, text_tokens=4, visual_tokens=0, tokens=9, documents=2)
