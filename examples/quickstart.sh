@@ -68,7 +68,6 @@ FULL_ARGS=(
   "${TRAINING_ARGS[@]}"
   --data-path 3 "$PREPROCESSED_DATA/instructions" 1 "$PREPROCESSED_DATA/captions" 1 "$PREPROCESSED_DATA/texts"
   --train-iters 2200
-  --lr-decay-iters 3000
   --lr 1.5e-3
   --lr-warmup-iters 30
   --eval-interval 250

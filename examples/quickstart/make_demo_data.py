@@ -43,7 +43,7 @@ def main() -> None:
         ("", "train", train, text_only),
         ("heldout_", "heldout", heldout, heldout),
     ):
-        captions = [_caption_record(split, i, scene, rng) for i, scene in enumerate(split_scenes)]
+        captions = [_caption_record(split, i, scene) for i, scene in enumerate(split_scenes)]
         instructions = [
             _instruction_record(split, i, scene, chooser, rng)
             for i, scene in enumerate(split_scenes)
@@ -84,8 +84,8 @@ def heldout_questions(scenes: Sequence[Scene], rng: random.Random) -> list[Recor
     return records
 
 
-def _caption_record(split: str, number: int, scene: Scene, rng: random.Random) -> Record:
-    return conversation(f"{split}-caption-{number}", [(DESCRIBE, caption(scene, rng))], image=image_name(split, number))
+def _caption_record(split: str, number: int, scene: Scene) -> Record:
+    return conversation(f"{split}-caption-{number}", [(DESCRIBE, caption(scene))], image=image_name(split, number))
 
 
 def _instruction_record(split: str, number: int, scene: Scene, chooser: BalancedChooser, rng: random.Random) -> Record:
@@ -95,7 +95,7 @@ def _instruction_record(split: str, number: int, scene: Scene, chooser: Balanced
 
 def _text_record(split: str, number: int, scene: Scene, chooser: BalancedChooser, rng: random.Random) -> Record:
     turns = _turns(chooser.choose(all_questions(scene), _wanted_types(rng)), rng)
-    return conversation(f"{split}-text-{number}", turns, context=caption(scene, rng))
+    return conversation(f"{split}-text-{number}", turns, context=caption(scene))
 
 
 def _wanted_types(rng: random.Random) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 
 from examples.common.questions import Question
@@ -14,10 +13,10 @@ PLACES = {(0, 0): "northwest", (0, 1): "northeast", (1, 0): "southwest", (1, 1):
 """(row, column) -> name of the place."""
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """Name every thing, in random order: what a thing looks like then tells where it is, and not its turn."""
-    things = rng.sample(scene.things, len(scene.things))
-    return ", ".join(f"a {t.size} {t.colour} {t.shape} at the {PLACES[t.row, t.column]}" for t in things) + "."
+def caption(scene: Scene) -> str:
+    """Describe every thing in reading order, so that the caption follows from the scene to the last word."""
+    phrases = [f"a {t.size} {t.colour} {t.shape} at the {PLACES[t.row, t.column]}" for t in scene.things]
+    return ", ".join(phrases) + "."
 
 
 def all_questions(scene: Scene) -> list[Question]:
