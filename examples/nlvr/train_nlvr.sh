@@ -42,8 +42,8 @@ MODEL_ARGS=(
   --seq-length 512
 )
 TOKENIZER_ARGS=(--vocab-size $VOCAB_SIZE)
-VISION_TEACHER_ARGS=(--steps 600 --batch-size 64 --lr 1e-3 "${BF16_ARGS[@]}")
-LANGUAGE_MODEL_ARGS=(--vocab-size $VOCAB_SIZE --steps 800 --batch-size 8 --lr 1e-3 "${BF16_ARGS[@]}")
+VISION_TEACHER_ARGS=(--steps 250 --batch-size 64 --lr 1e-3 "${BF16_ARGS[@]}")
+LANGUAGE_MODEL_ARGS=(--vocab-size $VOCAB_SIZE --steps 300 --batch-size 8 --lr 1e-3 "${BF16_ARGS[@]}")
 TRAINING_ARGS=(
   --init-std 0.07
   --micro-batch-size 2
@@ -58,21 +58,21 @@ STAGE1_ARGS=(
   "${TRAINING_ARGS[@]}"
   --data-path 2 "$PREPROCESSED_DATA/instructions" 1 "$PREPROCESSED_DATA/texts"
   --aux-data-path "$PREPROCESSED_DATA/captions"
-  --train-iters 300
+  --train-iters 150
   --lr 1e-3
   --lr-warmup-iters 20
 )
 ALIGN_ARGS=(
   "${TRAINING_ARGS[@]}"
   --data-path "$PREPROCESSED_DATA/captions"
-  --train-iters 150
+  --train-iters 80
   --lr 3e-3
   --lr-warmup-iters 10
 )
 FULL_ARGS=(
   "${TRAINING_ARGS[@]}"
   --data-path 3 "$PREPROCESSED_DATA/instructions" 1 "$PREPROCESSED_DATA/captions"
-  --train-iters 1500
+  --train-iters 600
   --lr 1e-3
   --lr-warmup-iters 30
   --eval-interval 250

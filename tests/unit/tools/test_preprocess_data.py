@@ -226,7 +226,7 @@ def test_text_only_data_has_empty_image_files(tiny_spm_model: Path, tmp_path: Pa
         (["--input=/nowhere.json"], "nowhere.json does not exist"),
         (["--seq-length=100"], "need --model"),
         (["--image-size=28"], "need --model"),
-        (["--model=haplovl-debug", "--image-size=65"], "--image-size 65 is not a multiple of --patch-size 8"),
+        (["--model=haplovl-debug", "--image-size=65"], "--image-size 65 is not a multiple of --patch-size 16"),
         (["--max-image-pixels=999999999999"], "--max-image-pixels must be 1 to"),
         (["--workers=0"], "--workers must be at least 1"),
     ],
