@@ -67,7 +67,7 @@ def test_backends_against_loops(backend, layout, kv_heads):
     weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    # Measured worst case 4e-16 forward, 2e-15 backward.
+    # Measured worst case 4.4e-16 forward, 2.2e-15 backward.
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)

@@ -83,7 +83,7 @@ def test_rope_is_llamas():
     their_cos, their_sin = LlamaRotaryEmbedding(config)(q, positions)
     expected, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), their_cos, their_sin)
     ours = apply_rope(q, *rope_table(positions, 8, 500.0, torch.float32))
-    # fp32 angles of up to 700 radians: measured worst case 1.2e-5.
+    # fp32 angles of up to 700 radians: measured worst case 3.9e-5.
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-4)
 
 
