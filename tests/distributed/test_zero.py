@@ -29,7 +29,7 @@ RECIPES = ("distill", "align", "full")
 
 # Measured worst cases over all recipes and stages: loss 2.3e-7, norm 1.0e-7 (relative), weights 5.3e-7.
 LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 5e-6
-# Measured: loss 1.9e-3, weights 3.6e-3 beyond their own rounding to 8 bits. AdamW's first steps move every weight by about
+# Measured: loss 1.9e-3, weights 3.6e-3 beyond their rounding to 8 bits. AdamW's first steps move every weight by about
 # the learning rate, 1e-3, whatever the gradient's size, so that where its sign is lost in rounding a weight may end two
 # such steps away.
 BF16_LOSS_TOLERANCE, BF16_WEIGHT_TOLERANCE = 1e-2, 5e-3
