@@ -84,6 +84,12 @@ class ModelConfig:
         "folded: their product [V, d], the form of a released checkpoint",
         choices=("factored", "folded"),
     )
+    image_attention: str = setting(
+        "bidirectional",
+        "what the tokens of one image see of each other. bidirectional: all (the paper); causal: the earlier ones, as "
+        "the released package computes it on some of its paths, for comparisons with it",
+        choices=("bidirectional", "causal"),
+    )
     init_std: float = setting(0.02, "standard deviation of newly initialised weights")
     vision: VisionConfig = field(default_factory=VisionConfig, metadata={"prefix": ""})
     pre: PreDecoderConfig = field(default_factory=PreDecoderConfig, metadata={"prefix": "pre"})
@@ -153,6 +159,12 @@ class OptimizerConfig:
     adam_beta1: float = setting(0.9, "AdamW's first beta")
     adam_beta2: float = setting(0.95, "AdamW's second beta")
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
+    adamw_implementation: str = setting(
+        "auto",
+        "torch: torch's fused AdamW, which is what auto stands for; deepspeed: its FusedAdam on a GPU, its CPUAdam on a "
+        "CPU (either is compiled at first use); apex: NVIDIA apex",
+        choices=("auto", "torch", "deepspeed", "apex"),
+    )
     clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0 turns clipping off")
 
 
@@ -203,7 +215,12 @@ class PrecisionConfig:
         False, "train in bfloat16 with fp32 master weights and fp32 gradient accumulation (default: fp32)"
     )
     attention_backend: str = setting(
-        "auto", "implementation of the mixed-mask attention", choices=("auto", "reference", "cpu_segments", "sdpa")
+        "auto",
+        "implementation of the mixed-mask attention; the log's first line says what auto stands for",
+        choices=("auto", "reference", "cpu_segments", "flash", "flash_merged", "triton", "flex", "sdpa"),
+    )
+    compile: bool = setting(
+        False, "compile every block with torch.compile (attention itself, already fused, stays outside)"
     )
 
 

@@ -52,9 +52,16 @@ class Batch:
     """int64 index into the flattened B * S positions, where an image newline stands."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
-        return Batch(**moved)
+        """The same batch on another device, but for the mask's vectors.
+
+        They stay on the host, where attention plans its work from them without waiting for the device.
+        """
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if f.name not in ("kv_start_BS", "kv_end_BS")
+        }
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,16 @@ class HaploDecoderConfig:
     """Any resolution: the [height, width] in pixels that a grid of tiles may have."""
     image_newline: bool = True
     default_image_size: int = 336
+    image_attention: str = "bidirectional"
+    """`causal`: trained without the mixed mask; the authors' package does not know this key."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.norm_mode not in ("layernorm", "rmsnorm"):
             raise ValueError(f"norm_mode {self.norm_mode!r} is neither 'layernorm' nor 'rmsnorm'")
+        if self.image_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"image_attention {self.image_attention!r} is neither 'bidirectional' nor 'causal'")
         for name, supported in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
             if getattr(self, name) != supported:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not supported, only {supported!r}")

@@ -120,8 +120,9 @@ class HaploModel(HaploPreTrainedModel):
         if position_ids is None:
             position_ids = (visible_BK.long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
+        pre, post = self.config.pre_decoder, self.config.post_decoder
         start_ids_BK = torch.arange(keys, device=input_ids.device).expand(batch, keys)
-        if attention_start_ids is not None:
+        if attention_start_ids is not None and post.image_attention == "bidirectional":
             start_ids_BK = attention_start_ids
         mask_B1SK = mixed_mask(start_ids_BK, visible_BK, length)
 
@@ -130,7 +131,6 @@ class HaploModel(HaploPreTrainedModel):
             x_BSD = self._insert_visual(x_BSD, pixel_values, visual_source)
         x_BSD = self.pre_norm(x_BSD)
 
-        pre, post = self.config.pre_decoder, self.config.post_decoder
         rotary = rotary_table(position_ids, pre.head_dim, pre.rope_theta, x_BSD.dtype)
         hidden_states = [x_BSD]
         for i, layer in enumerate(self.layers):

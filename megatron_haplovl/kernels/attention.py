@@ -1,78 +1,32 @@
 """One entry to attention under the mixed mask; the backend is chosen by name.
 
 Every backend computes softmax(scale * q k^T + mask) v with grouped-query attention: query head h reads key/value head
-h // (heads / kv_heads). Shapes as in `data/batch.py`, with H query heads, G key/value heads of width K.
+h // (heads / kv_heads). Shapes as in `data/batch.py`, with H query heads, G key/value heads of width K, S queries and T
+keys; T is S but in decoding, where a chunk of queries meets a cache of keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from megatron_haplovl.kernels.attention_cpu import cpu_segments_attention
+from megatron_haplovl.kernels.capabilities import has_flex, has_triton
+from megatron_haplovl.kernels.flash_operators import flash_unavailable
 from megatron_haplovl.kernels.mask import MixedMask
 
-
-def reference_attention(
-    q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, mask: MixedMask, scale: float
-) -> torch.Tensor:
-    """Dense softmax attention in (at least) fp32: the oracle that every other backend is compared with."""
-    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
-    group = q_BSHK.shape[2] // k_BSGK.shape[2]
-    k_BSHK = k_BSGK.to(wide).repeat_interleave(group, dim=2)
-    v_BSHK = v_BSGK.to(wide).repeat_interleave(group, dim=2)
-    scores_BHSS = torch.einsum("bqhk,bshk->bhqs", q_BSHK.to(wide), k_BSHK) * scale
-    scores_BHSS = scores_BHSS.masked_fill(~mask.dense_BSS.unsqueeze(1), float("-inf"))
-    out_BSHK = torch.einsum("bhqs,bshk->bqhk", scores_BHSS.softmax(dim=-1), v_BSHK)
-    return out_BSHK.to(q_BSHK.dtype)
+BACKENDS = ("reference", "cpu_segments", "flash", "flash_merged", "triton", "flex", "sdpa")
+"""Names of `--attention-backend`, beside auto."""
 
 
-def sdpa_attention(
-    q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, mask: MixedMask, scale: float
-) -> torch.Tensor:
-    """torch's scaled_dot_product_attention with the dense mask."""
-    group = q_BSHK.shape[2] // k_BSGK.shape[2]
-    # `enable_gqa` leaves the fused CPU kernel for the unfused one, so the key/value heads are repeated here.
-    q_BHSK, k_BHSK, v_BHSK = (
-        q_BSHK.transpose(1, 2),
-        k_BSGK.repeat_interleave(group, dim=2).transpose(1, 2),
-        v_BSGK.repeat_interleave(group, dim=2).transpose(1, 2),
-    )
-    out_BHSK = F.scaled_dot_product_attention(
-        q_BHSK, k_BHSK, v_BHSK, attn_mask=mask.dense_BSS.unsqueeze(1), scale=scale
-    )
-    return out_BHSK.transpose(1, 2)
-
-
-_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "reference": reference_attention,
-    "cpu_segments": cpu_segments_attention,
-    "sdpa": sdpa_attention,
-}
-
-
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that `auto` stands for on a device; any other name is checked and stays as it is.
-
-    Raises:
-        ValueError: an unknown name, or a backend that does not run on this device.
-    """
-    on_cpu = torch.device(device).type == "cpu"
-    if name == "auto":
-        return "cpu_segments" if on_cpu else "sdpa"
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; choose from {sorted(_BACKENDS)} or auto")
-    if name == "cpu_segments" and not on_cpu:
-        raise ValueError(f"attention backend cpu_segments runs on a CPU, not on {device}; use auto")
-    return name
-
-
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     q_BSHK: torch.Tensor,
-    k_BSGK: torch.Tensor,
-    v_BSGK: torch.Tensor,
+    k_BTGK: torch.Tensor,
+    v_BTGK: torch.Tensor,
     mask: MixedMask,
     *,
     scale: float | None = None,
@@ -82,15 +36,115 @@ def attention(
 
     Args:
         q_BSHK: queries, H heads.
-        k_BSGK: keys, G heads; G divides H.
-        v_BSGK: values, G heads.
+        k_BTGK: keys, G heads; G divides H.
+        v_BTGK: values, G heads.
         mask: which keys each query sees.
         scale: factor on the scores; default 1 / sqrt(K).
-        backend: a name of :func:`resolve_backend`.
+        backend: a name of :data:`BACKENDS`, or auto.
 
     Returns:
         [B, S, H, K] in the dtype of the queries.
+
+    Raises:
+        ValueError: the backend does not run on this device, with this dtype or head width.
     """
     if scale is None:
         scale = q_BSHK.shape[-1] ** -0.5
-    return _BACKENDS[resolve_backend(backend, q_BSHK.device)](q_BSHK, k_BSGK, v_BSGK, mask, scale)
+    name = resolve_backend(backend, q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1])
+    return _implementation(name)(q_BSHK, k_BTGK, v_BTGK, mask, scale)
+
+
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_width: int) -> str:
+    """The backend that `auto` stands for; any other name is checked and stays as it is.
+
+    `auto` is cpu_segments on a CPU; on a GPU the first of flash, triton, flex and sdpa that runs there.
+
+    Raises:
+        ValueError: an unknown name, or a backend that does not run on this device, with this dtype or head width.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        if device.type == "cpu":
+            return "cpu_segments"
+        choices = ("flash", "triton", "flex", "sdpa")
+        return next(choice for choice in choices if _unavailable(choice, device, dtype, head_width) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; choose from {', '.join(BACKENDS)} or auto")
+    reason = _unavailable(name, device, dtype, head_width)
+    if reason is not None:
+        raise ValueError(f"attention backend {name}: {reason}; use auto")
+    return name
+
+
+def reference_attention(
+    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
+) -> torch.Tensor:
+    """Dense softmax attention in (at least) fp32: the oracle that every other backend is compared with."""
+    weights_BHST = attention_probabilities(q_BSHK, k_BTGK, mask, scale)
+    v_BTHK = v_BTGK.to(weights_BHST.dtype).repeat_interleave(q_BSHK.shape[2] // v_BTGK.shape[2], dim=2)
+    return torch.einsum("bhst,bthk->bshk", weights_BHST, v_BTHK).to(q_BSHK.dtype)
+
+
+def attention_probabilities(
+    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, mask: MixedMask, scale: float | None = None
+) -> torch.Tensor:
+    """What each query attends to, [B, H, S, T], in (at least) fp32: for looking at, and for the reference."""
+    if scale is None:
+        scale = q_BSHK.shape[-1] ** -0.5
+    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
+    k_BTHK = k_BTGK.to(wide).repeat_interleave(q_BSHK.shape[2] // k_BTGK.shape[2], dim=2)
+    scores_BHST = torch.einsum("bshk,bthk->bhst", q_BSHK.to(wide), k_BTHK) * scale
+    return scores_BHST.masked_fill(~mask.dense(q_BSHK.device).unsqueeze(1), float("-inf")).softmax(dim=-1)
+
+
+def sdpa_attention(
+    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention with the dense mask."""
+    group = q_BSHK.shape[2] // k_BTGK.shape[2]
+    # `enable_gqa` leaves the fused kernels for the unfused one, so the key/value heads are repeated here.
+    q_BHSK, k_BHTK, v_BHTK = (
+        q_BSHK.transpose(1, 2),
+        k_BTGK.repeat_interleave(group, dim=2).transpose(1, 2),
+        v_BTGK.repeat_interleave(group, dim=2).transpose(1, 2),
+    )
+    visible_B1ST = mask.dense(q_BSHK.device).unsqueeze(1)
+    return F.scaled_dot_product_attention(q_BHSK, k_BHTK, v_BHTK, attn_mask=visible_B1ST, scale=scale).transpose(1, 2)
+
+
+@cache
+def _implementation(name: str) -> Callable[..., torch.Tensor]:
+    """The function behind a name. Triton and FlexAttention are imported at their first use, and may be absent."""
+    if name == "triton":
+        from megatron_haplovl.kernels.attention_triton import triton_attention
+
+        return triton_attention
+    if name == "flex":
+        from megatron_haplovl.kernels.attention_flex import flex_attention
+
+        return flex_attention
+    if name in ("flash", "flash_merged"):
+        from megatron_haplovl.kernels import attention_flash
+
+        return attention_flash.flash_attention if name == "flash" else attention_flash.flash_merged_attention
+    return {"reference": reference_attention, "cpu_segments": cpu_segments_attention, "sdpa": sdpa_attention}[name]
+
+
+@cache
+def _unavailable(name: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why a backend does not run here; None if it does."""
+    if name in ("reference", "sdpa"):
+        return None
+    if name == "cpu_segments":
+        return None if device.type == "cpu" else f"runs on a CPU, not on {device}"
+    if device.type != "cuda":
+        return f"runs on a GPU, not on {device}"
+    if name == "triton":
+        if not has_triton():
+            return "the triton package is not installed"
+        from megatron_haplovl.kernels.attention_triton import triton_unavailable
+
+        return triton_unavailable(device, dtype, head_width)
+    if name == "flex":
+        return None if has_flex() else "this torch has no FlexAttention"
+    return flash_unavailable(device, dtype, head_width)

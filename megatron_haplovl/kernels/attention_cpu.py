@@ -1,7 +1,7 @@
-"""Mixed-mask attention on the CPU: torch's own flash-attention operators, called on the rectangles that matter.
+"""Mixed-mask attention on the CPU: torch's own flash-attention operator, called on the rectangles that matter.
 
-The operators know dense, causal and additively masked rectangles and grouped-query attention. Each row of the output
-comes from exactly one call, so nothing has to be merged; the gradients of keys and values are added up in fp32.
+The operator knows dense, causal and additively masked rectangles and grouped-query attention. Each row of the output
+comes from exactly one call, so nothing has to be merged. The gradients are in `kernels/attention_cpu_backward.py`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.kernels.attention_plan import Call
+from megatron_haplovl.kernels.attention_cpu_backward import segmented_backward
+from megatron_haplovl.kernels.attention_plan import Call, hidden_pairs, plan_calls
 from megatron_haplovl.kernels.mask import MixedMask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Measured on one core: a call takes about 60 us forward and backward beside its arithmetic, which runs at some 90
-# GFLOP/s in fp32 and, where it matters, not much faster in bf16. Forward and backward are 14 operations per pair and
-# channel.
-_CALL_SECONDS = 60e-6
-_FLOPS_PER_SECOND = 90e9
+# Measured on one core by timing plans from one call per segment to one call for everything: a call takes about 150 us
+# forward and backward beside its arithmetic (bf16: 250), which runs at some 70 GFLOP/s (bf16: 90). Around the best plan
+# the time is flat. Forward and backward are 14 operations per pair and channel.
+_CALL_SECONDS = 150e-6
+_FLOPS_PER_SECOND = 70e9
 _FLOPS_PER_PAIR = 14
 
 
@@ -30,12 +30,25 @@ def pairs_per_call(channels: int) -> float:
 
 
 def cpu_segments_attention(
-    q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, mask: MixedMask, scale: float
+    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
 ) -> torch.Tensor:
     """Attention by one fused call per planned rectangle; see `kernels.attention.attention`."""
-    calls = mask.calls(pairs_per_call(q_BSHK.shape[2] * q_BSHK.shape[3]))
-    out: torch.Tensor = _SegmentedAttention.apply(q_BSHK, k_BSGK, v_BSGK, mask, calls, scale)
+    overhead = pairs_per_call(q_BSHK.shape[2] * q_BSHK.shape[3])
+    calls = mask.derive(("cpu_segments", overhead), lambda: plan_calls(mask, overhead))
+    out: torch.Tensor = _SegmentedAttention.apply(q_BSHK, k_BTGK, v_BTGK, mask, calls, scale)
     return out
+
+
+def _additive(mask: MixedMask, call: Call, dtype: torch.dtype) -> torch.Tensor | None:
+    """Mask `[1, 1, rows, keys]` of a call of kind "masked": 0 where visible, -inf elsewhere; else None."""
+    if call.kind != "masked":
+        return None
+
+    def build() -> torch.Tensor:
+        hidden = hidden_pairs(mask, call)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
+
+    return mask.derive((call, dtype), build)
 
 
 class _SegmentedAttention(torch.autograd.Function):
@@ -43,66 +56,42 @@ class _SegmentedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_BSHK: torch.Tensor,
-        k_BSGK: torch.Tensor,
-        v_BSGK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
         mask: MixedMask,
         calls: tuple[Call, ...],
         scale: float,
     ) -> torch.Tensor:
-        group = q_BSHK.shape[2] // k_BSGK.shape[2]
+        batch, rows, heads, _ = q_BSHK.shape
         out_BSHK = torch.empty_like(q_BSHK)
-        logsumexps = []
+        wide = torch.promote_types(q_BSHK.dtype, torch.float32)
+        logsumexp_BHS = torch.empty(batch, heads, rows, dtype=wide)
+        # One head's keys side by side: the operator stumbles over rows that lie a power of two apart.
+        k_BGTK, v_BGTK = (x_BTGK.transpose(1, 2).contiguous() for x_BTGK in (k_BTGK, v_BTGK))
         for call in calls:
-            rows = (slice(call.sequence, call.sequence + 1), slice(call.row_start, call.row_end))
-            keys = (slice(call.sequence, call.sequence + 1), slice(call.key_start, call.key_end))
+            b, row, key = call.sequence, slice(call.row_start, call.row_end), slice(call.key_start, call.key_end)
             if call.kind == "alone":
-                out_BSHK[rows] = v_BSGK[rows].repeat_interleave(group, dim=2)
+                out_BSHK[b, row] = v_BTGK[b, key].repeat_interleave(heads // v_BTGK.shape[2], dim=1)
                 continue
-            out, logsumexp = _forward(
-                q_BSHK[rows].transpose(1, 2),
-                k_BSGK[keys].transpose(1, 2),
-                v_BSGK[keys].transpose(1, 2),
+            out_1HRK, logsumexp_1HR = _forward(
+                q_BSHK[b : b + 1, row].transpose(1, 2),
+                k_BGTK[b : b + 1, :, key],
+                v_BGTK[b : b + 1, :, key],
                 0.0,
                 call.kind == "causal",
-                attn_mask=mask.additive(call, q_BSHK.dtype),
+                attn_mask=_additive(mask, call, q_BSHK.dtype),
                 scale=scale,
             )
-            out_BSHK[rows] = out.transpose(1, 2)
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(q_BSHK, k_BSGK, v_BSGK, out_BSHK, *logsumexps)
+            out_BSHK[b, row] = out_1HRK[0].transpose(0, 1)
+            logsumexp_BHS[b, :, row] = logsumexp_1HR[0]
+        ctx.save_for_backward(q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS)
         ctx.mask, ctx.calls, ctx.scale = mask, calls, scale
         return out_BSHK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dtype, kv_shape = saved[0].dtype, saved[1].shape
-        # In bf16 the backward operator is several times slower than in fp32, so it runs in (at least) fp32.
-        wide = torch.promote_types(dtype, torch.float32)
-        q_BSHK, k_BSGK, v_BSGK, out_BSHK = (tensor.to(wide) for tensor in saved[:4])
-        dout_BSHK = grads[0].to(wide)
-        logsumexps = iter(saved[4:])
-        dq_BSHK = torch.zeros_like(q_BSHK)
-        dk_BSGK, dv_BSGK = torch.zeros_like(k_BSGK), torch.zeros_like(v_BSGK)
-        for call in ctx.calls:
-            rows = (slice(call.sequence, call.sequence + 1), slice(call.row_start, call.row_end))
-            keys = (slice(call.sequence, call.sequence + 1), slice(call.key_start, call.key_end))
-            if call.kind == "alone":
-                dv_BSGK[rows] = dout_BSHK[rows].unflatten(2, (kv_shape[2], -1)).sum(dim=3)
-                continue
-            dq, dk, dv = _backward(
-                dout_BSHK[rows].transpose(1, 2),
-                q_BSHK[rows].transpose(1, 2),
-                k_BSGK[keys].transpose(1, 2),
-                v_BSGK[keys].transpose(1, 2),
-                out_BSHK[rows].transpose(1, 2),
-                next(logsumexps),
-                0.0,
-                call.kind == "causal",
-                attn_mask=ctx.mask.additive(call, wide),
-                scale=ctx.scale,
-            )
-            dq_BSHK[rows] = dq.transpose(1, 2)
-            dk_BSGK[keys] += dk.transpose(1, 2)
-            dv_BSGK[keys] += dv.transpose(1, 2)
-        return dq_BSHK.to(dtype), dk_BSGK.to(dtype), dv_BSGK.to(dtype), None, None, None
+        q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS = ctx.saved_tensors
+        dq_BSHK, dk_BTGK, dv_BTGK = segmented_backward(
+            grads[0], q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS, ctx.mask, ctx.calls, ctx.scale
+        )
+        return dq_BSHK, dk_BTGK, dv_BTGK, None, None, None

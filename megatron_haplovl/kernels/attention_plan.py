@@ -10,11 +10,11 @@ short beside a call's overhead are computed whole, several at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-IntArray = npt.NDArray[np.int64]
+from megatron_haplovl.kernels.mask import MixedMask, Segment
 
 # Rows between two places where a long stretch of text may be cut.
 _TEXT_BLOCK = 64
@@ -41,82 +41,70 @@ class Call:
         return (self.row_end - self.row_start) * (self.key_end - self.key_start)
 
 
-def plan_calls(kv_start_S: IntArray, kv_end_S: IntArray, sequence: int, pairs_per_call: float) -> list[Call]:
-    """The cheapest list of calls that covers every row of one sequence once.
+def plan_calls(mask: MixedMask, pairs_per_call: float) -> tuple[Call, ...]:
+    """The cheapest list of calls that covers every row of every sequence once.
 
     Args:
-        kv_start_S: first visible key of each row; non-decreasing.
-        kv_end_S: one past the last visible key; non-decreasing.
-        sequence: number of the sequence in the micro-batch.
+        mask: the mask.
         pairs_per_call: the overhead of a call, in pairs that could be computed in the same time.
     """
-    rows_S = np.arange(len(kv_start_S))
-    next_start_S = np.append(kv_start_S[1:], len(kv_start_S))
-    alone_S = (kv_start_S == rows_S) & (kv_end_S == rows_S + 1) & (next_start_S == rows_S + 1)
     calls: list[Call] = []
-    for start, end in _runs(alone_S):
-        if alone_S[start]:
-            calls.append(Call(sequence, start, end, start, end, "alone"))
+    for (_, alone), run in groupby(mask.segments, key=lambda s: (s.sequence, s.kind == "alone")):
+        segments = list(run)
+        if alone:
+            calls += [Call(s.sequence, s.start, s.end, s.key_start, s.key_end, "alone") for s in segments]
         else:
-            cuts = _possible_cuts(kv_start_S, kv_end_S, start, end)
-            calls += [
-                Call(sequence, a, b, int(kv_start_S[a]), int(kv_end_S[b - 1]), _kind(kv_start_S[a:b], kv_end_S[a:b], a))
-                for a, b in _cheapest_cut(kv_start_S, kv_end_S, cuts, pairs_per_call)
-            ]
-    return calls
+            pieces = [piece for segment in segments for piece in _cut_text(segment)]
+            calls += [_call(pieces[i:j]) for i, j in _cheapest_cut(pieces, pairs_per_call)]
+    return tuple(calls)
 
 
-def _runs(flags_S: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Stretches of equal flags."""
-    edges = np.flatnonzero(np.diff(flags_S)) + 1
-    bounds = [0, *edges.tolist(), len(flags_S)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+def hidden_pairs(mask: MixedMask, call: Call) -> torch.Tensor:
+    """Which pairs of a call's rectangle the mask hides: bool [rows, keys], on the host."""
+    start_BS, end_BS = mask.host
+    rows = slice(call.row_start, call.row_end)
+    key_T = torch.arange(call.key_start, call.key_end)
+    start_R, end_R = (torch.from_numpy(v_BS[call.sequence, rows]).unsqueeze(1) for v_BS in (start_BS, end_BS))
+    return (key_T < start_R) | (key_T >= end_R)
 
 
-def _possible_cuts(kv_start_S: IntArray, kv_end_S: IntArray, start: int, end: int) -> list[int]:
-    """Ends of documents, ends of images and of the text between them, and every few rows of long text."""
-    rows = np.arange(start, end)
-    # The last token of an image ends where a text token would, but where its neighbour before it ends, too.
-    is_text = (kv_end_S[start:end] == rows + 1) & (np.diff(kv_end_S[start:end], prepend=-1) != 0)
-    document_changes = np.diff(kv_start_S[start:end]) != 0
-    kind_changes = is_text[1:] != is_text[:-1]
-    image_changes = ~is_text[1:] & (np.diff(kv_end_S[start:end]) != 0)
-    edges = (np.flatnonzero(document_changes | kind_changes | image_changes) + start + 1).tolist()
-    cuts = [start]
-    for edge in [*edges, end]:
-        if is_text[edge - 1 - start]:
-            cuts += range(cuts[-1] + _TEXT_BLOCK, edge, _TEXT_BLOCK)
-        cuts.append(edge)
-    return cuts
+def _cut_text(segment: Segment) -> list[Segment]:
+    """A long stretch of text as several: places where it may, but need not, be cut."""
+    if segment.kind != "text":
+        return [segment]
+    cuts = [*range(segment.start, segment.end, _TEXT_BLOCK), segment.end]
+    ahead = segment.key_end - segment.end
+    return [Segment(segment.sequence, a, b, segment.key_start, b + ahead, "text") for a, b in pairwise(cuts)]
 
 
-def _cheapest_cut(
-    kv_start_S: IntArray, kv_end_S: IntArray, cuts: list[int], pairs_per_call: float
-) -> list[tuple[int, int]]:
-    """Dynamic programme over the places where the rows may be cut."""
+def _call(pieces: list[Segment]) -> Call:
+    first, last = pieces[0], pieces[-1]
+    square = last.end - first.start == last.key_end - first.key_start
+    if len(pieces) == 1 and (first.kind == "image" or first.end - first.start == 1):
+        kind = "full"
+    elif square and all(p.kind == "text" and p.key_start == first.key_start for p in pieces):
+        kind = "causal"
+    else:
+        kind = "masked"
+    return Call(first.sequence, first.start, last.end, first.key_start, last.key_end, kind)
+
+
+def _cheapest_cut(pieces: list[Segment], pairs_per_call: float) -> list[tuple[int, int]]:
+    """Dynamic programme over the joints between pieces: the stretches `[i, j)` that become calls."""
     best, came_from = [0.0], [0]
-    for j in range(1, len(cuts)):
-        last_key = int(kv_end_S[cuts[j] - 1])
+    for j in range(1, len(pieces) + 1):
+        last = pieces[j - 1]
+        joined_from = range(max(0, j - _MOST_JOINED), j)
         costs = [
-            best[i] + pairs_per_call + (cuts[j] - cuts[i]) * (last_key - int(kv_start_S[cuts[i]]))
-            for i in range(max(0, j - _MOST_JOINED), j)
+            best[i] + pairs_per_call + (last.end - pieces[i].start) * (last.key_end - pieces[i].key_start)
+            for i in joined_from
         ]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         best.append(costs[cheapest])
-        came_from.append(max(0, j - _MOST_JOINED) + cheapest)
+        came_from.append(joined_from[cheapest])
     stretches = []
-    j = len(cuts) - 1
+    j = len(pieces)
     while j > 0:
-        stretches.append((cuts[came_from[j]], cuts[j]))
+        stretches.append((came_from[j], j))
         j = came_from[j]
     return stretches[::-1]
-
-
-def _kind(kv_start_R: IntArray, kv_end_R: IntArray, first_row: int) -> str:
-    if kv_start_R[-1] != kv_start_R[0]:
-        return "masked"
-    if kv_end_R[0] == kv_end_R[-1]:
-        return "full"
-    if kv_start_R[0] == first_row and (np.diff(kv_end_R) == 1).all() and kv_end_R[0] == first_row + 1:
-        return "causal"
-    return "masked"

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from megatron_haplovl.kernels.attention import attention
+from megatron_haplovl.kernels.elementwise import rotate
 from megatron_haplovl.model.context import SequenceContext
-from megatron_haplovl.model.rope import apply_rope
 
 
 class SelfAttention(nn.Module):
@@ -51,8 +51,8 @@ class SelfAttention(nn.Module):
         )
         cos, sin = context.rope(self.head_width, self.rope_theta, q_BSHK.dtype)
         out_BSHK = attention(
-            apply_rope(q_BSHK, cos, sin),
-            apply_rope(k_BSGK, cos, sin),
+            rotate(q_BSHK, cos, sin),
+            rotate(k_BSGK, cos, sin),
             v_BSGK,
             context.mask,
             backend=context.attention_backend,

@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
-from megatron_haplovl.kernels.mask import MixedMask
+from megatron_haplovl.kernels.mask import MixedMask, causal
 from megatron_haplovl.model.block import post_decoder_block, pre_decoder_block
 from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import MultimodalEmbedding
@@ -26,12 +26,15 @@ class _PreDecoder(nn.Module):
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
         self.attention_backend = attention_backend
+        self.image_attention = config.image_attention
         self.embedding = MultimodalEmbedding(config)
         self.pre_decoder = nn.ModuleList(pre_decoder_block(config.pre) for _ in range(config.pre.num_layers))
 
     def context(self, batch: Batch) -> SequenceContext:
         """Mask and positions of this batch, shared by every block."""
         mask = MixedMask(batch.kv_start_BS, batch.kv_end_BS)
+        if self.image_attention == "causal":
+            mask = causal(mask)
         return SequenceContext(mask, batch.position_ids_BS, self.attention_backend)
 
     def encode(self, batch: Batch, context: SequenceContext) -> torch.Tensor:

@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """OpenAI CLIP's approximation x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
+from megatron_haplovl.kernels.elementwise import quick_gelu, silu_product
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -51,4 +48,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+        return self.down_proj(silu_product(self.gate_proj(x_BSD), self.up_proj(x_BSD)))

@@ -25,9 +25,3 @@ def rope_table(
     angle_BSK = position_ids_BS.unsqueeze(-1).float() * theta**-exponent
     angle_BS1K = torch.cat((angle_BSK, angle_BSK), dim=-1).unsqueeze(2)
     return angle_BS1K.cos().to(dtype), angle_BS1K.sin().to(dtype)
-
-
-def apply_rope(x_BSHK: torch.Tensor, cos_BS1K: torch.Tensor, sin_BS1K: torch.Tensor) -> torch.Tensor:
-    """Rotate every head by its token's angles."""
-    first, second = x_BSHK.chunk(2, dim=-1)
-    return x_BSHK * cos_BS1K + torch.cat((-second, first), dim=-1) * sin_BS1K

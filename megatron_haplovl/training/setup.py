@@ -21,11 +21,13 @@ from megatron_haplovl.kernels.attention import resolve_backend
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
+from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.parallel.groups import DataParallelGroup, world_group
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
+from megatron_haplovl.training.optimizer import build_optimizer
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.teacher import VisionTeacher, load_teacher, random_teacher
 
@@ -64,10 +66,9 @@ def setup(config: Config) -> Run:
     """
     device, group = initialize_processes(config)
     logger = RunLogger(config.logging, config.to_dict(), enabled=group.rank == 0)
-    backend = resolve_backend(config.precision.attention_backend, device)
     logger.print(
         f"ranks: {group.size} | device: {device} | precision: {'bf16' if config.precision.bf16 else 'fp32'} | "
-        f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {backend}"
+        f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {_attention_backends(config, device)}"
     )
 
     stage1 = config.recipe.recipe == "distill"
@@ -75,8 +76,10 @@ def setup(config: Config) -> Run:
     model = build_model(config, teacher)
     logger.print(fill_weights(model, config))
     apply_recipe(model, config.recipe)
+    if config.precision.compile:
+        compile_blocks(model)
     logger.print(_count_parameters(model))
-    engine = build_engine(model, config, group)
+    engine = build_engine(model, config, device, group)
 
     if teacher is not None:
         forward: Callable[[Batch], Sums] = partial(_forward_stage1, engine, teacher)
@@ -167,16 +170,20 @@ def build_model(config: Config, teacher: VisionTeacher | None) -> HaploVL | Hapl
     return model.to_empty(device="cpu")
 
 
-def build_engine(model: HaploVL | HaploVLForDistillation, config: Config, group: DataParallelGroup) -> Any:
+def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
+    """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def build_engine(
+    model: HaploVL | HaploVLForDistillation, config: Config, device: torch.device, group: DataParallelGroup
+) -> Any:
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-        eps=config.optimizer.adam_eps,
-    )
+    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, device)
     if isinstance(model, HaploVLForDistillation) and config.parallel.zero_stage == 3:
         # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
         deepspeed.zero.register_external_parameter(model.distillation, model.embedding.text.weight)
@@ -194,6 +201,16 @@ def _forward_stage1(engine: Any, teacher: VisionTeacher, batch: Batch) -> Sums:
 def _forward_stage2(engine: Any, batch: Batch) -> Sums:
     sums: Sums = engine(batch, next_token_loss)
     return sums
+
+
+def _attention_backends(config: Config, device: torch.device) -> str:
+    """What each decoder's attention runs on."""
+    dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
+    names = [
+        resolve_backend(config.precision.attention_backend, device, dtype, part.hidden_size // part.num_attention_heads)
+        for part in (config.model.pre, config.model.post)
+    ]
+    return names[0] if names[0] == names[1] else f"{names[0]} (pre-decoder), {names[1]} (post-decoder)"
 
 
 def _count_parameters(model: torch.nn.Module) -> str:

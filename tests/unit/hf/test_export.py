@@ -23,6 +23,7 @@ _PLAIN = tiny_model()
 _PAD = VisionConfig(patch_size=4, image_size=8, image_aspect_ratio="pad", image_newline=False)
 _MODELS: dict[str, ModelConfig] = {
     "any resolution": _PLAIN,
+    "images as causal as text": tiny_model(image_attention="causal"),
     "folded embedding": tiny_model(text_embedding="folded"),
     "q/k/v biases": tiny_model(post=dataclasses.replace(_PLAIN.post, qkv_bias=True, norm_epsilon=1e-6)),
     "padded to one tile": tiny_model(vision=_PAD),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_haplovl.kernels.attention import attention, resolve_backend
+from megatron_haplovl.kernels.attention import attention, attention_probabilities, resolve_backend
 from megatron_haplovl.kernels.mask import MixedMask
 
 
@@ -36,13 +36,6 @@ LAYOUTS = {
     "one-token image": ([[1, -1, 3], [-1, 2]], 0),
     "several documents": ([[3, -4, 2], [5], [-6, 1, -2, 2]], 3),
 }
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_intervals_are_the_mask(layout):
-    mask, dense = mixed_mask(*LAYOUTS[layout])
-    assert torch.equal(mask.dense_BSS[0], dense)
-    assert mask.visible_pairs == int(dense.sum())
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu_segments", "sdpa"])
@@ -88,11 +81,56 @@ def test_hidden_keys_do_not_leak_and_later_tokens_of_the_same_image_do(backend):
         assert torch.equal(changed, dense[:, j])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu_segments", "sdpa"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_decoding_equals_the_full_forward(backend, padding):
+    """Prefill in chunks that end where images end, then token by token, over a growing cache; padding on the left."""
+    mask, dense = mixed_mask([[1]] * padding + [[3, -4, 2, -1, 5]], 0)
+    n = dense.shape[0]
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, n, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    full = attention(q, k, v, mask, backend=backend)
+    chunks = [padding + 2, padding + 7, *range(padding + 8, n + 1)]
+    for start, end in zip([0, *chunks], chunks, strict=False):
+        out = attention(q[:, start:end], k[:, :end], v[:, :end], mask.rows(start, end), backend=backend)
+        torch.testing.assert_close(out, full[:, start:end], rtol=0, atol=1e-14)
+
+
+def test_packed_equals_each_document_alone():
+    documents = [[3, -4, 2], [5], [-6, 1, -2, 2]]
+    mask, dense = mixed_mask(documents, 2)
+    n, start = dense.shape[0], 0
+    q, k, v = (torch.randn(1, n, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    packed = attention(q, k, v, mask)
+    for runs in documents:
+        here = slice(start, start + sum(map(abs, runs)))
+        alone = attention(q[:, here], k[:, here], v[:, here], mixed_mask([runs], 0)[0])
+        torch.testing.assert_close(packed[:, here], alone, rtol=0, atol=1e-14)
+        start = here.stop
+    assert torch.equal(packed[:, start:], v[:, start:].repeat_interleave(2, dim=2))
+
+
+def test_probabilities_are_what_the_output_is_weighted_with():
+    mask, dense = mixed_mask([[2, -3, 1]], 1)
+    q, k, v = (torch.randn(1, 7, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    weights = attention_probabilities(q, k, mask)
+    assert weights.shape == (1, 4, 7, 7)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 4, 7, dtype=torch.float64))
+    assert torch.equal(weights[0, 0] > 0, dense)
+    out = torch.stack([weights[0, h] @ v[0, :, h // 2] for h in range(4)], dim=1)
+    torch.testing.assert_close(attention(q, k, v, mask, backend="cpu_segments")[0], out, rtol=0, atol=1e-14)
+
+
 def test_backend_names():
-    assert resolve_backend("auto", "cpu") == "cpu_segments"
-    assert resolve_backend("auto", "cuda") == "sdpa"
-    assert resolve_backend("reference", "cpu") == "reference"
+    def resolve(name, device="cpu", dtype=torch.float32):
+        return resolve_backend(name, device, dtype, 64)
+
+    assert resolve("auto") == "cpu_segments"
+    assert resolve("reference") == "reference"
     with pytest.raises(ValueError, match="unknown attention backend 'magic'"):
-        resolve_backend("magic", "cpu")
-    with pytest.raises(ValueError, match="runs on a CPU"):
-        resolve_backend("cpu_segments", "cuda")
+        resolve("magic")
+    with pytest.raises(ValueError, match="cpu_segments: runs on a CPU, not on cuda"):
+        resolve("cpu_segments", "cuda")
+    for name in ("flash", "flash_merged", "triton", "flex"):
+        with pytest.raises(ValueError, match=f"{name}: runs on a GPU, not on cpu; use auto"):
+            resolve(name)

@@ -1,0 +1,83 @@
+"""The blocks' elementwise operations, with fewer passes over memory and fewer saved tensors than autograd makes of them.
+
+A training step spends little arithmetic here and much memory traffic: composed of plain operations, RoPE makes five
+temporaries, quick-GELU saves three tensors of the MLP's width and SwiGLU three. Each function here saves its inputs
+only. Norms are torch's own fused ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+_QUICK_GELU = 1.702
+_silu_backward = torch.ops.aten.silu_backward
+
+
+def rotate(x_BSHK: torch.Tensor, cos_BS1K: torch.Tensor, sin_BS1K: torch.Tensor) -> torch.Tensor:
+    """x * cos + rotate_half(x) * sin, the rotary embedding in the half-split convention."""
+    out: torch.Tensor = _Rotate.apply(x_BSHK, cos_BS1K, sin_BS1K)
+    return out
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """OpenAI CLIP's approximation x * sigmoid(1.702 x) of GELU."""
+    out: torch.Tensor = _QuickGELU.apply(x)
+    return out
+
+
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, the middle of SwiGLU."""
+    out: torch.Tensor = _SiluProduct.apply(gate, up)
+    return out
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Both halves of the tables hold the same angles, so the gradient is turned back by them.
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, -1), None, None
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x * _QUICK_GELU).div_(_QUICK_GELU)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return _silu_backward(grads[0], x * _QUICK_GELU)
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return _silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
