@@ -1,6 +1,9 @@
 """Mixed-mask attention: every backend that this machine offers, side by side in one run.
 
-    python benchmarks/attention.py [--json PATH] [--layouts A B C] [--heads 16 --kv-heads 16 --head-width 64]
+    python benchmarks/attention.py [--json PATH] [--layouts A B C] [--heads 16:16x64 8:2x128]
+
+Heads are query heads : key/value heads x width. On a CPU the default is the pre-decoder's (CLIP-ViT-L: 16:16x64) and a
+quarter of the post-decoder's (Llama-3-8B: 32:8x128), on a GPU both whole.
 
 `ratio_vs_sdpa` is how many times faster than torch's scaled_dot_product_attention with the dense boolean mask;
 `share_of_ideal` is that ratio over S^2 / P, what skipping every hidden pair without any other loss would give; `tflops`
@@ -11,6 +14,7 @@ output and (fwd+bwd) all gradients, relative to the largest value of each.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +35,7 @@ LAYOUTS = {
     "B": [[100, -576, 60, -576, 96]] + [[100, -576, 220]] * 3,
     "C": [[60, -2304, 180], [80, -1152, -576, 212], [40, -1296, 244]],
 }
-COLUMNS = ["layout", "dtype", "backend", "pass", "median_ms", "ratio_vs_sdpa", "share_of_ideal", "tflops"]
+COLUMNS = ["layout", "heads", "dtype", "backend", "pass", "median_ms", "ratio_vs_sdpa", "share_of_ideal", "tflops"]
 
 
 def mixed_mask(documents: list[list[int]]) -> MixedMask:
@@ -69,14 +73,18 @@ def error(ours: list[torch.Tensor], exact_ones: list[torch.Tensor]) -> float:
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact_ones, strict=False))
 
 
-def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All records of one layout."""
-    device, width = torch.device(arguments.device), arguments.head_width
+def measure(name: str, heads: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All records of one layout and one shape of heads."""
+    device = torch.device(arguments.device)
+    shape = re.fullmatch(r"(\d+):(\d+)x(\d+)", heads)
+    if shape is None:
+        raise SystemExit(f"--heads {heads}: write query heads : key/value heads x width, such as 32:8x128")
+    query_heads, kv_heads, width = map(int, shape.groups())
     mask = mixed_mask(LAYOUTS[name])
     length, pairs, scale = mask.num_keys, mask.visible_pairs, width**-0.5
     torch.manual_seed(0)
-    drawn = [torch.randn(1, length, h, width) for h in (arguments.heads, arguments.kv_heads, arguments.kv_heads)]
-    drawn_grad = torch.randn(1, length, arguments.heads, width)
+    drawn = [torch.randn(1, length, h, width) for h in (query_heads, kv_heads, kv_heads)]
+    drawn_grad = torch.randn(1, length, query_heads, width)
     records = []
     for dtype in (getattr(torch, d) for d in arguments.dtypes):
         tensors = [t.to(device, dtype).requires_grad_() for t in drawn]
@@ -85,16 +93,17 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         causal_mask = causal(mask)
         # sdpa first: the others are compared with it.
         for backend in ["sdpa", *(b for b in BACKENDS if b != "sdpa")]:
-            if not offered(backend, device, dtype, arguments):
+            if not offered(backend, device, dtype, width, arguments.reference):
                 continue
             run = partial(attention, *tensors, mask, scale=scale, backend=backend)
             records += passes(run, tensors, grad, wanted, arguments.repeats, pairs, backend, device)
-        if offered("flash", device, dtype, arguments):
+        if offered("flash", device, dtype, width, arguments.reference):
             run = partial(attention, *tensors, causal_mask, scale=scale, backend="flash_merged")
             plain = "flash, plain document-causal"
             records += passes(run, tensors, grad, [], arguments.repeats, causal_mask.visible_pairs, plain, device)
         for record in records:
             record.setdefault("layout", name)
+            record.setdefault("heads", heads)
             record.setdefault("dtype", str(dtype).removeprefix("torch."))
     for record in records:
         base = next(
@@ -107,13 +116,13 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def offered(backend: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace) -> bool:
-    """Whether a backend runs here, on these sizes."""
+def offered(backend: str, device: torch.device, dtype: torch.dtype, width: int, reference: bool) -> bool:
+    """Whether a backend runs here; the oracle only where it was asked for."""
     try:
-        resolve_backend(backend, device, dtype, arguments.head_width)
+        resolve_backend(backend, device, dtype, width)
     except ValueError:
         return False
-    return backend != "reference" or arguments.reference
+    return backend != "reference" or reference
 
 
 def passes(
@@ -160,9 +169,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--heads", type=int, default=32 if on_gpu else 16)
-    parser.add_argument("--kv-heads", type=int, default=8 if on_gpu else 16)
-    parser.add_argument("--head-width", type=int, default=128 if on_gpu else 64)
+    parser.add_argument("--heads", nargs="+", default=["16:16x64", "32:8x128" if on_gpu else "8:2x128"])
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5)
     parser.add_argument("--reference", action="store_true", help="time the oracle, too; it needs much memory")
     arguments = parser.parse_args()
@@ -174,11 +181,11 @@ def main() -> None:
         mask = mixed_mask(LAYOUTS[name])
         ideal = mask.num_keys**2 / mask.visible_pairs
         print(f"\n{name}: {mask.num_keys} tokens, {mask.visible_pairs} visible pairs, ideal ratio {ideal:.2f}")
-        records += measure(name, arguments)
+        for heads in arguments.heads:
+            records += measure(name, heads, arguments)
         print_table([r for r in records if r["layout"] == name], [*COLUMNS, "peak_mib", "max_error"])
     if arguments.json:
-        sizes = {"heads": arguments.heads, "kv_heads": arguments.kv_heads, "head_width": arguments.head_width}
-        write_json(arguments.json, records, **where, **sizes)
+        write_json(arguments.json, records, **where)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _FLOPS_PER_PAIR = 14
 
 def pairs_per_call(channels: int) -> float:
     """Pairs that could be computed in the time a call takes, for heads x head width channels."""
-    return _CALL_SECONDS * _FLOPS_PER_SECOND / (_FLOPS_PER_PAIR * channels)
+    return _CALL_SECONDS * _FLOPS_PER_SECOND * torch.get_num_threads() / (_FLOPS_PER_PAIR * channels)
 
 
 def cpu_segments_attention(
@@ -84,14 +84,14 @@ class _SegmentedAttention(torch.autograd.Function):
             )
             out_BSHK[b, row] = out_1HRK[0].transpose(0, 1)
             logsumexp_BHS[b, :, row] = logsumexp_1HR[0]
-        ctx.save_for_backward(q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS)
+        ctx.save_for_backward(q_BSHK, k_BGTK, v_BGTK, out_BSHK, logsumexp_BHS)
         ctx.mask, ctx.calls, ctx.scale = mask, calls, scale
         return out_BSHK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS = ctx.saved_tensors
+        q_BSHK, k_BGTK, v_BGTK, out_BSHK, logsumexp_BHS = ctx.saved_tensors
         dq_BSHK, dk_BTGK, dv_BTGK = segmented_backward(
-            grads[0], q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS, ctx.mask, ctx.calls, ctx.scale
+            grads[0], q_BSHK, k_BGTK, v_BGTK, out_BSHK, logsumexp_BHS, ctx.mask, ctx.calls, ctx.scale
         )
         return dq_BSHK, dk_BTGK, dv_BTGK, None, None, None

@@ -19,8 +19,8 @@ from megatron_haplovl.kernels.attention_plan import Call, hidden_pairs
 from megatron_haplovl.kernels.mask import MixedMask
 
 # Scores that one core works on at a time, and the most that may lie in one matrix before its rows are divided, too.
-# Both measured; the first is half of the core's cache, since scores and their gradients are alive together.
-_SCORE_BYTES = 2**20
+# Both measured, on cores with 2 MiB of cache each; half or twice as much makes little difference.
+_SCORE_BYTES = 2**21
 _MOST_SCORE_BYTES = 2**22
 
 
@@ -35,28 +35,30 @@ class _Hidden(NamedTuple):
 def segmented_backward(
     dout_BSHK: torch.Tensor,
     q_BSHK: torch.Tensor,
-    k_BTGK: torch.Tensor,
-    v_BTGK: torch.Tensor,
+    k_BGTK: torch.Tensor,
+    v_BGTK: torch.Tensor,
     out_BSHK: torch.Tensor,
     logsumexp_BHS: torch.Tensor,
     mask: MixedMask,
     calls: tuple[Call, ...],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) in the shapes and the dtype of q, k and v; sums over rectangles in (at least) fp32.
+    """(dq [B, S, H, K], dk and dv [B, T, G, K]) in the dtype of q; sums over rectangles in (at least) fp32.
+
+    Keys and values come as [B, G, T, K], contiguous: the matrix products stumble over rows that lie a power of two apart.
 
     Scores and their gradients are formed in (at least) fp32; the three products that take rounded factors in any fused
     kernel (P and dS) run in the dtype of q.
     """
     dtype, wide = q_BSHK.dtype, logsumexp_BHS.dtype
-    kv_heads = k_BTGK.shape[2]
+    kv_heads = k_BGTK.shape[1]
     group = q_BSHK.shape[2] // kv_heads
     q_BGSNK, dout_BGSNK, out_BGSNK = (_by_kv_head(x, kv_heads) for x in (q_BSHK, dout_BSHK, out_BSHK))
     logsumexp_BGSN1 = _by_kv_head(logsumexp_BHS.transpose(1, 2).unsqueeze(-1), kv_heads)
-    # One head's rows side by side: the matrix products stumble over rows that lie a power of two apart.
-    k_BGTK, v_BGTK = k_BTGK.transpose(1, 2).contiguous(), v_BTGK.transpose(1, 2).contiguous()
     wide_k_BGTK, wide_v_BGTK = k_BGTK.to(wide), v_BGTK.to(wide)
-    dk_BGTK, dv_BGTK = torch.zeros_like(wide_k_BGTK), torch.zeros_like(wide_v_BGTK)
+    batch, _, keys, width = k_BGTK.shape
+    dk_BTGK, dv_BTGK = (torch.zeros(batch, keys, kv_heads, width, dtype=wide) for _ in range(2))
+    dk_BGTK, dv_BGTK = dk_BTGK.transpose(1, 2), dv_BTGK.transpose(1, 2)
     dq_BSHK = torch.empty_like(q_BSHK)
     dq_BGSNK = _by_kv_head(dq_BSHK, kv_heads)
     largest = _largest_block(calls, kv_heads, group)
@@ -91,26 +93,18 @@ def segmented_backward(
                 p_CXT[:, :, hidden.first : hidden.last].masked_fill_(flags_XT, float("-inf"))
             p_CXT.sub_(logsumexp_CX1).exp_()
             low_CXT = p_CXT if dtype == wide else rounded[:size].view(shape).copy_(p_CXT)
-            _add_product(dv_BGTK[b, head, key], low_CXT.transpose(1, 2), dout_CXK, 1.0)
+            dv_BGTK[b, head, key] += torch.bmm(low_CXT.transpose(1, 2), dout_CXK)
             torch.bmm(wide_dout_CXK, v_CKT, out=ds_CXT).sub_(delta_CX1).mul_(p_CXT)
             low_CXT = ds_CXT if dtype == wide else low_CXT.copy_(ds_CXT)
-            _add_product(dk_BGTK[b, head, key], low_CXT.transpose(1, 2), q_CXK, scale)
+            dk_BGTK[b, head, key].add_(torch.bmm(low_CXT.transpose(1, 2), q_CXK), alpha=scale)
             dq_CXK = torch.bmm(low_CXT, k_BGTK[b, head, key])
             dq_BGSNK[b, head, first:last] = dq_CXK.mul_(scale).unflatten(1, (-1, group))
-    return dq_BSHK, dk_BGTK.transpose(1, 2).to(dtype), dv_BGTK.transpose(1, 2).to(dtype)
+    return dq_BSHK, dk_BTGK.to(dtype), dv_BTGK.to(dtype)
 
 
 def _by_kv_head(x_BSHK: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """View [B, S, G * N, K] as [B, G, S, N, K]."""
     return x_BSHK.unflatten(2, (kv_heads, -1)).transpose(1, 2)
-
-
-def _add_product(sum_CTK: torch.Tensor, a_CTX: torch.Tensor, b_CXK: torch.Tensor, alpha: float) -> None:
-    """sum += alpha * a b, in the sum's own dtype."""
-    if sum_CTK.dtype == a_CTX.dtype:
-        sum_CTK.baddbmm_(a_CTX, b_CXK, alpha=alpha)
-    else:
-        sum_CTK.add_(torch.bmm(a_CTX, b_CXK), alpha=alpha)
 
 
 def _hidden(mask: MixedMask, call: Call, group: int) -> _Hidden | None:

@@ -95,7 +95,9 @@ class MixedMask:
 
         def build() -> tuple[torch.Tensor, torch.Tensor]:
             start_BS, end_BS = self.vectors(device)
-            key_BT = torch.arange(self.num_keys, dtype=torch.int32, device=device).expand(len(start_BS), -1).contiguous()
+            key_BT = (
+                torch.arange(self.num_keys, dtype=torch.int32, device=device).expand(len(start_BS), -1).contiguous()
+            )
             q_start_BT = torch.searchsorted(end_BS.contiguous(), key_BT, right=True, out_int32=True)
             return q_start_BT, torch.searchsorted(start_BS.contiguous(), key_BT, right=True, out_int32=True)
 

@@ -6,7 +6,10 @@ All are sums over tokens, in fp32; M is the number of text tokens, P of visual t
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+
+from megatron_haplovl.kernels.linear_cross_entropy import distill_tokens
 
 
 def vision_loss(student_PD: torch.Tensor, teacher_PD: torch.Tensor) -> torch.Tensor:
@@ -14,23 +17,13 @@ def vision_loss(student_PD: torch.Tensor, teacher_PD: torch.Tensor) -> torch.Ten
     return (1.0 - F.cosine_similarity(student_PD.float(), teacher_PD.float(), dim=-1)).sum()
 
 
-def feature_loss(student_ML: torch.Tensor, teacher_ML: torch.Tensor) -> torch.Tensor:
-    """Sum over text tokens of 1 + ||student - teacher||_2 - cos(student, teacher) (Eq. 3).
+def scale_logits(student_ML: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """The student divided by the learned temperature (log_scale = -log tau, as in CLIP): x W^T are then Eq. 4's logits.
 
-    The norm is not squared.
+    Multiplied in fp32, for the scale's rounding would be in every logit.
     """
-    student_ML, teacher_ML = student_ML.float(), teacher_ML.float()
-    distance_M = torch.linalg.vector_norm(student_ML - teacher_ML, dim=-1)
-    return (1.0 + distance_M - F.cosine_similarity(student_ML, teacher_ML, dim=-1)).sum()
-
-
-def current_token_logits(student_ML: torch.Tensor, embedding_VL: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Logits of Eq. 4: x = student W^T, divided by the learned temperature (log_scale = -log tau, as in CLIP).
-
-    Returns:
-        [M, V], fp32.
-    """
-    return F.linear(student_ML, embedding_VL).float() * log_scale.float().exp()
+    wide = torch.promote_types(student_ML.dtype, torch.float32)
+    return (student_ML.to(wide) * log_scale.to(wide).exp()).to(student_ML.dtype)
 
 
 def distillation_loss(
@@ -40,6 +33,10 @@ def distillation_loss(
     tokens_M: torch.Tensor,
     embedding_VL: torch.Tensor,
     log_scale: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The three losses of stage 1, summed over tokens; keys as in `losses.terms.DISTILLATION_TERMS`.
 
@@ -48,15 +45,24 @@ def distillation_loss(
         teacher_visual_PD: vision teacher's features of the same patches.
         student_text_ML: text head's output at the text tokens.
         tokens_M: the *current* token of each text position.
-        embedding_VL: the language model's embedding matrix W, frozen.
-        log_scale: scalar, logarithm of the logit scale.
+        embedding_VL: the language model's embedding matrix W, frozen; or this rank's words of it.
+        log_scale: one element, logarithm of the logit scale.
+        group: ranks that share the vocabulary; see `kernels.linear_cross_entropy`.
+        vocab_start: first word of this rank.
+        vocab_size: words of all ranks together.
     """
-    teacher_text_ML = F.embedding(tokens_M, embedding_VL)
-    logits_MV = current_token_logits(student_text_ML, embedding_VL, log_scale)
-    correct = (logits_MV.detach().argmax(dim=-1) == tokens_M).sum()
+    ctp, correct, feature = distill_tokens(
+        student_text_ML,
+        scale_logits(student_text_ML, log_scale),
+        embedding_VL,
+        tokens_M,
+        group=group,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+    )
     return {
         "vision loss": vision_loss(student_visual_PD, teacher_visual_PD),
-        "feature loss": feature_loss(student_text_ML, teacher_text_ML),
-        "ctp loss": F.cross_entropy(logits_MV, tokens_M, reduction="sum"),
-        "ctp accuracy": correct.float(),
+        "feature loss": feature,
+        "ctp loss": ctp,
+        "ctp accuracy": correct,
     }

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+
+from megatron_haplovl.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def next_token_loss(
-    hidden_ML: torch.Tensor, weight_VL: torch.Tensor, labels_M: torch.Tensor
+    hidden_ML: torch.Tensor,
+    weight_VL: torch.Tensor,
+    labels_M: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Cross-entropy of the output head's logits, summed over the M trained positions;
     keys as in `losses.terms.LANGUAGE_MODELING_TERMS`.
 
     Args:
         hidden_ML: normalised hidden states of the trained positions only.
-        weight_VL: the output head.
+        weight_VL: the output head, or this rank's words of it.
         labels_M: the next token of each position.
+        group: ranks that share the vocabulary; see `kernels.linear_cross_entropy`.
+        vocab_start: first word of this rank.
+        vocab_size: words of all ranks together.
     """
-    logits_MV = F.linear(hidden_ML, weight_VL).float()
-    correct = (logits_MV.detach().argmax(dim=-1) == labels_M).sum()
-    return {
-        "lm loss": F.cross_entropy(logits_MV, labels_M, reduction="sum"),
-        "lm token accuracy": correct.float(),
-    }
+    loss, correct = linear_cross_entropy(
+        hidden_ML, weight_VL, labels_M, group=group, vocab_start=vocab_start, vocab_size=vocab_size
+    )
+    return {"lm loss": loss, "lm token accuracy": correct}
