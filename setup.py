@@ -30,7 +30,13 @@ setup(
     extras_require={
         "examples": ["matplotlib>=3.8"],
         "tracking": ["tensorboard", "wandb"],
-        "test": ["pytest>=8", "megatron-core>=0.16", "tensorboard", "matplotlib>=3.8", "triton>=3.6"],
+        "test": [
+            "pytest>=8",
+            "megatron-core>=0.16",
+            "tensorboard",
+            "matplotlib>=3.8",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5"],
     },
 )

@@ -30,7 +30,7 @@ COLUMNS = (
     ["tokens", "dtype", "head", "pass", "backend", "median_ms", "ratio_vs_plain"]
     + ["peak_mib", "gradient_mib", "memory_ratio_vs_plain", "max_error"]
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def plain(hidden_ML: torch.Tensor, weight_VL: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:

@@ -65,8 +65,8 @@ class HuggingFaceBaseline(nn.Module):
 
         key_S = torch.arange(x_BSD.shape[1])
         visible_BSS = (key_S >= batch.kv_start_BS.unsqueeze(-1)) & (key_S < batch.kv_end_BS.unsqueeze(-1))
-        mask_B1SS = torch.zeros(visible_BSS.shape, dtype=x_BSD.dtype).masked_fill_(~visible_BSS, float("-inf"))
-        mask_B1SS = mask_B1SS.unsqueeze(1)
+        mask_BSS = torch.zeros(visible_BSS.shape, dtype=x_BSD.dtype).masked_fill_(~visible_BSS, float("-inf"))
+        mask_B1SS = mask_BSS.unsqueeze(1).to(x_BSD.device)
         x_BSD = self.pre_decoder(inputs_embeds=x_BSD, attention_mask=mask_B1SS).last_hidden_state
         x_BSL = self.connector(x_BSD)
         embeddings = self.rotary(x_BSL, batch.position_ids_BS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,17 +58,23 @@ def peak_mib(fn: Callable[[], object], device: torch.device | str) -> float:
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """Where figures were taken: processor or GPU, cores in use, torch version."""
+    """When and where figures were taken: date, commit, processor or GPU, cores in use, versions."""
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": (commit or "unknown") + (" and changes" if changed else ""),
         "machine": name,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
     }
 
 

@@ -161,8 +161,8 @@ class OptimizerConfig:
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     adamw_implementation: str = setting(
         "auto",
-        "torch: torch's fused AdamW, which is what auto stands for; deepspeed: its FusedAdam on a GPU, its CPUAdam on a "
-        "CPU (either is compiled at first use); apex: NVIDIA apex",
+        "torch: torch's fused AdamW, which is what auto stands for; deepspeed: its FusedAdam on a GPU, its CPUAdam on "
+        "a CPU (either is compiled at first use); apex: NVIDIA apex",
         choices=("auto", "torch", "deepspeed", "apex"),
     )
     clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0 turns clipping off")
@@ -217,7 +217,18 @@ class PrecisionConfig:
     attention_backend: str = setting(
         "auto",
         "implementation of the mixed-mask attention; the log's first line says what auto stands for",
-        choices=("auto", "reference", "cpu_segments", "flash", "flash_merged", "triton", "flex", "sdpa"),
+        choices=(
+            "auto",
+            "reference",
+            "cpu_segments",
+            "flash",
+            "flash3",
+            "flash4",
+            "flash_merged",
+            "triton",
+            "flex",
+            "sdpa",
+        ),
     )
     compile: bool = setting(
         False, "compile every block with torch.compile (attention itself, already fused, stays outside)"

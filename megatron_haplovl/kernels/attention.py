@@ -8,18 +8,21 @@ keys; T is S but in decoding, where a chunk of queries meets a cache of keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
 from megatron_haplovl.kernels.attention_cpu import cpu_segments_attention
 from megatron_haplovl.kernels.capabilities import has_flex, has_triton
-from megatron_haplovl.kernels.flash_operators import flash_unavailable
+from megatron_haplovl.kernels.flash_operators import flash_operator, flash_unavailable
 from megatron_haplovl.kernels.mask import MixedMask
 
-BACKENDS = ("reference", "cpu_segments", "flash", "flash_merged", "triton", "flex", "sdpa")
+BACKENDS = ("reference", "cpu_segments", "flash", "flash3", "flash4", "flash_merged", "triton", "flex", "sdpa")
 """Names of `--attention-backend`, beside auto."""
+
+_GPU_ORDER = ("flash", "triton", "flex", "sdpa")
+_FLASH_VERSIONS = {"flash": 2, "flash3": 3, "flash4": 4, "flash_merged": 2}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -46,8 +49,10 @@ def attention(
         [B, S, H, K] in the dtype of the queries.
 
     Raises:
-        ValueError: the backend does not run on this device, with this dtype or head width.
+        ValueError: the backend does not run on this device, with this dtype or head width; or the shapes contradict the
+            mask or each other.
     """
+    _check_shapes(q_BSHK, k_BTGK, v_BTGK, mask)
     if scale is None:
         scale = q_BSHK.shape[-1] ** -0.5
     name = resolve_backend(backend, q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1])
@@ -66,8 +71,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
     if name == "auto":
         if device.type == "cpu":
             return "cpu_segments"
-        choices = ("flash", "triton", "flex", "sdpa")
-        return next(choice for choice in choices if _unavailable(choice, device, dtype, head_width) is None)
+        return next(choice for choice in _GPU_ORDER if _unavailable(choice, device, dtype, head_width) is None)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; choose from {', '.join(BACKENDS)} or auto")
     reason = _unavailable(name, device, dtype, head_width)
@@ -76,13 +80,25 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
     return name
 
 
+def describe_backend(name: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """What a resolved backend runs on, and why none before it in the order of `auto` does: for the log."""
+    detail = f" ({flash_operator(device, _FLASH_VERSIONS[name]).name})" if name in _FLASH_VERSIONS else ""
+    reasons = []
+    if device.type == "cuda" and name in _GPU_ORDER:
+        for choice in _GPU_ORDER[: _GPU_ORDER.index(name)]:
+            reason = _unavailable(choice, device, dtype, head_width)
+            reasons += [] if reason is None else [f"{choice}: {reason}"]
+    return name + detail + (f" [{'; '.join(reasons)}]" if reasons else "")
+
+
 def reference_attention(
     q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
 ) -> torch.Tensor:
     """Dense softmax attention in (at least) fp32: the oracle that every other backend is compared with."""
     weights_BHST = attention_probabilities(q_BSHK, k_BTGK, mask, scale)
     v_BTHK = v_BTGK.to(weights_BHST.dtype).repeat_interleave(q_BSHK.shape[2] // v_BTGK.shape[2], dim=2)
-    return torch.einsum("bhst,bthk->bshk", weights_BHST, v_BTHK).to(q_BSHK.dtype)
+    with torch.autocast(q_BSHK.device.type, enabled=False):
+        return torch.einsum("bhst,bthk->bshk", weights_BHST, v_BTHK).to(q_BSHK.dtype)
 
 
 def attention_probabilities(
@@ -93,7 +109,8 @@ def attention_probabilities(
         scale = q_BSHK.shape[-1] ** -0.5
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
     k_BTHK = k_BTGK.to(wide).repeat_interleave(q_BSHK.shape[2] // k_BTGK.shape[2], dim=2)
-    scores_BHST = torch.einsum("bshk,bthk->bhst", q_BSHK.to(wide), k_BTHK) * scale
+    with torch.autocast(q_BSHK.device.type, enabled=False):
+        scores_BHST = torch.einsum("bshk,bthk->bhst", q_BSHK.to(wide), k_BTHK) * scale
     return scores_BHST.masked_fill(~mask.dense(q_BSHK.device).unsqueeze(1), float("-inf")).softmax(dim=-1)
 
 
@@ -123,10 +140,12 @@ def _implementation(name: str) -> Callable[..., torch.Tensor]:
         from megatron_haplovl.kernels.attention_flex import flex_attention
 
         return flex_attention
-    if name in ("flash", "flash_merged"):
-        from megatron_haplovl.kernels import attention_flash
+    if name.startswith("flash"):
+        from megatron_haplovl.kernels.attention_flash import flash_attention, flash_merged_attention
 
-        return attention_flash.flash_attention if name == "flash" else attention_flash.flash_merged_attention
+        if name == "flash_merged":
+            return flash_merged_attention
+        return partial(flash_attention, version=_FLASH_VERSIONS[name])
     return {"reference": reference_attention, "cpu_segments": cpu_segments_attention, "sdpa": sdpa_attention}[name]
 
 
@@ -137,6 +156,8 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype, head_width
         return None
     if name == "cpu_segments":
         return None if device.type == "cpu" else f"runs on a CPU, not on {device}"
+    if name == "flex" and device.type == "cpu":
+        return "has no backward on a CPU"
     if device.type != "cuda":
         return f"runs on a GPU, not on {device}"
     if name == "triton":
@@ -146,5 +167,19 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype, head_width
 
         return triton_unavailable(device, dtype, head_width)
     if name == "flex":
-        return None if has_flex() else "this torch has no FlexAttention"
-    return flash_unavailable(device, dtype, head_width)
+        if not has_flex():
+            return "FlexAttention needs the triton package, which is not installed"
+        return None if head_width >= 16 else f"takes head widths of 16 and more, not {head_width}"
+    return flash_unavailable(device, dtype, head_width, _FLASH_VERSIONS[name])
+
+
+def _check_shapes(q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask) -> None:
+    rows = tuple(mask.kv_start_BS.shape)
+    keys = (q_BSHK.shape[0], mask.num_keys, k_BTGK.shape[2], q_BSHK.shape[3])
+    if tuple(q_BSHK.shape[:2]) != rows or tuple(k_BTGK.shape) != keys or tuple(v_BTGK.shape) != keys:
+        raise ValueError(
+            f"a mask of {rows} queries over {mask.num_keys} keys does not fit q {tuple(q_BSHK.shape)}, "
+            f"k {tuple(k_BTGK.shape)} and v {tuple(v_BTGK.shape)}"
+        )
+    if q_BSHK.shape[2] % k_BTGK.shape[2]:
+        raise ValueError(f"{q_BSHK.shape[2]} query heads are not a multiple of {k_BTGK.shape[2]} key/value heads")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from megatron_haplovl.kernels.attention_cpu_backward import segmented_backward
 from megatron_haplovl.kernels.attention_plan import Call, hidden_pairs, plan_calls
@@ -33,6 +34,8 @@ def cpu_segments_attention(
     q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
 ) -> torch.Tensor:
     """Attention by one fused call per planned rectangle; see `kernels.attention.attention`."""
+    # The operator takes any strides but for the channels.
+    q_BSHK = q_BSHK if q_BSHK.stride(-1) == 1 else q_BSHK.contiguous()
     overhead = pairs_per_call(q_BSHK.shape[2] * q_BSHK.shape[3])
     calls = mask.derive(("cpu_segments", overhead), lambda: plan_calls(mask, overhead))
     out: torch.Tensor = _SegmentedAttention.apply(q_BSHK, k_BTGK, v_BTGK, mask, calls, scale)
@@ -89,6 +92,7 @@ class _SegmentedAttention(torch.autograd.Function):
         return out_BSHK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BSHK, k_BGTK, v_BGTK, out_BSHK, logsumexp_BHS = ctx.saved_tensors
         dq_BSHK, dk_BTGK, dv_BTGK = segmented_backward(

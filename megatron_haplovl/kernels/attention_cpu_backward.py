@@ -45,10 +45,9 @@ def segmented_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [B, S, H, K], dk and dv [B, T, G, K]) in the dtype of q; sums over rectangles in (at least) fp32.
 
-    Keys and values come as [B, G, T, K], contiguous: the matrix products stumble over rows that lie a power of two apart.
-
-    Scores and their gradients are formed in (at least) fp32; the three products that take rounded factors in any fused
-    kernel (P and dS) run in the dtype of q.
+    Keys and values come as [B, G, T, K], contiguous: the matrix products stumble over rows that lie a power of two
+    apart. Scores and their gradients are formed in (at least) fp32; the three products that take rounded factors in
+    any fused kernel (P and dS) run in the dtype of q.
     """
     dtype, wide = q_BSHK.dtype, logsumexp_BHS.dtype
     kv_heads = k_BGTK.shape[1]

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from megatron_haplovl.kernels.flash_operators import Ragged, Saved, VarlenOperator, flash_operator
 from megatron_haplovl.kernels.mask import MixedMask
@@ -36,14 +37,16 @@ _IntArray = npt.NDArray[np.int64]
 
 
 def flash_attention(
-    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
+    q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float, version: int = 2
 ) -> torch.Tensor:
     """Attention by one call for text segments and one for images; see `kernels.attention.attention`.
+
+    `version` is FlashAttention's; see :func:`flash_operators.flash_operator`.
 
     Raises:
         ValueError: no FlashAttention on this device.
     """
-    return varlen_attention(q_BSHK, k_BTGK, v_BTGK, mask, scale, "segments", flash_operator(q_BSHK.device))
+    return varlen_attention(q_BSHK, k_BTGK, v_BTGK, mask, scale, "segments", flash_operator(q_BSHK.device, version))
 
 
 def flash_merged_attention(
@@ -270,6 +273,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out_NHK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_NHK, k_UGK, v_UGK, out_NHK, lse_HN = ctx.saved_tensors
         plan: _Plan = ctx.plan

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from megatron_haplovl.kernels import attention_triton_kernels as kernels
 from megatron_haplovl.kernels.mask import MixedMask
@@ -29,13 +30,13 @@ def triton_attention(
     cast to its dtype. There may be more keys than queries: one chunk of a prefill, or one decoding step.
 
     Raises:
-        ValueError: a device, dtype or head width of :func:`triton_unavailable`, tensors of several dtypes, a scale that
-            is not positive, or shapes that contradict the mask.
+        ValueError: a device, dtype or head width of :func:`triton_unavailable`, tensors of several dtypes, or a scale
+            that is not positive.
     """
     if torch.is_autocast_enabled(q_BSHK.device.type):
         dtype = torch.get_autocast_dtype(q_BSHK.device.type)
         q_BSHK, k_BTGK, v_BTGK = q_BSHK.to(dtype), k_BTGK.to(dtype), v_BTGK.to(dtype)
-    _check(q_BSHK, k_BTGK, v_BTGK, mask, scale)
+    _check(q_BSHK, k_BTGK, v_BTGK, scale)
     out: torch.Tensor = _TritonAttention.apply(
         _channels_last(q_BSHK), _channels_last(k_BTGK), _channels_last(v_BTGK), mask, scale
     )
@@ -53,7 +54,7 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype, head_width: int
     return None
 
 
-def _check(q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float) -> None:
+def _check(q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, scale: float) -> None:
     reason = triton_unavailable(q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[3])
     if reason is not None:
         raise ValueError(f"attention backend triton: {reason}; use another backend, or auto")
@@ -61,15 +62,6 @@ def _check(q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mas
         raise ValueError(f"q, k and v have several dtypes: {q_BSHK.dtype}, {k_BTGK.dtype} and {v_BTGK.dtype}")
     if scale <= 0:
         raise ValueError(f"attention backend triton: the scale must be positive, not {scale}")
-    rows_BS = tuple(mask.kv_start_BS.shape)
-    keys_BTGK = (q_BSHK.shape[0], mask.num_keys, k_BTGK.shape[2], q_BSHK.shape[3])
-    if tuple(q_BSHK.shape[:2]) != rows_BS or tuple(k_BTGK.shape) != keys_BTGK or tuple(v_BTGK.shape) != keys_BTGK:
-        raise ValueError(
-            f"a mask of {rows_BS} queries over {mask.num_keys} keys does not fit q {tuple(q_BSHK.shape)}, "
-            f"k {tuple(k_BTGK.shape)} and v {tuple(v_BTGK.shape)}"
-        )
-    if q_BSHK.shape[2] % k_BTGK.shape[2]:
-        raise ValueError(f"{q_BSHK.shape[2]} query heads are not a multiple of {k_BTGK.shape[2]} key/value heads")
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -102,6 +94,7 @@ class _TritonAttention(torch.autograd.Function):
         return out_BSHK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BSHK, k_BTGK, v_BTGK, out_BSHK, logsumexp_BHS = ctx.saved_tensors
         mask, scale = ctx.mask, ctx.scale

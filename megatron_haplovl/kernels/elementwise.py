@@ -1,8 +1,8 @@
-"""The blocks' elementwise operations, with fewer passes over memory and fewer saved tensors than autograd makes of them.
+"""The blocks' elementwise operations, with fewer passes over memory and fewer saved tensors than plain ones have.
 
 A training step spends little arithmetic here and much memory traffic: composed of plain operations, RoPE makes five
-temporaries, quick-GELU saves three tensors of the MLP's width and SwiGLU three. Each function here saves its inputs
-only. Norms are torch's own fused ones.
+temporaries, quick-GELU saves two tensors of the MLP's width and SwiGLU three, and torch's RMSNorm on a CPU a normalised
+copy. Each function here saves its inputs only. `benchmarks/elementwise.py` compares the two forms.
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, the middle of SwiGLU."""
     out: torch.Tensor = _SiluProduct.apply(gate, up)
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+
+    On a GPU torch's own kernels, which are fused in both directions; on a CPU torch has a fused form in neither.
+    """
+    if x.device.type != "cpu":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    out: torch.Tensor = _RMSNorm.apply(x, weight, eps)
     return out
 
 
@@ -81,3 +92,27 @@ class _SiluProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return _silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        wide_x, wide_grad = x.to(wide), grads[0].to(wide)
+        mean_square = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(ctx.eps).rsqrt_()
+        normal = wide_x * inverse
+        dweight = (wide_grad * normal).flatten(0, -2).sum(dim=0)
+        dnormal = wide_grad * weight
+        # What the norm itself takes off: the part of the gradient along x.
+        along = torch.linalg.vecdot(dnormal, normal).unsqueeze(-1).div_(x.shape[-1])
+        dx = dnormal.sub_(normal.mul_(along)).mul_(inverse)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None

@@ -60,29 +60,32 @@ class VarlenOperator:
 
 
 @cache
-def flash_operator(device: torch.device) -> VarlenOperator:
-    """The newest FlashAttention that a GPU and its installation offer.
+def flash_operator(device: torch.device, version: int = 2) -> VarlenOperator:
+    """The operator of a GPU, chosen at the first call.
 
-    FlashAttention-3 on Hopper, FlashAttention-4 on Blackwell, and on Hopper without 3; else the one in torch, or what
-    `torch.nn.attention.activate_flash_attention_impl` put in its place; else the flash-attn package.
+    Args:
+        device: the GPU.
+        version: of FlashAttention. 2 is the one in torch, or what `torch.nn.attention.activate_flash_attention_impl`
+            put in its place; without one, the flash-attn package. 3 (Hopper) and 4 (Hopper and Blackwell) are packages
+            of their own, and are taken only where asked for.
 
     Raises:
-        ValueError: not an NVIDIA GPU, one that is too old, or no FlashAttention.
+        ValueError: not an NVIDIA GPU, one that is too old, or no such FlashAttention.
     """
-    choice = _choice(device)
+    choice = _choice(device, version)
     if isinstance(choice, str):
-        raise ValueError(f"no FlashAttention: {choice}")
+        raise ValueError(f"no FlashAttention-{version}: {choice}")
     return choice()
 
 
-def flash_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+def flash_unavailable(device: torch.device, dtype: torch.dtype, head_width: int, version: int = 2) -> str | None:
     """Why FlashAttention does not compute this; None if it does."""
-    choice = _choice(device)
+    choice = _choice(device, version)
     if isinstance(choice, str):
         return choice
     if dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bf16 or fp16, not in {dtype}"
-    operator = flash_operator(device)
+    operator = flash_operator(device, version)
     if head_width % 8 != 0 or head_width > operator.largest_head:
         return (
             f"{operator.name} has head widths that are multiples of 8 up to {operator.largest_head}, not {head_width}"
@@ -90,17 +93,21 @@ def flash_unavailable(device: torch.device, dtype: torch.dtype, head_width: int)
     return None
 
 
-def _choice(device: torch.device) -> Callable[[], VarlenOperator] | str:
+def _choice(device: torch.device, version: int) -> Callable[[], VarlenOperator] | str:
     """What makes the operator of a device, or why there is none."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not on {device}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"needs compute capability 8.0, {device} has {major}.{minor}"
-    if major == 9 and capabilities.has_flash_attention_3():
-        return flash_attention_3
-    if major in (9, 10) and capabilities.has_flash_attention_4():
-        return flash_attention_4
+    if version == 3:
+        if major != 9:
+            return f"needs compute capability 9, {device} has {major}.{minor}"
+        return flash_attention_3 if capabilities.has_flash_attention_3() else "FlashAttention-3 is not installed"
+    if version == 4:
+        if major not in (9, 10):
+            return f"needs compute capability 9 or 10, {device} has {major}.{minor}"
+        return flash_attention_4 if capabilities.has_flash_attention_4() else "flash-attn-4 is not installed"
     if torch.backends.cuda.is_flash_attention_available():
         return torch_flash_attention
     if capabilities.has_flash_attention_2():

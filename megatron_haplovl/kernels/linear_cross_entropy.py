@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # Bytes of one chunk's logits, in the dtype of the matrix product. Measured on a CPU at V = 128,256 and L = 512: from 64
 # rows in fp32 and 256 in bf16 on, the three products run at full speed, which is 32 and 64 MiB. A GPU wants about a
@@ -125,7 +126,7 @@ def _apply(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     device = hidden_ML.device.type
     autocast = torch.is_autocast_enabled(device)
-    if hidden_ML.shape != (*target_M.shape, weight_VL.shape[1]):
+    if target_M.dim() != 1 or hidden_ML.shape != (*target_M.shape, weight_VL.shape[1]):
         raise ValueError(f"hidden {hidden_ML.shape}, weight {weight_VL.shape} and target {target_M.shape} do not fit")
     if hidden_ML.dtype != weight_VL.dtype and not autocast:
         raise ValueError(f"hidden is {hidden_ML.dtype} and weight {weight_VL.dtype}; outside autocast they must agree")
@@ -134,7 +135,8 @@ def _apply(
     size = len(weight_VL) if vocab_size is None else vocab_size
     if not 0 <= vocab_start <= vocab_start + len(weight_VL) <= size:
         raise ValueError(f"{len(weight_VL)} words from {vocab_start} on are not part of {size} words")
-    assert size <= _MOST_WORDS, size
+    if size > _MOST_WORDS:
+        raise ValueError(f"a vocabulary of {size} words, more than {_MOST_WORDS}")
     _check_targets(target_M, size)
     dtype = torch.get_autocast_dtype(device) if autocast else weight_VL.dtype
     settings = _Settings(group, vocab_start, size, dtype, torch.is_grad_enabled())
@@ -199,6 +201,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct, feature
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dloss, _, dfeature = grads
         dhidden_ML, dstudent_ML = ctx.saved_tensors

@@ -1,7 +1,7 @@
 """The mixed mask: text causal, the tokens of one image bidirectional, nothing across documents.
 
-Paper Sec. 3.1, "Masking strategy". The keys that a query sees are one interval, so two int32 vectors carry the mask; the
-queries that see a key are one interval, too, because both vectors are non-decreasing.
+Paper Sec. 3.1, "Masking strategy". The keys that a query sees are one interval, so two int32 vectors carry the mask;
+the queries that see a key are one interval, too, because both vectors are non-decreasing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Segment:
     key_end: int
     """One past the last key that the last row sees."""
     kind: str
-    """image: every row sees all keys; text: bottom-right causal, so the last row sees all keys, the one before it one key
-    less, and so on; alone: every row sees only itself, and nobody else sees it (padding)."""
+    """image: every row sees all keys; text: bottom-right causal, so the last row sees all keys, the one before it one
+    key less, and so on; alone: every row sees only itself, and nobody else sees it (padding)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class MixedMask:
         kv_start_BS: int32, first visible key of each query; non-decreasing in a sequence.
         kv_end_BS: int32, one past the last visible key; non-decreasing in a sequence and above `kv_start_BS`.
         num_keys: keys of each sequence; default as many as queries. More than queries when a chunk of queries meets a
-            cache of keys: positions in the vectors are those of the keys.
+            cache of keys: the queries are then the last positions, and the vectors count positions of keys.
     """
 
     kv_start_BS: torch.Tensor
@@ -117,8 +117,12 @@ class MixedMask:
         """The mask of queries `[start, end)` over the keys `[0, end)`: one chunk of a prefill, or one decoding step.
 
         Raises:
-            ValueError: the chunk ends inside an image, whose earlier tokens would miss the later ones.
+            ValueError: no such rows, or the chunk ends inside an image, whose earlier tokens would miss the later ones.
         """
+        length = self.kv_start_BS.shape[1]
+        assert self.num_keys == length, "a chunk of a chunk"
+        if not 0 <= start < end <= length:
+            raise ValueError(f"rows {start} to {end} are not a chunk of {length} queries")
         chunk_start_BC, chunk_end_BC = self.kv_start_BS[:, start:end], self.kv_end_BS[:, start:end]
         farthest = int(chunk_end_BC.max())
         if farthest > end:
@@ -128,8 +132,9 @@ class MixedMask:
 
 def causal(mask: MixedMask) -> MixedMask:
     """The same documents with images as causal as text (the released package's fallback, for parity work)."""
-    rows_S = torch.arange(1, mask.kv_end_BS.shape[1] + 1, dtype=torch.int32)
-    return MixedMask(mask.kv_start_BS, rows_S.to(mask.kv_end_BS.device).expand_as(mask.kv_end_BS))
+    first = mask.num_keys - mask.kv_end_BS.shape[1]
+    end_S = torch.arange(first + 1, mask.num_keys + 1, dtype=torch.int32, device=mask.kv_end_BS.device)
+    return MixedMask(mask.kv_start_BS, end_S.expand_as(mask.kv_end_BS), mask.num_keys)
 
 
 def _segments(

@@ -9,6 +9,7 @@ from megatron_haplovl.config.schema import PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.model.attention import SelfAttention
 from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.mlp import PlainMLP, SwiGLU
+from megatron_haplovl.model.norm import RMSNorm
 
 
 class Block(nn.Module):
@@ -47,7 +48,7 @@ def pre_decoder_block(config: PreDecoderConfig) -> Block:
 def post_decoder_block(config: PostDecoderConfig) -> Block:
     """A Llama block (paper Sec. 3.1, "Post-decoder"); with `qkv_bias`, a Qwen2.5 block."""
     return Block(
-        nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon),
+        RMSNorm(config.hidden_size, eps=config.norm_epsilon),
         SelfAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -56,6 +57,6 @@ def post_decoder_block(config: PostDecoderConfig) -> Block:
             qkv_bias=config.qkv_bias,
             output_bias=False,
         ),
-        nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon),
+        RMSNorm(config.hidden_size, eps=config.norm_epsilon),
         SwiGLU(config.hidden_size, config.ffn_hidden_size),
     )

@@ -19,6 +19,8 @@ class SequenceContext:
     attention_backend: str = "auto"
     _rope: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
+    # Tables are kept between blocks, which a compiled block could neither see nor do.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rope(self, head_width: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [B, S, 1, K], for heads of this width."""
         key = (head_width, theta, dtype)

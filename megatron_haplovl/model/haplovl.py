@@ -18,6 +18,13 @@ from megatron_haplovl.model.block import post_decoder_block, pre_decoder_block
 from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import MultimodalEmbedding
 from megatron_haplovl.model.heads import DistillationHeads, LossT, OutputHead
+from megatron_haplovl.model.norm import RMSNorm
+
+
+def attention_mask(batch: Batch, image_attention: str) -> MixedMask:
+    """The mask of a batch; `image_attention` is `bidirectional` (the paper) or `causal`."""
+    mask = MixedMask(batch.kv_start_BS, batch.kv_end_BS)
+    return causal(mask) if image_attention == "causal" else mask
 
 
 class _PreDecoder(nn.Module):
@@ -32,9 +39,7 @@ class _PreDecoder(nn.Module):
 
     def context(self, batch: Batch) -> SequenceContext:
         """Mask and positions of this batch, shared by every block."""
-        mask = MixedMask(batch.kv_start_BS, batch.kv_end_BS)
-        if self.image_attention == "causal":
-            mask = causal(mask)
+        mask = attention_mask(batch, self.image_attention)
         return SequenceContext(mask, batch.position_ids_BS, self.attention_backend)
 
     def encode(self, batch: Batch, context: SequenceContext) -> torch.Tensor:
@@ -82,7 +87,7 @@ class HaploVL(_PreDecoder):
         super().__init__(config, attention_backend)
         self.connector = nn.Linear(config.pre.hidden_size, config.post.hidden_size, bias=False)
         self.post_decoder = nn.ModuleList(post_decoder_block(config.post) for _ in range(config.post.num_layers))
-        self.final_norm = nn.RMSNorm(config.post.hidden_size, eps=config.post.norm_epsilon)
+        self.final_norm = RMSNorm(config.post.hidden_size, eps=config.post.norm_epsilon)
         self.lm_head = OutputHead(config)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_haplovl.checkpoint.save_load import save_checkpoint
 from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.model.haplovl import attention_mask
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
 from megatron_haplovl.training.metrics import reduce_metrics, total_loss
@@ -81,7 +82,7 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
     accumulation = engine.gradient_accumulation_steps()
     for micro_step in range(accumulation):
         batch = next(micro_batches)
-        pairs += int((batch.kv_end_BS - batch.kv_start_BS).sum())
+        pairs += attention_mask(batch, run.config.model.image_attention).visible_pairs
         sums = run.forward(batch.to(run.device))
         # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed over
         # ranks; DeepSpeed averages them, which the factor undoes.

@@ -10,6 +10,13 @@ from megatron_haplovl.config.schema import OptimizerConfig
 from megatron_haplovl.kernels.capabilities import has_apex
 
 
+def adamw_implementation(config: OptimizerConfig, device: torch.device) -> str:
+    """What `--adamw-implementation` stands for on a device, for the log."""
+    deepspeed = "DeepSpeed's CPUAdam" if device.type == "cpu" else "DeepSpeed's FusedAdam"
+    names = {"auto": "torch fused", "torch": "torch fused", "deepspeed": deepspeed, "apex": "apex FusedAdam"}
+    return names[config.adamw_implementation]
+
+
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:

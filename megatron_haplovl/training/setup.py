@@ -17,7 +17,7 @@ from megatron_haplovl.checkpoint.save_load import load_checkpoint
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.stream import DataStream, build_stream
-from megatron_haplovl.kernels.attention import resolve_backend
+from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
@@ -27,7 +27,7 @@ from megatron_haplovl.parallel.groups import DataParallelGroup, world_group
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
-from megatron_haplovl.training.optimizer import build_optimizer
+from megatron_haplovl.training.optimizer import adamw_implementation, build_optimizer
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.teacher import VisionTeacher, load_teacher, random_teacher
 
@@ -68,7 +68,8 @@ def setup(config: Config) -> Run:
     logger = RunLogger(config.logging, config.to_dict(), enabled=group.rank == 0)
     logger.print(
         f"ranks: {group.size} | device: {device} | precision: {'bf16' if config.precision.bf16 else 'fp32'} | "
-        f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {_attention_backends(config, device)}"
+        f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {_attention_backends(config, device)} | "
+        f"AdamW: {adamw_implementation(config.optimizer, device)}"
     )
 
     stage1 = config.recipe.recipe == "distill"
@@ -172,6 +173,8 @@ def build_model(config: Config, teacher: VisionTeacher | None) -> HaploVL | Hapl
 
 def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
     """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
+    # Otherwise a block that is compiled too often goes on uncompiled, with a warning only.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
@@ -206,10 +209,11 @@ def _forward_stage2(engine: Any, batch: Batch) -> Sums:
 def _attention_backends(config: Config, device: torch.device) -> str:
     """What each decoder's attention runs on."""
     dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
-    names = [
-        resolve_backend(config.precision.attention_backend, device, dtype, part.hidden_size // part.num_attention_heads)
-        for part in (config.model.pre, config.model.post)
-    ]
+    names = []
+    for part in (config.model.pre, config.model.post):
+        width = part.hidden_size // part.num_attention_heads
+        name = resolve_backend(config.precision.attention_backend, device, dtype, width)
+        names.append(describe_backend(name, device, dtype, width))
     return names[0] if names[0] == names[1] else f"{names[0]} (pre-decoder), {names[1]} (post-decoder)"
 
 

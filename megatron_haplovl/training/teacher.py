@@ -39,7 +39,11 @@ class VisionTeacher(nn.Module):
         if batch.tiles_TCHW.shape[0] == 0:
             return batch.tiles_TCHW.new_zeros(0, self.width)
         tiles_TCHW = batch.tiles_TCHW.to(self.clip.dtype)
-        features_TLD = self.clip(tiles_TCHW, output_hidden_states=True).hidden_states[self.layer]
+        if self.layer in (-1, self.clip.config.num_hidden_layers):
+            # Without the other layers' outputs, which would all be kept.
+            features_TLD = self.clip(tiles_TCHW).last_hidden_state
+        else:
+            features_TLD = self.clip(tiles_TCHW, output_hidden_states=True).hidden_states[self.layer]
         return features_TLD[:, 1:].flatten(0, 1).index_select(0, batch.patch_source_P)
 
 

@@ -1,9 +1,20 @@
 """Mask and attention against loops over the definition, in fp64."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from megatron_haplovl.kernels.attention import attention, attention_probabilities, resolve_backend
+from megatron_haplovl.config.schema import PrecisionConfig
+from megatron_haplovl.kernels import attention as dispatch
+from megatron_haplovl.kernels.attention import (
+    BACKENDS,
+    attention,
+    attention_probabilities,
+    describe_backend,
+    resolve_backend,
+)
 from megatron_haplovl.kernels.mask import MixedMask
 
 
@@ -81,6 +92,33 @@ def test_hidden_keys_do_not_leak_and_later_tokens_of_the_same_image_do(backend):
         assert torch.equal(changed, dense[:, j])
 
 
+def test_shapes_that_contradict_the_mask_are_refused():
+    mask, _ = mixed_mask([[5]], 1)
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
+    for wrong in ((q[:, :5], k, k), (q, k[:, :5], k), (q, k, k[..., :4]), (q[:0], k, k)):
+        with pytest.raises(ValueError, match=r"a mask of \(1, 6\) queries over 6 keys does not fit q"):
+            attention(*wrong, mask)
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+        attention(q, torch.randn(1, 6, 3, 8), torch.randn(1, 6, 3, 8), mask)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu_segments", "sdpa"])
+def test_inputs_of_any_strides(backend):
+    mask, _ = mixed_mask([[2, -3, 2]], 1)
+    q, k, v = (torch.randn(1, 8, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    assert strided[0].stride(-1) != 1
+    torch.testing.assert_close(attention(*strided, mask, backend=backend), attention(q, k, v, mask), rtol=0, atol=1e-14)
+
+
+def test_the_reference_keeps_its_precision_under_autocast():
+    mask, _ = mixed_mask([[2, -3, 2]], 1)
+    q, k, v = (torch.randn(1, 8, heads, 8) for heads in (4, 2, 2))
+    plain = attention(q, k, v, mask, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, k, v, mask, backend="reference"), plain)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu_segments", "sdpa"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_decoding_equals_the_full_forward(backend, padding):
@@ -131,6 +169,32 @@ def test_backend_names():
         resolve("magic")
     with pytest.raises(ValueError, match="cpu_segments: runs on a CPU, not on cuda"):
         resolve("cpu_segments", "cuda")
-    for name in ("flash", "flash_merged", "triton", "flex"):
+    for name in ("flash", "flash3", "flash4", "flash_merged", "triton"):
         with pytest.raises(ValueError, match=f"{name}: runs on a GPU, not on cpu; use auto"):
             resolve(name)
+    with pytest.raises(ValueError, match="flex: has no backward on a CPU; use auto"):
+        resolve("flex")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({"flash", "triton", "flex"}, "flash (FA)"),
+        ({"triton", "flex"}, "triton [flash: not there]"),
+        ({"flex"}, "flex [flash: not there; triton: not there]"),
+        (set(), "sdpa [flash: not there; triton: not there; flex: not there]"),
+    ],
+)
+def test_auto_takes_the_first_that_runs_and_the_log_says_why(monkeypatch, there, expected):
+    def unavailable(name, device, dtype, head_width):
+        return None if name in {*there, "sdpa"} else "not there"
+
+    monkeypatch.setattr(dispatch, "_unavailable", unavailable)
+    monkeypatch.setattr(dispatch, "flash_operator", lambda device, version: SimpleNamespace(name="FA"))
+    name = resolve_backend("auto", "cuda", torch.bfloat16, 64)
+    assert describe_backend(name, torch.device("cuda"), torch.bfloat16, 64) == expected
+
+
+def test_the_flag_knows_every_backend():
+    fields = {field.name: field for field in dataclasses.fields(PrecisionConfig)}
+    assert set(fields["attention_backend"].metadata["choices"]) == {"auto", *BACKENDS}

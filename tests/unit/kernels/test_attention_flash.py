@@ -279,11 +279,11 @@ def test_what_flash_attention_does_not_know(monkeypatch):
     assert flash_unavailable(cpu, torch.bfloat16, 64) == "runs on NVIDIA GPUs, not on cpu"
     mask, _ = mixed_mask([[3]], 0)
     for backend in (flash_attention, flash_merged_attention):
-        with pytest.raises(ValueError, match="no FlashAttention: runs on NVIDIA GPUs, not on cpu"):
+        with pytest.raises(ValueError, match="no FlashAttention-2: runs on NVIDIA GPUs, not on cpu"):
             backend(*random_inputs(mask, heads=2, kv_heads=1)[:3], mask, SCALE)
     operator = dataclasses.replace(Emulation().operator(), largest_head=128)
-    monkeypatch.setattr(flash_operators, "_choice", lambda device: lambda: operator)
-    monkeypatch.setattr(flash_operators, "flash_operator", lambda device: operator)
+    monkeypatch.setattr(flash_operators, "_choice", lambda device, version: lambda: operator)
+    monkeypatch.setattr(flash_operators, "flash_operator", lambda device, version: operator)
     assert flash_unavailable(cpu, torch.float32, 64) == "computes in bf16 or fp16, not in torch.float32"
     for width in (12, 136):
         reason = flash_unavailable(cpu, torch.bfloat16, width)
@@ -292,24 +292,28 @@ def test_what_flash_attention_does_not_know(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "expected"),
+    ("version", "capability", "installed", "expected"),
     [
-        ((7, 5), {"2", "torch"}, "needs compute capability 8.0, cuda has 7.5"),
-        ((8, 0), {"2", "3", "4", "torch"}, "torch_flash_attention"),
-        ((9, 0), {"2", "3", "4", "torch"}, "flash_attention_3"),
-        ((9, 0), {"2", "4", "torch"}, "flash_attention_4"),
-        ((10, 0), {"2", "3", "4", "torch"}, "flash_attention_4"),
-        ((12, 0), {"2", "3", "4", "torch"}, "torch_flash_attention"),
-        ((9, 0), {"2"}, "flash_attention_2"),
-        ((9, 0), set(), "torch was built without it, and the flash-attn package is not installed"),
+        (2, (7, 5), {"2", "torch"}, "needs compute capability 8.0, cuda has 7.5"),
+        (2, (8, 0), {"2", "3", "4", "torch"}, "torch_flash_attention"),
+        (2, (10, 0), {"2", "3", "4", "torch"}, "torch_flash_attention"),
+        (2, (9, 0), {"2", "3", "4"}, "flash_attention_2"),
+        (2, (9, 0), {"3", "4"}, "torch was built without it, and the flash-attn package is not installed"),
+        (3, (9, 0), {"2", "3", "torch"}, "flash_attention_3"),
+        (3, (9, 0), {"2", "4", "torch"}, "FlashAttention-3 is not installed"),
+        (3, (8, 0), {"3"}, "needs compute capability 9, cuda has 8.0"),
+        (4, (9, 0), {"4"}, "flash_attention_4"),
+        (4, (10, 0), {"3", "4", "torch"}, "flash_attention_4"),
+        (4, (10, 0), {"3", "torch"}, "flash-attn-4 is not installed"),
+        (4, (12, 0), {"4"}, "needs compute capability 9 or 10, cuda has 12.0"),
     ],
 )
-def test_the_newest_operator_is_chosen(monkeypatch, capability, installed, expected):
+def test_which_operator_is_chosen(monkeypatch, version, capability, installed, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: "torch" in installed)
-    for version in "234":
-        monkeypatch.setattr(capabilities, f"has_flash_attention_{version}", lambda v=version: v in installed)
-    choice = flash_operators._choice(torch.device("cuda"))
+    for number in "234":
+        monkeypatch.setattr(capabilities, f"has_flash_attention_{number}", lambda n=number: n in installed)
+    choice = flash_operators._choice(torch.device("cuda"), version)
     assert (choice if isinstance(choice, str) else choice.__name__) == expected
 
 

@@ -74,11 +74,16 @@ def test_a_chunk_must_not_end_inside_an_image():
         with pytest.raises(ValueError, match=f"ends at {end}, inside an image that ends at 7"):
             mask.rows(0, end)
     assert mask.rows(3, 7).num_keys == 7
+    for start, end in ((3, 3), (5, 3), (0, 10), (-1, 3)):
+        with pytest.raises(ValueError, match=f"rows {start} to {end} are not a chunk of 9 queries"):
+            mask.rows(start, end)
 
 
 def test_causal_hides_the_later_tokens_of_an_image():
     mask, dense = mixed_mask([[3, -4, 2], [-3]], 2)
-    assert torch.equal(causal(mask).dense(CPU)[0], dense & torch.ones_like(dense).tril())
+    expected = dense & torch.ones_like(dense).tril()
+    assert torch.equal(causal(mask).dense(CPU)[0], expected)
+    assert torch.equal(causal(mask.rows(7, 12)).dense(CPU)[0], expected[7:12, :12])
 
 
 def test_derived_once():
