@@ -245,7 +245,7 @@ def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> to
     return text_VL.float() @ projector_DL.float().T
 
 
-def load_vision_model(folder: str | Path, model: ModelConfig) -> dict[str, torch.Tensor]:
+def load_vision_model(folder: str | Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Initial weights of patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
 
     Args:
@@ -253,7 +253,7 @@ def load_vision_model(folder: str | Path, model: ModelConfig) -> dict[str, torch
         model: the sizes it must have.
 
     Returns:
-        Our name -> tensor, in the stored number format.
+        (our name, tensor in the stored number format), read one at a time.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
@@ -267,7 +267,9 @@ def load_vision_model(folder: str | Path, model: ModelConfig) -> dict[str, torch
     return _read(reader, clip_vision_table(model), prefixes[0])
 
 
-def load_language_model(folder: str | Path, model: ModelConfig, *, embedding_only: bool) -> dict[str, torch.Tensor]:
+def load_language_model(
+    folder: str | Path, model: ModelConfig, *, embedding_only: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Initial weights of the text embedding and, in stage 2, of the post-decoder from a language model's folder.
 
     Args:
@@ -276,7 +278,8 @@ def load_language_model(folder: str | Path, model: ModelConfig, *, embedding_onl
         embedding_only: read `embedding.text.weight` only (stage 1).
 
     Returns:
-        Our name -> tensor, in the stored number format. A tied output head comes as the embedding matrix.
+        (our name, tensor in the stored number format), read one at a time. A tied output head comes as the embedding
+        matrix.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
@@ -291,18 +294,23 @@ def load_language_model(folder: str | Path, model: ModelConfig, *, embedding_onl
     if tied:
         table = [entry for entry in table if entry.theirs != "lm_head.weight"]
     weights = _read(reader, table, "")
-    if tied and not embedding_only:
-        weights["lm_head.weight"] = weights["embedding.text.weight"].clone()
-    return weights
+    return _with_tied_head(weights) if tied and not embedding_only else weights
 
 
-def _read(reader: WeightReader, table: list[Entry], prefix: str) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
+def _with_tied_head(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        yield name, tensor
+        if name == "embedding.text.weight":
+            yield "lm_head.weight", tensor
+
+
+def _read(reader: WeightReader, table: list[Entry], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a table, one at a time; every shape is checked before the first is read."""
     for entry in table:
         assert entry.to_ours is not None and len(entry.ours) == 1, entry
         _check_shape(reader, prefix + entry.theirs, entry.their_shape)
-        weights[entry.ours[0]] = entry.to_ours(reader.get(prefix + entry.theirs))
-    return weights
+    # `to_ours` is there: asserted above.
+    return ((entry.ours[0], entry.to_ours(reader.get(prefix + entry.theirs))) for entry in table if entry.to_ours)
 
 
 def _check_shape(source: TensorSource, name: str, expected: Shape) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.weights import resolve_checkpoint, write_weights
+from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.parallel.groups import DataParallelGroup
+from megatron_haplovl.parallel.collectives import all_gather
+from megatron_haplovl.parallel.groups import Group, ParallelGroups
+from megatron_haplovl.parallel.plan import split_dim
 
 
-def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, group: DataParallelGroup) -> Path:
+def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, groups: ParallelGroups) -> Path:
     """Write everything that a resumed run needs. Called by every rank.
 
     Args:
@@ -28,7 +30,7 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, 
         config: the run's settings; `config.checkpoint.save` is the folder.
         iteration: optimizer steps done.
         plan_key: the training data's `DataStream.plan_key`; together with the iteration, the position in the data.
-        group: all data-parallel ranks.
+        groups: all process groups.
 
     Returns:
         The folder of this checkpoint.
@@ -42,12 +44,12 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, 
         "plan_key": plan_key,
     }
     engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
-    _write_weights(engine, root / tag, is_writer=group.rank == 0)
-    if group.rank == 0:
+    _write_weights(engine, root / tag, groups)
+    if groups.world.rank == 0:
         _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
         _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
         _write_text(root / "latest", tag)
-    group.barrier()
+    groups.world.barrier()
     return root / tag
 
 
@@ -66,14 +68,21 @@ def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
         Optimizer steps already done; 0 if the folder holds no checkpoint yet.
 
     Raises:
-        ValueError: `latest` names a folder that is missing, or the global batch size or the data has changed, so that
-            the position in the data would be lost.
+        ValueError: `latest` names a folder that is missing, the tensor-parallel size has changed, or the global batch
+            size or the data has changed, so that the position in the data would be lost.
     """
     assert config.checkpoint.load is not None
     root = Path(config.checkpoint.load)
     if not (root / "latest").is_file():
         return 0
     folder = resolve_checkpoint(root)
+    was = read_config(folder).parallel.tensor_model_parallel_size
+    if was != config.parallel.tensor_model_parallel_size:
+        raise ValueError(
+            f"{folder} was saved with --tensor-model-parallel-size {was}, this run has "
+            f"{config.parallel.tensor_model_parallel_size}; resume with the same, or start anew from its weights with "
+            "--pretrained-checkpoint"
+        )
     settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     clip_grad = getattr(engine.optimizer, "clip_grad", None)
     path, state = engine.load_checkpoint(str(root), tag=folder.name)
@@ -97,24 +106,27 @@ def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
     return int(state["iteration"])
 
 
-def _write_weights(engine: Any, folder: Path, *, is_writer: bool) -> None:
-    """Gather the weights one by one (under ZeRO-3 every rank takes part) and write them on one rank."""
-    tensors = full_weights(engine)
-    if is_writer:
+def _write_weights(engine: Any, folder: Path, groups: ParallelGroups) -> None:
+    """Gather the weights one by one, in which every rank takes part, and write them on one."""
+    tensors = full_weights(engine, groups.tensor)
+    if groups.world.rank == 0:
         write_weights(tensors, folder)
     else:
         for _ in tensors:
             pass
 
 
-def full_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(engine: Any, tensor_group: Group) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, whole and on the CPU, one at a time. Called by every rank, which must read to the end."""
     import deepspeed
 
     for name, parameter in engine.module.named_parameters():
-        # Outside ZeRO-3 a parameter is whole already and this gathers nothing.
+        # Outside ZeRO-3 a parameter is in one piece already and this gathers nothing.
         with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach().cpu().clone()
+            dim = split_dim(name)
+            mine = parameter.detach()
+            whole = mine if dim is None or tensor_group.size == 1 else all_gather(mine, tensor_group, dim)
+            yield name, whole.cpu().clone()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -200,6 +200,13 @@ class RecipeConfig:
 class ParallelConfig:
     """How the work is spread. The DeepSpeed JSON and these flags must agree."""
 
+    tensor_model_parallel_size: int = setting(1, "ranks that share every layer's weights")
+    sequence_parallel: bool = setting(
+        False, "with tensor parallelism: shard norms and residual stream along the sequence, too"
+    )
+    context_parallel_size: int = setting(
+        1, "ranks that share every sequence's tokens, and inside attention its heads (Ulysses)"
+    )
     zero_stage: int = setting(1, "ZeRO stage", choices=(0, 1, 2, 3))
     deepspeed_config: str | None = setting(
         None, "DeepSpeed JSON; its settings are used and must not contradict the flags", metavar="JSON"

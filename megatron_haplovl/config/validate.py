@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_haplovl.config.layout import Layout, Request, check_layout
 from megatron_haplovl.config.schema import Config, ModelConfig
 
 
@@ -15,6 +16,7 @@ def validate(config: Config) -> None:
     _validate_schedule(config)
     _validate_data(config)
     _validate_recipe(config)
+    _validate_parallel(config)
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -127,3 +129,25 @@ def _validate_recipe(config: Config) -> None:
 def data_is_mock(config: Config) -> bool:
     """Whether the run needs no files at all (then teachers are made at random, too)."""
     return config.data.mock_data
+
+
+def _validate_parallel(config: Config) -> None:
+    parallel = config.parallel
+    request = Request(
+        config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
+    )
+    # The number of data-parallel ranks shows only when the processes have met.
+    layout = Layout(
+        tensor=parallel.tensor_model_parallel_size,
+        context=parallel.context_parallel_size,
+        zero_stage=parallel.zero_stage,
+        sequence_parallel=parallel.sequence_parallel,
+        micro_batch_size=config.schedule.micro_batch_size,
+    )
+    for sentence in check_layout(request, layout).values():
+        raise ValueError(sentence)
+    if config.precision.compile and parallel.tensor_model_parallel_size > 1:
+        raise ValueError(
+            "--compile is not tested with --tensor-model-parallel-size above 1, whose collectives stand inside the "
+            "blocks; leave one of them out"
+        )

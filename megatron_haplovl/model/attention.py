@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_haplovl.kernels.attention import attention
 from megatron_haplovl.kernels.elementwise import rotate
 from megatron_haplovl.model.context import SequenceContext
 
@@ -50,7 +49,7 @@ class SelfAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = context.rope(self.head_width, self.rope_theta, q_BSHK.dtype)
-        out_BSHK = attention(
+        out_BSHK = context.attend(
             rotate(q_BSHK, cos, sin),
             rotate(k_BSGK, cos, sin),
             v_BSGK,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from megatron_haplovl.kernels.attention import attention
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.rope import rope_table
+
+Attend = Callable[..., torch.Tensor]
+"""(q_BSHK, k_BSGK, v_BSGK, mask, backend=...) -> [B, S, H, K]; see `kernels.attention.attention`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +22,8 @@ class SequenceContext:
     mask: MixedMask
     position_ids_BS: torch.Tensor
     attention_backend: str = "auto"
+    attend: Attend = attention
+    """What computes attention; context parallelism puts its exchange around it."""
     _rope: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     # Tables are kept between blocks, which a compiled block could neither see nor do.

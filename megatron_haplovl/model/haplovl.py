@@ -27,12 +27,18 @@ def attention_mask(batch: Batch, image_attention: str) -> MixedMask:
     return causal(mask) if image_attention == "causal" else mask
 
 
+def _unchanged(context: SequenceContext) -> SequenceContext:
+    return context
+
+
 class _PreDecoder(nn.Module):
     """What both stages have: the embedding and the pre-decoder's blocks."""
 
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
         self.attention_backend = attention_backend
+        # Context parallelism, which is applied from outside, changes what the blocks are told here.
+        self.adapt_context: Callable[[SequenceContext], SequenceContext] = _unchanged
         self.image_attention = config.image_attention
         self.embedding = MultimodalEmbedding(config)
         self.pre_decoder = nn.ModuleList(pre_decoder_block(config.pre) for _ in range(config.pre.num_layers))
@@ -40,7 +46,7 @@ class _PreDecoder(nn.Module):
     def context(self, batch: Batch) -> SequenceContext:
         """Mask and positions of this batch, shared by every block."""
         mask = attention_mask(batch, self.image_attention)
-        return SequenceContext(mask, batch.position_ids_BS, self.attention_backend)
+        return self.adapt_context(SequenceContext(mask, batch.position_ids_BS, self.attention_backend))
 
     def encode(self, batch: Batch, context: SequenceContext) -> torch.Tensor:
         """The pre-decoder's hidden state H_m, [B, S, D]."""

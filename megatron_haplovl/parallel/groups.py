@@ -1,4 +1,8 @@
-"""Process groups, built once and passed on explicitly; there is no global registry to ask."""
+"""Process groups, built once and passed on explicitly; there is no global registry to ask.
+
+Ranks are ordered pipeline (slowest), data, context, tensor (fastest): the ranks of one tensor-parallel group are
+neighbours, and so on one node.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,130 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class DataParallelGroup:
-    """The ranks that hold different sequences of the same step."""
+class Group:
+    """Some ranks, and this rank's place among them."""
 
-    rank: int
-    size: int
-    group: dist.ProcessGroup | None = None
-    """None in a process that was started without a launcher."""
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    """Global ranks, in order."""
+    process_group: dist.ProcessGroup | None = None
+    """None in a group of one."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place; the same tensor is returned."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def barrier(self) -> None:
         """Wait for every rank of the group."""
         if self.size > 1:
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.process_group)
 
 
-def world_group() -> DataParallelGroup:
-    """Every rank is a data-parallel rank."""
-    if not dist.is_initialized():
-        return DataParallelGroup(0, 1)
-    return DataParallelGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Every group that this rank belongs to."""
+
+    world: Group
+    tensor: Group
+    """Ranks that share each layer's weights."""
+    context: Group
+    """Ranks that share each sequence's tokens."""
+    data: Group
+    """Ranks that hold different sequences."""
+    pipeline: Group
+    """Ranks that share the layers."""
+    replicas: Group
+    """Ranks that hold the same weights, data times context: DeepSpeed's data-parallel group, whose gradients are
+    summed and over which ZeRO partitions."""
+    model: Group
+    """Ranks that together hold one copy of the model, pipeline times tensor."""
+
+
+def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> ParallelGroups:
+    """Make every process group. Called by every rank, after the processes have been joined.
+
+    Args:
+        tensor: tensor-parallel size.
+        context: context-parallel size.
+        pipeline: pipeline-parallel size. What remains of the ranks is data-parallel.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of the three sizes.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % (tensor * context * pipeline):
+        raise ValueError(
+            f"{world} ranks cannot be divided into --tensor-model-parallel-size {tensor} x --context-parallel-size "
+            f"{context} x --pipeline-model-parallel-size {pipeline} = {tensor * context * pipeline}; start a multiple "
+            "of that many"
+        )
+    this_rank = dist.get_rank() if dist.is_initialized() else 0
+    mesh_PDCT = torch.arange(world).view(pipeline, -1, context, tensor)
+
+    def along(*axes: int, even_alone: bool = False) -> Group:
+        """This rank's group: all ranks that differ from it only on these axes.
+
+        A rank alone has no process group, unless DeepSpeed will ask for it.
+        """
+        others = [axis for axis in range(4) if axis not in axes]
+        size = int(torch.tensor([mesh_PDCT.shape[axis] for axis in axes]).prod())
+        mine = None
+        # Every rank must take part in making every group, its own or not.
+        for ranks in mesh_PDCT.permute(*others, *axes).reshape(-1, size).tolist():
+            process_group = None
+            if size == world and world > 1:
+                process_group = dist.group.WORLD
+            elif size > 1 or (even_alone and world > 1):
+                process_group = dist.new_group(ranks)
+            if this_rank in ranks:
+                mine = Group(ranks.index(this_rank), size, tuple(ranks), process_group)
+        assert mine is not None
+        return mine
+
+    return ParallelGroups(
+        world=along(0, 1, 2, 3),
+        tensor=along(3),
+        context=along(2),
+        data=along(1),
+        pipeline=along(0),
+        replicas=along(1, 2, even_alone=True),
+        model=along(0, 3),
+    )
+
+
+class DeepSpeedTopology:
+    """The groups under the names by which DeepSpeed asks for them (its `mpu` argument)."""
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Ranks that share each layer's weights."""
+        return self._groups.tensor.process_group
+
+    def get_model_parallel_rank(self) -> int:
+        """Place among them."""
+        return self._groups.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._groups.tensor.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the same weights."""
+        return self._groups.replicas.process_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their global ranks."""
+        return list(self._groups.replicas.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        """Place among them."""
+        return self._groups.replicas.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._groups.replicas.size

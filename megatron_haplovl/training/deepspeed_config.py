@@ -45,7 +45,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     if config.precision.bf16 and config.parallel.zero_stage > 0:
         quiet["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.parallel.deepspeed_config is None:
-        return {**quiet, **ours}
+        return _without_batch_size({**quiet, **ours})
     theirs = _read(config.parallel.deepspeed_config)
     for forbidden in ("optimizer", "scheduler", "fp16"):
         if forbidden in theirs and theirs[forbidden] != {"enabled": False}:
@@ -53,7 +53,12 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
                 f"{config.parallel.deepspeed_config}: {forbidden!r} is set by flags here (--lr, --lr-decay-style, "
                 "--bf16, ...); remove it from the JSON"
             )
-    return {**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)}
+    return _without_batch_size({**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)})
+
+
+def _without_batch_size(settings: dict[str, Any]) -> dict[str, Any]:
+    """Let DeepSpeed multiply out the global batch itself: it counts context-parallel ranks as data-parallel ones."""
+    return {name: value for name, value in settings.items() if name != "train_batch_size"}
 
 
 def _read(path: str) -> dict[str, Any]:

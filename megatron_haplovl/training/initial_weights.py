@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
-from megatron_haplovl.model.initialization import initialize_weights
+from megatron_haplovl.model.initialization import initial_value
+from megatron_haplovl.parallel.groups import Group
+from megatron_haplovl.parallel.plan import local_part, whole_shape
 
 _NEW = "newly initialised"
 
@@ -24,8 +26,8 @@ _MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|con
 _DROPPED = re.compile(r"distillation\..*")
 
 
-def fill_weights(model: nn.Module, config: Config) -> str:
-    """Give every parameter its initial value.
+def fill_weights(model: nn.Module, config: Config, tensor_group: Group) -> str:
+    """Give every parameter its initial value, or this rank's slice of it.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
     starts at random.
@@ -41,36 +43,48 @@ def fill_weights(model: nn.Module, config: Config) -> str:
     source_of = dict.fromkeys(parameters, _NEW)
     init = config.init
     if init.vision_teacher is not None:
-        _copy(load_vision_model(init.vision_teacher, config.model), parameters, source_of, init.vision_teacher)
+        weights = load_vision_model(init.vision_teacher, config.model)
+        _copy(weights, parameters, source_of, init.vision_teacher, tensor_group)
     if init.language_model is not None:
         embedding_only = not any(name.startswith("post_decoder.") for name in parameters)
         weights = load_language_model(init.language_model, config.model, embedding_only=embedding_only)
         if config.model.text_embedding == "folded":
-            del weights["embedding.text.weight"]
-        _copy(weights, parameters, source_of, init.language_model)
+            weights = ((name, tensor) for name, tensor in weights if name != "embedding.text.weight")
+        _copy(weights, parameters, source_of, init.language_model, tensor_group)
     dropped: list[str] = []
     if init.pretrained_checkpoint is not None:
-        dropped = _copy_checkpoint(resolve_checkpoint(init.pretrained_checkpoint), config.model, parameters, source_of)
+        folder = resolve_checkpoint(init.pretrained_checkpoint)
+        dropped = _copy_checkpoint(folder, config.model, parameters, source_of, tensor_group)
     if not config.data.mock_data:
         _refuse_missing(source_of)
-    new = {name: parameter for name, parameter in parameters.items() if source_of[name] == _NEW}
-    initialize_weights(new, config.model.init_std, config.run.seed)
+    for name, parameter in parameters.items():
+        if source_of[name] == _NEW:
+            shape = whole_shape(name, parameter.shape, tensor_group)
+            whole = initial_value(name, shape, config.model.init_std, config.run.seed)
+            with torch.no_grad():
+                parameter.copy_(local_part(name, whole, tensor_group))
     return _report(source_of, dropped)
 
 
 def _copy(
-    weights: Mapping[str, torch.Tensor], parameters: dict[str, nn.Parameter], source_of: dict[str, str], source: str
+    weights: Iterable[tuple[str, torch.Tensor]],
+    parameters: dict[str, nn.Parameter],
+    source_of: dict[str, str],
+    source: str,
+    tensor_group: Group,
 ) -> None:
-    for name, tensor in weights.items():
+    """Copy tensors one at a time, so that no more than one is there whole."""
+    for name, tensor in weights:
         if name not in parameters:
             raise ValueError(f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)})")
-        if tensor.shape != parameters[name].shape:
+        expected = whole_shape(name, parameters[name].shape, tensor_group)
+        if tensor.shape != expected:
             raise ValueError(
-                f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(parameters[name].shape)}; "
+                f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(expected)}; "
                 "check --model and the size flags"
             )
         with torch.no_grad():
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(local_part(name, tensor, tensor_group))
         source_of[name] = source
 
 
@@ -89,15 +103,18 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
 
 
 def _copy_checkpoint(
-    folder: Path, model: ModelConfig, parameters: dict[str, nn.Parameter], source_of: dict[str, str]
+    folder: Path,
+    model: ModelConfig,
+    parameters: dict[str, nn.Parameter],
+    source_of: dict[str, str],
+    tensor_group: Group,
 ) -> list[str]:
     """Copy a training checkpoint's weights; returns the names that were left out on purpose."""
     _check_same_model(folder, model)
     reader = WeightReader(folder)
     dropped = [name for name in reader.names() if name not in parameters and _DROPPED.fullmatch(name)]
-    for name in reader.names():
-        if name not in dropped:
-            _copy({name: reader.get(name)}, parameters, source_of, str(folder))
+    kept = ((name, reader.get(name)) for name in reader.names() if name not in dropped)
+    _copy(kept, parameters, source_of, str(folder), tensor_group)
     return dropped
 
 

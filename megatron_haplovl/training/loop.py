@@ -13,6 +13,8 @@ import torch
 from megatron_haplovl.checkpoint.save_load import save_checkpoint
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.model.haplovl import attention_mask
+from megatron_haplovl.parallel.groups import Group
+from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
 from megatron_haplovl.training.metrics import reduce_metrics, total_loss
@@ -57,7 +59,7 @@ def train(run: Run) -> None:
         if config.checkpoint.save is not None and (
             _is_due(config.checkpoint.save_interval, step) or step == last_step or leave
         ):
-            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.train_data.plan_key, run.group)}")
+            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.train_data.plan_key, run.groups)}")
         if leave and step < last_step:
             run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
@@ -86,12 +88,12 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
         sums = run.forward(batch.to(run.device))
         # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed over
         # ranks; DeepSpeed averages them, which the factor undoes.
-        engine.backward(total_loss(sums, run.terms, counts) * run.group.size, scale_wrt_gas=False)
+        engine.backward(total_loss(sums, run.terms, counts) * run.groups.replicas.size, scale_wrt_gas=False)
         for name, value in sums.items():
             accumulated[name] = accumulated.get(name, 0.0) + value.detach()
         if micro_step == accumulation - 1:
             metrics = _checked_metrics(run, step, accumulated, counts)
-            norm = _unpartitioned_grad_norm(engine)
+            norm = _unpartitioned_grad_norm(engine, run.groups.tensor)
         engine.step()
     metrics["grad norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
     if not math.isfinite(metrics["grad norm"]):
@@ -102,16 +104,25 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
     return metrics, pairs
 
 
-def _unpartitioned_grad_norm(engine: Any) -> torch.Tensor | None:
+def _unpartitioned_grad_norm(engine: Any, tensor_group: Group) -> torch.Tensor | None:
     """The gradient norm where DeepSpeed leaves the gradients in the parameters and does not keep it (fp32, ZeRO 0)."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    split: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            (whole if split_dim(name) is None else split).append(parameter.grad)
+    # Slices are different on every tensor-parallel rank, what is whole is the same.
+    return (tensor_group.sum(_square_norm(split)) + _square_norm(whole)).sqrt()
+
+
+def _square_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm(gradients).float().square()
 
 
 def _checked_metrics(run: Run, step: int, sums: Sums, counts: StepCounts) -> dict[str, float]:
-    metrics = reduce_metrics(sums, run.terms, counts, run.group)
+    metrics = reduce_metrics(sums, run.terms, counts, run.groups.replicas)
     if not all(math.isfinite(value) for value in metrics.values()):
         raise FloatingPointError(f"step {step + 1}: a loss is not finite: {metrics}; the weights were not updated")
     return {"loss": sum(metrics[term.name] for term in run.terms if term.trained), **metrics}
@@ -132,9 +143,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
             accumulated[name] = accumulated.get(name, 0.0) + value
     counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
     run.engine.train()
-    metrics = {
-        f"valid {name}": value for name, value in reduce_metrics(accumulated, run.terms, counts, run.group).items()
-    }
+    reduced = reduce_metrics(accumulated, run.terms, counts, run.groups.replicas)
+    metrics = {f"valid {name}": value for name, value in reduced.items()}
     run.logger.print(" validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:])
     run.logger.record(step, metrics)
     return metrics
@@ -158,8 +168,8 @@ def _log(run: Run, step: int, metrics: dict[str, float], window: _Progress, cons
         "number of skipped iterations": int(run.engine.skipped_steps),
         "number of nan iterations": 0,
         "samples per second": window.steps * batch_size / window.seconds,
-        "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.group.size,
-        "TFLOPs": window.flops / window.seconds / run.group.size / 1e12,
+        "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.groups.world.size,
+        "TFLOPs": window.flops / window.seconds / run.groups.world.size / 1e12,
     }
     run.logger.print(training_line(step, run.config.schedule.train_iters, columns))
     run.logger.record(step, columns)
@@ -172,7 +182,7 @@ def _flops(run: Run, counts: StepCounts, local_pairs: int) -> float:
         tokens=counts.tokens,
         head_tokens=counts.text_tokens if stage1 else counts.lm_tokens,
         # The other ranks' sequences are packed alike; their exact pairs are not worth a message.
-        visible_pairs=local_pairs * run.group.size,
+        visible_pairs=local_pairs * run.groups.data.size,
         with_post_decoder=not stage1,
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_haplovl.data.batch import StepCounts
 from megatron_haplovl.losses.terms import LossTerm
-from megatron_haplovl.parallel.groups import DataParallelGroup
+from megatron_haplovl.parallel.groups import Group
 
 
 def total_loss(sums: Mapping[str, torch.Tensor], terms: Sequence[LossTerm], counts: StepCounts) -> torch.Tensor:
@@ -17,7 +17,7 @@ def total_loss(sums: Mapping[str, torch.Tensor], terms: Sequence[LossTerm], coun
 
 
 def reduce_metrics(
-    sums: Mapping[str, torch.Tensor], terms: Sequence[LossTerm], counts: StepCounts, group: DataParallelGroup
+    sums: Mapping[str, torch.Tensor], terms: Sequence[LossTerm], counts: StepCounts, group: Group
 ) -> dict[str, float]:
     """Losses of a whole step, equal on every rank.
 

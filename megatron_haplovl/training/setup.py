@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.save_load import load_checkpoint
-from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.stream import DataStream, build_stream
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
@@ -23,7 +23,9 @@ from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
 from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.parallel.groups import DataParallelGroup, world_group
+from megatron_haplovl.parallel.groups import DeepSpeedTopology, ParallelGroups, build_groups
+from megatron_haplovl.parallel.plan import apply_tensor_parallel, finish_tensor_parallel
+from megatron_haplovl.parallel.sequence import apply_context_parallel
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
@@ -48,7 +50,7 @@ class Run:
     valid_data: DataStream | None
     first_step: int
     """Optimizer steps already done when the run was resumed."""
-    group: DataParallelGroup
+    groups: ParallelGroups
     device: torch.device
     logger: RunLogger
 
@@ -64,33 +66,41 @@ def setup(config: Config) -> Run:
     Raises:
         ValueError: whatever in files or flags keeps the run from starting.
     """
-    device, group = initialize_processes(config)
-    logger = RunLogger(config.logging, config.to_dict(), enabled=group.rank == 0)
+    device, groups = initialize_processes(config)
+    logger = RunLogger(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
     logger.print(
-        f"ranks: {group.size} | device: {device} | precision: {'bf16' if config.precision.bf16 else 'fp32'} | "
-        f"ZeRO stage: {config.parallel.zero_stage} | attention backend: {_attention_backends(config, device)} | "
+        f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
+        f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
+        f"attention backend: {_attention_backends(config, device)} | "
         f"AdamW: {adamw_implementation(config.optimizer, device)}"
     )
 
     stage1 = config.recipe.recipe == "distill"
     teacher = _build_teacher(config, device) if stage1 else None
-    model = build_model(config, teacher)
-    logger.print(fill_weights(model, config))
+    model = build_model(config, teacher, groups)
+    logger.print(fill_weights(model, config, groups.tensor))
     apply_recipe(model, config.recipe)
     if config.precision.compile:
         compile_blocks(model)
     logger.print(_count_parameters(model))
-    engine = build_engine(model, config, device, group)
+    finish_tensor_parallel(model, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
+    engine = build_engine(model, config, device, groups)
 
+    vocabulary = _vocabulary_shard(config.model, groups)
     if teacher is not None:
-        forward: Callable[[Batch], Sums] = partial(_forward_stage1, engine, teacher)
+        forward: Callable[[Batch], Sums] = partial(_forward_stage1, engine, teacher, vocabulary)
         terms: tuple[LossTerm, ...] = DISTILLATION_TERMS
     else:
-        forward = partial(_forward_stage2, engine)
+        forward = partial(_forward_stage2, engine, vocabulary)
         terms = LANGUAGE_MODELING_TERMS
 
     build = partial(
-        build_stream, config=config, dp_rank=group.rank, dp_size=group.size, barrier=group.barrier, log=logger.print
+        build_stream,
+        config=config,
+        dp_rank=groups.data.rank,
+        dp_size=groups.data.size,
+        barrier=groups.world.barrier,
+        log=logger.print,
     )
     train_data = build(
         config.data.data_path, num_steps=config.schedule.train_iters, aux_paths=config.data.aux_data_path
@@ -104,10 +114,10 @@ def setup(config: Config) -> Run:
         first_step = load_checkpoint(engine, config, train_data.plan_key)
         found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
         logger.print(f"{config.checkpoint.load}: {found}")
-    return Run(config, engine, forward, terms, train_data, valid_data, first_step, group, device, logger)
+    return Run(config, engine, forward, terms, train_data, valid_data, first_step, groups, device, logger)
 
 
-def initialize_processes(config: Config) -> tuple[torch.device, DataParallelGroup]:
+def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
     """Join the process group that `deepspeed` or `torchrun` started; a plain `python` is a group of one."""
     if config.run.device != "auto":
         # Read by DeepSpeed when it is first imported.
@@ -141,7 +151,10 @@ def initialize_processes(config: Config) -> tuple[torch.device, DataParallelGrou
             auto_mpi_discovery=False,
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
         )
-    return torch.device(accelerator.device_name(local_rank)), world_group()
+    groups = build_groups(
+        tensor=config.parallel.tensor_model_parallel_size, context=config.parallel.context_parallel_size
+    )
+    return torch.device(accelerator.device_name(local_rank)), groups
 
 
 def _share_cores() -> None:
@@ -160,14 +173,20 @@ def _build_teacher(config: Config, device: torch.device) -> VisionTeacher:
     return teacher.to(device, torch.bfloat16 if config.precision.bf16 else torch.float32)
 
 
-def build_model(config: Config, teacher: VisionTeacher | None) -> HaploVL | HaploVLForDistillation:
-    """The module that this recipe trains, not yet filled: with a teacher stage 1's, without one the whole model."""
+def build_model(
+    config: Config, teacher: VisionTeacher | None, groups: ParallelGroups
+) -> HaploVL | HaploVLForDistillation:
+    """This rank's part of the module that the recipe trains, not yet filled: with a teacher stage 1's, without one the
+    whole model. Split before anything is allocated."""
     with torch.device("meta"):
         backend = config.precision.attention_backend
         if teacher is None:
             model: HaploVL | HaploVLForDistillation = HaploVL(config.model, backend)
         else:
             model = HaploVLForDistillation(config.model, teacher.width, backend)
+    # Context parallelism first: of each sequence a rank has a share, and of that share tensor ranks have parts.
+    apply_context_parallel(model, groups.context)
+    apply_tensor_parallel(model, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
     return model.to_empty(device="cpu")
 
 
@@ -181,7 +200,7 @@ def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
 
 
 def build_engine(
-    model: HaploVL | HaploVLForDistillation, config: Config, device: torch.device, group: DataParallelGroup
+    model: HaploVL | HaploVLForDistillation, config: Config, device: torch.device, groups: ParallelGroups
 ) -> Any:
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights."""
     import deepspeed
@@ -191,19 +210,42 @@ def build_engine(
         # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
         deepspeed.zero.register_external_parameter(model.distillation, model.embedding.text.weight)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, group.size), dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, groups.data.size),
+        mpu=DeepSpeedTopology(groups) if groups.tensor.size > 1 else None,
+        dist_init_required=False,
     )
     return engine
 
 
-def _forward_stage1(engine: Any, teacher: VisionTeacher, batch: Batch) -> Sums:
-    sums: Sums = engine(batch, teacher(batch), distillation_loss)
+def _vocabulary_shard(model: ModelConfig, groups: ParallelGroups) -> dict[str, Any]:
+    """Which words this rank's embedding and head hold, as the losses want to be told."""
+    if groups.tensor.size == 1:
+        return {}
+    words = model.vocab_size // groups.tensor.size
+    return {
+        "group": groups.tensor.process_group,
+        "vocab_start": groups.tensor.rank * words,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def _forward_stage1(engine: Any, teacher: VisionTeacher, vocabulary: dict[str, Any], batch: Batch) -> Sums:
+    sums: Sums = engine(batch, teacher(batch), partial(distillation_loss, **vocabulary))
     return sums
 
 
-def _forward_stage2(engine: Any, batch: Batch) -> Sums:
-    sums: Sums = engine(batch, next_token_loss)
+def _forward_stage2(engine: Any, vocabulary: dict[str, Any], batch: Batch) -> Sums:
+    sums: Sums = engine(batch, partial(next_token_loss, **vocabulary))
     return sums
+
+
+def _mesh(groups: ParallelGroups) -> str:
+    """How the ranks are arranged, where they are not all data-parallel."""
+    if groups.data.size == groups.world.size:
+        return ""
+    return f" (tensor {groups.tensor.size} x context {groups.context.size} x data {groups.data.size})"
 
 
 def _attention_backends(config: Config, device: torch.device) -> str:

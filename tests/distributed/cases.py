@@ -57,3 +57,32 @@ def config(recipe: str, **overrides: Any) -> Config:
 def result_file(folder: Path, recipe: str, zero_stage: int, precision: str) -> Path:
     """Where a distributed case leaves its losses and weights."""
     return folder / f"{recipe}-zero{zero_stage}-{precision}.pt"
+
+
+# Heads that four ranks can share.
+SHARED_HEADS: dict[str, Any] = {
+    "model__post__hidden_size": 64,
+    "model__post__num_attention_heads": 8,
+    "model__post__num_key_value_heads": 4,
+}
+# Name -> (ranks, settings). With fewer ranks for tensor and context than there are, the rest is data-parallel.
+PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
+    **{f"TP 2 x DP 2, ZeRO {z}": {"tensor_model_parallel_size": 2, "zero_stage": z} for z in (0, 1, 2, 3)},
+    "TP 4": {"tensor_model_parallel_size": 4, "zero_stage": 0},
+    "TP 2 + SP x DP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1},
+    "TP 4 + SP, ZeRO 3": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "zero_stage": 3},
+    **{f"CP 2 x DP 2, ZeRO {z}": {"context_parallel_size": 2, "zero_stage": z} for z in (0, 3)},
+    "CP 4, ZeRO 1": {"context_parallel_size": 4, "zero_stage": 1},
+    "TP 2 x CP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 2},
+    "TP 2 + SP x CP 2, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        "zero_stage": 1,
+    },
+}
+PARALLEL_RANKS = 4
+
+
+def parallel_config(recipe: str, layout: str) -> Config:
+    """A tiny run of one recipe in one of :data:`PARALLEL_LAYOUTS`."""
+    settings = {f"parallel__{name}": value for name, value in PARALLEL_LAYOUTS[layout].items()}
+    return config(recipe, **SHARED_HEADS, **settings)

@@ -14,7 +14,7 @@ from tests.distributed.launch import run_ranks
 
 TRAIN_ITERS, RESUMED_AFTER = 6, 4
 CASES = [
-    (f"{recipe}-zero{zero_stage}-{'bf16' if bf16 else 'fp32'}", recipe, zero_stage, bf16)
+    (f"{recipe}-zero{zero_stage}-{'bf16' if bf16 else 'fp32'}", recipe, zero_stage, bf16, {})
     for recipe, zero_stage, bf16 in (
         ("distill", 0, False),
         ("distill", 1, True),
@@ -25,6 +25,14 @@ CASES = [
         ("full", 2, True),
         ("full", 3, False),
     )
+] + [
+    ("distill-tensor2-zero1", "distill", 1, False, {"parallel__tensor_model_parallel_size": 2}),
+    (
+        "full-tensor2-sequence-zero3",
+        *("full", 3, True),
+        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
+    ),
+    ("full-context2-zero2", "full", 2, False, {"parallel__context_parallel_size": 2}),
 ]
 TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
 
@@ -62,3 +70,9 @@ def test_the_checkpoint_folder_has_its_files(folder, name):
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(TRAIN_ITERS)
     saved = json.loads((save / "latest").with_name(f"global_step{RESUMED_AFTER}").joinpath("config.json").read_text())
     assert saved["iteration"] == RESUMED_AFTER
+
+
+def test_another_tensor_parallel_size_is_refused(folder):
+    for rank in range(2):
+        message = (folder / f"refused-{rank}.txt").read_text()
+        assert "was saved with --tensor-model-parallel-size 2, this run has 1" in message

@@ -11,6 +11,8 @@ part of the global batch instead of all of it. A mask that is causal only is the
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.stream import build_stream
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.parallel.groups import build_groups
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.setup import build_model
@@ -25,6 +28,7 @@ from megatron_haplovl.training.teacher import random_teacher
 from tests.distributed.cases import STEPS, config, result_file
 from tests.distributed.launch import run_ranks
 
+ONE_RANK = build_groups()
 RECIPES = ("distill", "align", "full")
 
 # Measured worst cases over all recipes and stages: loss 2.3e-7, norm 1.0e-7 (relative), weights 5.3e-7.
@@ -45,21 +49,24 @@ def distributed(tmp_path_factory):
 
 def whole_batches(c):
     """The global batches of the first steps, each as one tensor, from a stream without ranks."""
-    c = config(c.recipe.recipe, schedule__micro_batch_size=c.schedule.global_batch_size)
+    schedule = dataclasses.replace(c.schedule, micro_batch_size=c.schedule.global_batch_size)
+    c = dataclasses.replace(c, schedule=schedule)
     return build_stream((), c, num_steps=STEPS, dp_rank=0, dp_size=1, log=lambda _: None).micro_batches()
 
 
 @pytest.fixture(scope="module")
 def serial():
     """Recipe -> (losses and norms per step, weights) of the plain reference."""
-    return {recipe: train_serially(recipe) for recipe in RECIPES}
+    runs = {recipe: train_serially(config(recipe)) for recipe in RECIPES}
+    return {recipe: (metrics, weights) for recipe, (metrics, _, weights) in runs.items()}
 
 
-def train_serially(recipe):
-    c = config(recipe)
-    teacher = random_teacher(c.model, c.init.teacher_layer, c.run.seed) if recipe == "distill" else None
-    model = build_model(c, teacher)
-    fill_weights(model, c)
+def train_serially(c):
+    """(losses and norms per step, gradients of the first step, weights) of one plain process."""
+    stage1 = c.recipe.recipe == "distill"
+    teacher = random_teacher(c.model, c.init.teacher_layer, c.run.seed) if stage1 else None
+    model = build_model(c, teacher, ONE_RANK)
+    fill_weights(model, c, ONE_RANK.tensor)
     apply_recipe(model, c.recipe)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, c.optimizer),
@@ -67,7 +74,8 @@ def train_serially(recipe):
         betas=(c.optimizer.adam_beta1, c.optimizer.adam_beta2),
         eps=c.optimizer.adam_eps,
     )
-    metrics = []
+    metrics: list[dict[str, float]] = []
+    gradients: dict[str, torch.Tensor] = {}
     batches = whole_batches(c)
     for _ in range(STEPS):
         batch = next(batches)
@@ -84,11 +92,13 @@ def train_serially(recipe):
             }
         sum(losses.values()).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
+        if not gradients:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(trained, c.optimizer.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         metrics.append({**{name: loss.item() for name, loss in losses.items()}, "grad norm": norm.item()})
-    return metrics, {name: p.detach().clone() for name, p in model.named_parameters()}
+    return metrics, gradients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_a_rank_without_images_beside_one_with_images():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch.distributed as dist
 
 from megatron_haplovl.training.loop import train
@@ -14,7 +15,7 @@ from tests.distributed.test_resume import CASES, RESUMED_AFTER, TRAIN_ITERS
 
 
 def main(folder: Path) -> None:
-    for name, recipe, zero_stage, bf16 in CASES:
+    for name, recipe, zero_stage, bf16, layout in CASES:
         for variant, flags in (
             ("whole", {}),
             ("stopped", {"checkpoint__exit_interval": RESUMED_AFTER}),
@@ -32,11 +33,18 @@ def main(folder: Path) -> None:
                 checkpoint__load=save,
                 logging__log_interval=1,
                 logging__metrics_file=str(folder / name / f"{variant}.jsonl"),
+                **layout,
                 **flags,
             )
+            # DeepSpeed keeps the last engine's topology in a global.
+            deepspeed.utils.groups.mpu = None
             run = setup(c)
             train(run)
             run.logger.close()
+    try:
+        setup(config("distill", checkpoint__load=str(folder / "distill-tensor2-zero1" / "whole")))
+    except ValueError as error:
+        (folder / f"refused-{dist.get_rank()}.txt").write_text(str(error))
     dist.destroy_process_group()
 
 

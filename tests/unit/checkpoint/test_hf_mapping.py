@@ -20,7 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table, load_language_model, load_vision_model
+from megatron_haplovl.checkpoint import hf_mapping
+from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table
 from megatron_haplovl.checkpoint.weights import WeightReader, write_weights
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.kernels.mask import MixedMask
@@ -34,6 +35,14 @@ _TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)
+def load_vision_model(*arguments):
+    return dict(hf_mapping.load_vision_model(*arguments))
+
+
+def load_language_model(*arguments, **settings):
+    return dict(hf_mapping.load_language_model(*arguments, **settings))
+
+
 def _seed() -> None:
     torch.manual_seed(0)
 

@@ -7,6 +7,7 @@ from megatron_haplovl.config.cli import build_config, build_parser, iterate_sett
 from megatron_haplovl.config.schema import Config
 
 MOCK = ["--model", "haplovl-debug", "--mock-data"]
+WIDE = ["--post-hidden-size", "128", "--post-num-attention-heads", "4", "--post-num-key-value-heads", "4"]
 
 
 def test_precedence_is_schema_then_stage_then_preset_then_flag():
@@ -65,6 +66,14 @@ def test_the_launchers_local_rank_is_accepted():
         ([*MOCK, "--eval-interval", "3"], "--eval-interval needs --valid-data-path"),
         ([*MOCK, "--lr-decay-style", "constant", "--min-lr", "1e-6"], "never decays"),
         ([*MOCK, "--teacher-layer", "-2"], "--teacher-layer is for stage 1"),
+        ([*MOCK, "--tensor-model-parallel-size", "2"], "--post-num-attention-heads 5 is not a multiple of"),
+        ([*MOCK, "--context-parallel-size", "3"], "--pre-num-attention-heads 4 is not a multiple of"),
+        ([*MOCK, "--sequence-parallel"], "it needs --tensor-model-parallel-size above 1"),
+        (
+            [*MOCK, *WIDE, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "301"],
+            "--seq-length 301 is not a multiple of",
+        ),
+        ([*MOCK, *WIDE, "--tensor-model-parallel-size", "2", "--compile"], "--compile is not tested with"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):

@@ -1,0 +1,175 @@
+"""How the ranks of a run are arranged, and which arrangements are possible. Pure arithmetic on settings.
+
+Used by the checks at start and by `tools/plan_parallelism.py`, so that both refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_haplovl.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One arrangement of `tensor * context * data * pipeline` ranks."""
+
+    tensor: int = 1
+    """Ranks that share every matrix (--tensor-model-parallel-size)."""
+    pipeline: int = 1
+    """Stages (--pipeline-model-parallel-size)."""
+    context: int = 1
+    """Ranks that share every sequence (--context-parallel-size)."""
+    data: int = 1
+    """Groups of ranks that hold different sequences. Weights and optimizer are split over `data * context` by ZeRO."""
+    zero_stage: int = 1
+    sequence_parallel: bool = False
+    """Norms and residual stream split over the tensor ranks, too (--sequence-parallel)."""
+    recompute: str = "none"
+    """none, selective or full; see `parallel.cost.RECOMPUTED`."""
+    micro_batch_size: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole run."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights: those that ZeRO splits optimizer, gradients and parameters over."""
+        return self.context * self.data
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, as far as it limits the arrangement."""
+
+    model: ModelConfig
+    seq_length: int
+    """Tokens of a packed sequence."""
+    global_batch_size: int
+    """Sequences per optimizer step."""
+    stage1: bool = False
+    """Stage 1 has no connector and no post-decoder."""
+
+    @property
+    def num_layers(self) -> int:
+        """Entries of the flat layer list: embedding, blocks, (connector, blocks, norm,) head."""
+        pre, post = self.model.pre.num_layers, self.model.post.num_layers
+        return pre + 2 if self.stage1 else pre + post + 4
+
+
+def check_layout(request: Request, layout: Layout) -> dict[str, str]:
+    """What forbids this arrangement: constraint -> a sentence that says what to change; empty if nothing."""
+    for name in ("tensor", "pipeline", "context", "data", "micro_batch_size"):
+        if getattr(layout, name) < 1:
+            return {"sizes": f"the {name} size must be at least 1, got {getattr(layout, name)}"}
+    broken = {name: check(request, layout) for name, check in CONSTRAINTS.items()}
+    return {name: sentence for name, sentence in broken.items() if sentence is not None}
+
+
+def _heads(request: Request, layout: Layout) -> str | None:
+    """Whole heads per rank: the tensor ranks share them always, the context ranks inside attention (Ulysses)."""
+    ranks = layout.tensor * layout.context
+    for flag, heads in _head_counts(request).items():
+        if "key-value" not in flag and heads % ranks:
+            return (
+                f"--{flag} {heads} is not a multiple of --tensor-model-parallel-size {layout.tensor} x "
+                f"--context-parallel-size {layout.context} = {ranks}; attention shares whole heads, so make one smaller"
+            )
+    return None
+
+
+def _kv_heads(request: Request, layout: Layout) -> str | None:
+    ranks = layout.tensor * layout.context
+    for flag, heads in _head_counts(request).items():
+        if "key-value" in flag and heads % ranks:
+            return (
+                f"--{flag} {heads} is not a multiple of --tensor-model-parallel-size {layout.tensor} x "
+                f"--context-parallel-size {layout.context} = {ranks}; key/value heads are not replicated, so make one "
+                "smaller"
+            )
+    return None
+
+
+def _head_counts(request: Request) -> dict[str, int]:
+    pre, post = request.model.pre, request.model.post
+    counts = {"pre-num-attention-heads": pre.num_attention_heads}
+    if not request.stage1:
+        counts["post-num-attention-heads"] = post.num_attention_heads
+        counts["post-num-key-value-heads"] = post.num_key_value_heads
+    return counts
+
+
+def _widths(request: Request, layout: Layout) -> str | None:
+    model = request.model
+    widths = {
+        "vocab-size": model.vocab_size,
+        "pre-hidden-size": model.pre.hidden_size,
+        "pre-ffn-hidden-size": model.pre.ffn_hidden_size,
+        "post-hidden-size": model.post.hidden_size,
+    }
+    if not request.stage1:
+        widths["post-ffn-hidden-size"] = model.post.ffn_hidden_size
+    for flag, width in widths.items():
+        if width % layout.tensor:
+            return f"--{flag} {width} is not a multiple of --tensor-model-parallel-size {layout.tensor}"
+    return None
+
+
+def _sequence(request: Request, layout: Layout) -> str | None:
+    pieces = layout.context * (layout.tensor if layout.sequence_parallel else 1)
+    if request.seq_length % pieces:
+        flags = "--context-parallel-size" + (
+            " x --tensor-model-parallel-size (--sequence-parallel)" if layout.sequence_parallel else ""
+        )
+        return f"--seq-length {request.seq_length} is not a multiple of {flags} = {pieces}; choose a multiple of it"
+    return None
+
+
+def _sequence_parallel(_: Request, layout: Layout) -> str | None:
+    if layout.sequence_parallel and layout.tensor == 1:
+        return "--sequence-parallel splits over the tensor ranks; it needs --tensor-model-parallel-size above 1"
+    return None
+
+
+def _stages(request: Request, layout: Layout) -> str | None:
+    if layout.pipeline > request.num_layers:
+        return (
+            f"--pipeline-model-parallel-size {layout.pipeline} is more than the {request.num_layers} layers there are; "
+            "every stage needs one"
+        )
+    return None
+
+
+def _pipeline_zero(_: Request, layout: Layout) -> str | None:
+    if layout.pipeline > 1 and layout.zero_stage > 1:
+        return (
+            f"--zero-stage {layout.zero_stage} splits gradients in every micro-batch and does not run with "
+            f"--pipeline-model-parallel-size {layout.pipeline}; use --zero-stage 1 or no pipeline"
+        )
+    return None
+
+
+def _batch(request: Request, layout: Layout) -> str | None:
+    per_pass = layout.micro_batch_size * layout.data
+    if request.global_batch_size % per_pass:
+        return (
+            f"--global-batch-size {request.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{layout.micro_batch_size} x {layout.data} data-parallel ranks; use a multiple of {per_pass}"
+        )
+    return None
+
+
+CONSTRAINTS: dict[str, Callable[[Request, Layout], str | None]] = {
+    "heads": _heads,
+    "key/value heads": _kv_heads,
+    "widths": _widths,
+    "sequence": _sequence,
+    "sequence parallel": _sequence_parallel,
+    "stages": _stages,
+    "pipeline and ZeRO": _pipeline_zero,
+    "batch": _batch,
+}
+"""Every constraint that needs no machine to be checked, by name."""

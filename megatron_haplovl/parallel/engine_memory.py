@@ -1,0 +1,83 @@
+"""Bytes that DeepSpeed holds for a rank's weights, as DeepSpeed 0.19 is configured by `training/deepspeed_config.py`.
+
+Per parameter (all) and per trained parameter, z ranks with the same weights:
+
+    bf16, ZeRO 0   autocast: fp32 weights 4 and their bf16 copies 2; gradients 4; Adam 8
+    bf16, ZeRO 1   BF16_Optimizer: weights 2; gradients 2 of the last micro-batch and 4 accumulated, both whole;
+                   (master weights 4 + Adam 8) / z
+    bf16, ZeRO 2   weights 2; accumulated gradients 4 / z; (4 + 8) / z
+    bf16, ZeRO 3   weights 2 / z; accumulated gradients 4 / z; (4 + 8) / z
+    fp32           4 in place of every 2, gradients once; ZeRO keeps a master copy even then
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Elements. `reduce_bucket_size` (ZeRO 2 and 3; ZeRO 1 in fp32) and `stage3_max_live_parameters` +
+# `stage3_prefetch_bucket_size`, DeepSpeed's defaults.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_050_000_000
+# ZeRO 3 updates its share in groups of at most `sub_group_size` parameters.
+_SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes on one rank, by kind."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    """Master weights and Adam's two moments."""
+    buffers: float
+    """Communication buckets, and parameters that ZeRO 3 has gathered."""
+    at_step: float
+    """Held beyond that between the last backward pass and the end of the optimizer step, when nothing is saved for
+    backward any more."""
+
+    @property
+    def weights(self) -> float:
+        """What belongs to the weights, and grows with them."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """What is always there."""
+        return self.weights + self.buffers
+
+
+def engine_memory(parameters: float, trained: float, *, bf16: bool, zero_stage: int, replicas: int) -> EngineMemory:
+    """Memory of a rank's weights and what belongs to them.
+
+    Args:
+        parameters: on this rank before ZeRO splits them, frozen ones included.
+        trained: of these, the trained ones.
+        bf16: bf16 with fp32 master weights; otherwise fp32.
+        zero_stage: 0 to 3.
+        replicas: ranks with the same weights, data times context.
+    """
+    element = 2 if bf16 else 4
+    share = trained / replicas
+    live = min(parameters, LIVE_PARAMETERS)
+    match zero_stage:
+        case 0:
+            return EngineMemory((6 if bf16 else 4) * parameters, 4 * trained, 8 * trained, 0.0, 0.0)
+        case 1 if bf16:
+            # The accumulated gradients are reduced as one bf16 copy.
+            return EngineMemory(2 * parameters, 6 * trained, 12 * share, 0.0, 2 * trained)
+        case 1:
+            return EngineMemory(4 * parameters, 4 * trained, 12 * share, 4.0 * REDUCE_BUCKET, 4 * share)
+        case 2:
+            # The last micro-batch's share in the weights' dtype and in fp32 beside the sum.
+            return EngineMemory(
+                element * parameters, 4 * share, 12 * share, 1.0 * element * REDUCE_BUCKET, (element + 4) * share
+            )
+        case _:
+            return EngineMemory(
+                element * parameters / replicas,
+                4 * share,
+                12 * share,
+                1.0 * element * (REDUCE_BUCKET + live),
+                4 * min(share, _SUB_GROUP),
+            )

@@ -1,0 +1,293 @@
+"""What one layout would do on a cluster: the stage cut, memory by kind, messages by kind, time of a step.
+
+Nothing here was measured on a GPU. Rates are what the caller says that the machine reaches; the memory kept for
+backward is counted from the code (`parallel/cost.py`), DeepSpeed's from its source (`parallel/engine_memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from megatron_haplovl.config.layout import Layout, Request
+from megatron_haplovl.parallel.cost import layer_costs, model_operations
+from megatron_haplovl.parallel.cost_units import LayerCost, Precision, Speeds
+from megatron_haplovl.parallel.engine_memory import REDUCE_BUCKET, EngineMemory, engine_memory
+from megatron_haplovl.parallel.partition import LayerLoad, cut_layers, in_flight, stage_sums
+from megatron_haplovl.parallel.work import Work
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machine. Bandwidths are those of one GPU in one direction, in bytes per second, as they are reached."""
+
+    gpus: int
+    gpus_per_node: int
+    memory: float
+    """Bytes that a rank may use: the GPU's, less CUDA's context, NCCL's buffers and fragmentation."""
+    peak: float
+    """bf16 operations per second, as the data sheet has it without sparsity; what MFU is a share of."""
+    speeds: Speeds
+    intra_node: float
+    inter_node: float
+    intra_hop: float
+    """Seconds that a step of a ring takes beyond its bytes."""
+    inter_hop: float
+    overlap: float
+    """Share of ZeRO 3's messages that can pass beside arithmetic; nothing else is overlapped."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank."""
+
+    engine: EngineMemory
+    activations: float
+    """Kept for backward, of all micro-batches in flight."""
+    working: float
+    """What the worst moment of a backward pass holds beyond that."""
+
+    @property
+    def peak(self) -> float:
+        """The most there ever is: in a backward pass, or in the optimizer step."""
+        return self.engine.total + max(self.activations + self.working, self.engine.at_step)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is expected of one layout."""
+
+    layout: Layout
+    cut: tuple[int, ...]
+    first_layers: tuple[str, ...]
+    stage_seconds: tuple[float, ...]
+    """Forward and backward of one micro-batch, messages included."""
+    micro_batches: int
+    memory: RankMemory
+    """Of the fullest stage."""
+    fullest_stage: int
+    bubble: float
+    """Share of the pipelined part of the step in which the mean stage waits, for others to fill, drain or catch up."""
+    imbalance: float
+    """Slowest stage over the mean stage, less one."""
+    tensor_bytes: float
+    """Sent by a rank of the busiest stage per step; the same for the next three."""
+    context_bytes: float
+    pipeline_bytes: float
+    data_bytes: float
+    step_seconds: float
+    mfu: float
+
+
+def precision_of(bf16: bool, zero_stage: int) -> Precision:
+    """Number formats on a GPU, as `training/deepspeed_config.py` chooses them."""
+    if not bf16:
+        return Precision(element=4, residual=4)
+    return Precision(element=2, residual=4 if zero_stage == 0 else 2)
+
+
+def estimate(
+    request: Request,
+    work: Work,
+    layout: Layout,
+    cluster: Cluster,
+    *,
+    trained: Set[str],
+    bf16: bool,
+    partition: str = "auto",
+) -> Estimate:
+    """Estimate one layout that `config.layout.check_layout` allows.
+
+    Args:
+        request: model, sequence length, batch, stage.
+        work: one packed sequence.
+        layout: the layout.
+        cluster: the machine.
+        trained: parts that are trained.
+        bf16: bf16 with fp32 master weights; otherwise fp32.
+        partition: see `parallel.partition.cut_layers`.
+    """
+    costs = layer_costs(
+        request.model,
+        work * layout.micro_batch_size,
+        layout,
+        precision_of(bf16, layout.zero_stage),
+        trained=trained,
+        stage1=request.stage1,
+    )
+    micro_batches = request.global_batch_size // (layout.micro_batch_size * layout.data)
+    seconds = [_layer_seconds(layer, layout, cluster) for layer in costs]
+    loads = [
+        LayerLoad(
+            layer.name,
+            time,
+            layer.parameters,
+            _engine(layer.parameters, layer.trained_parameters, layout, bf16).weights,
+            layer.saved_bytes,
+        )
+        for layer, time in zip(costs, seconds, strict=True)
+    ]
+    cut = cut_layers(partition, loads, layout.pipeline, micro_batches)
+    stages = [costs[first:end] for first, end in pairwise((*cut, len(costs)))]
+
+    data_seconds = [_data_seconds(stage, layout, cluster, bf16, micro_batches) for stage in stages]
+    busy = stage_sums(seconds, cut)
+    for stage in range(layout.pipeline):
+        busy[stage] += _boundary_bytes(stages, stage) / _bandwidth(
+            layout.tensor * layout.replicas, layout.pipeline, cluster
+        )
+        if layout.zero_stage == 3:
+            messages = data_seconds[stage] / micro_batches
+            hidden = cluster.overlap * messages
+            busy[stage] = max(busy[stage], hidden) + messages - hidden
+    pipelined = pipeline_seconds(busy, micro_batches)
+    exposed = 0.0 if layout.zero_stage == 3 else max(data_seconds)
+    step = pipelined + exposed + max(_update_seconds(stage, layout, cluster) for stage in stages)
+
+    memories = [_stage_memory(stages, i, layout, bf16, micro_batches) for i in range(layout.pipeline)]
+    fullest = max(range(layout.pipeline), key=lambda i: memories[i].peak)
+    mean = sum(busy) / layout.pipeline
+    operations = model_operations(request.model, work, request.stage1) * request.global_batch_size
+    return Estimate(
+        layout=layout,
+        cut=cut,
+        first_layers=tuple(costs[first].name for first in cut),
+        stage_seconds=tuple(busy),
+        micro_batches=micro_batches,
+        memory=memories[fullest],
+        fullest_stage=fullest,
+        bubble=1.0 - micro_batches * mean / pipelined,
+        imbalance=max(busy) / mean - 1.0,
+        tensor_bytes=micro_batches * max(sum(layer.tensor_bytes for layer in stage) for stage in stages),
+        context_bytes=micro_batches * max(sum(layer.context_bytes for layer in stage) for stage in stages),
+        pipeline_bytes=micro_batches * max(_boundary_bytes(stages, i) for i in range(layout.pipeline)),
+        data_bytes=max(_data_messages(stage, layout, bf16, micro_batches) for stage in stages),
+        step_seconds=step,
+        mfu=operations / (step * cluster.gpus * cluster.peak),
+    )
+
+
+def pipeline_seconds(stage_seconds: Sequence[float], micro_batches: int) -> float:
+    """Forward and backward of all micro-batches on a 1F1B schedule: the first one passes through every stage, and each
+    further one takes as long as the slowest stage."""
+    return (micro_batches - 1) * max(stage_seconds) + sum(stage_seconds)
+
+
+def most_held(stage: Sequence[LayerCost]) -> float:
+    """Bytes that one micro-batch holds at the worst moment of its backward pass through a stage.
+
+    In backward of a layer everything before it is still kept, what came after it is gone.
+    """
+    tables = {layer.name.partition(".")[0]: layer.table_bytes for layer in stage}
+    kept = accumulate(layer.saved_bytes for layer in stage)
+    return sum(tables.values()) + max(size + layer.working_bytes for size, layer in zip(kept, stage, strict=True))
+
+
+def kept_bytes(stage: Sequence[LayerCost]) -> float:
+    """Bytes that one micro-batch in flight keeps on a stage."""
+    tables = {layer.name.partition(".")[0]: layer.table_bytes for layer in stage}
+    return sum(layer.saved_bytes for layer in stage) + sum(tables.values())
+
+
+def _engine(parameters: float, trained: float, layout: Layout, bf16: bool) -> EngineMemory:
+    return engine_memory(parameters, trained, bf16=bf16, zero_stage=layout.zero_stage, replicas=layout.replicas)
+
+
+def _stage_memory(
+    stages: Sequence[Sequence[LayerCost]], index: int, layout: Layout, bf16: bool, micro_batches: int
+) -> RankMemory:
+    stage = stages[index]
+    # DeepSpeed's pipeline keeps what a stage sent until its gradient is back.
+    sent = stage[-1].boundary_bytes if index + 1 < len(stages) else 0.0
+    kept = kept_bytes(stage)
+    return RankMemory(
+        engine=_engine(
+            sum(layer.parameters for layer in stage), sum(layer.trained_parameters for layer in stage), layout, bf16
+        ),
+        activations=in_flight(index, len(stages), micro_batches) * (kept + sent),
+        working=most_held(stage) - kept,
+    )
+
+
+def _layer_seconds(layer: LayerCost, layout: Layout, cluster: Cluster) -> float:
+    """Arithmetic, and the messages inside a layer, which nothing hides."""
+    return (
+        layer.seconds(cluster.speeds)
+        + layer.tensor_bytes / _bandwidth(1, layout.tensor, cluster)
+        + layer.tensor_collectives * 2 * _ring_latency(1, layout.tensor, cluster)
+        + layer.context_bytes / _bandwidth(layout.tensor, layout.context, cluster)
+    )
+
+
+def _bandwidth(stride: int, size: int, cluster: Cluster) -> float:
+    """Bytes per second of a rank in a group of `size` ranks, `stride` apart, in an exchange with any of them."""
+    return cluster.intra_node if stride * size <= cluster.gpus_per_node else cluster.inter_node
+
+
+def _ring_latency(stride: int, size: int, cluster: Cluster) -> float:
+    """Seconds that a ring's gather, or scattered sum, of nothing takes; an all-reduce twice that."""
+    nodes = max(1, stride * size // cluster.gpus_per_node)
+    borders = nodes if nodes > 1 else 0
+    return (size - 1 - min(borders, size - 1)) * cluster.intra_hop + borders * cluster.inter_hop
+
+
+def _replica_bandwidth(layout: Layout, cluster: Cluster) -> float:
+    """The same in a ring over the replicas: it crosses each node's border once for all of the node's members, and uses
+    the network adapters of all of them."""
+    if layout.tensor * layout.replicas <= cluster.gpus_per_node:
+        return cluster.intra_node
+    members = max(1, cluster.gpus_per_node // layout.tensor)
+    return min(cluster.intra_node, cluster.inter_node * members)
+
+
+def _boundary_bytes(stages: Sequence[Sequence[LayerCost]], index: int) -> float:
+    """Sent by a stage per micro-batch: hidden states to the next, their gradient to the one before."""
+    forward = stages[index][-1].boundary_bytes if index + 1 < len(stages) else 0.0
+    backward = stages[index - 1][-1].boundary_bytes if index > 0 else 0.0
+    return forward + backward
+
+
+def _data_messages(stage: Sequence[LayerCost], layout: Layout, bf16: bool, micro_batches: int) -> float:
+    """Sent by a rank per step so that the replicas agree: gradients, and parameters where ZeRO has split them.
+
+    A ring's gather, or scattered sum, sends (z - 1) / z of the tensor, an all-reduce twice that. ZeRO 2 reduces whole
+    buckets in every micro-batch (DeepSpeed's `use_multi_rank_bucket_allreduce`).
+    """
+    parameters = sum(layer.parameters for layer in stage)
+    trained = sum(layer.trained_parameters for layer in stage)
+    element = 2 if bf16 else 4
+    match layout.zero_stage:
+        case 0:
+            whole = 2 * 4 * trained
+        case 1:
+            whole = 2 * element * trained + element * trained
+        case 2:
+            whole = micro_batches * 2 * element * trained + element * trained
+        case _:
+            whole = micro_batches * element * (2 * parameters + trained)
+    return whole * (layout.replicas - 1) / layout.replicas
+
+
+def _data_seconds(
+    stage: Sequence[LayerCost], layout: Layout, cluster: Cluster, bf16: bool, micro_batches: int
+) -> float:
+    """How long these messages take per step, by bytes and by the length of the ring."""
+    if layout.replicas == 1:
+        return 0.0
+    match layout.zero_stage:
+        case 0 | 1:
+            passes = 3.0
+        case 2:
+            buckets = 1 + sum(layer.trained_parameters for layer in stage) // REDUCE_BUCKET
+            passes = 1.0 + 2 * micro_batches * buckets
+        case _:
+            passes = 3.0 * micro_batches * len(stage)  # Every layer is gathered twice and reduced once.
+    sent = _data_messages(stage, layout, bf16, micro_batches)
+    return sent / _replica_bandwidth(layout, cluster) + passes * _ring_latency(layout.tensor, layout.replicas, cluster)
+
+
+def _update_seconds(stage: Sequence[LayerCost], layout: Layout, cluster: Cluster) -> float:
+    """AdamW reads weights, gradients and both moments and writes all but the gradients, in fp32, and bf16 weights."""
+    trained = sum(layer.trained_parameters for layer in stage)
+    return 30 * trained / (layout.replicas if layout.zero_stage else 1) / cluster.speeds.memory

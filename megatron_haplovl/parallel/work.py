@@ -1,0 +1,84 @@
+"""What a micro-batch brings: counts of tokens, patches and visible pairs, exact or expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.model.haplovl import attention_mask
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one micro-batch holds, over all ranks that share it. Averages may be fractions."""
+
+    tokens: float
+    """Positions, padding included."""
+    pairs: float
+    """(query, key) pairs under the mixed mask."""
+    patches: float
+    """Visual tokens without newlines."""
+    tiles: float
+    """Image tiles that the vision teacher sees."""
+    head_tokens: float
+    """Tokens whose vocabulary logits are computed: those with a label in stage 2, all text tokens in stage 1."""
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(*(factor * value for value in vars(self).values()))
+
+
+def work_of_batch(batch: Batch, stage1: bool, image_attention: str = "bidirectional") -> Work:
+    """Count a real micro-batch; `image_attention` as in the model's configuration."""
+    trained_BS = batch.text_mask_BS if stage1 else batch.labels_BS != IGNORE_INDEX
+    return Work(
+        tokens=batch.tokens_BS.numel(),
+        pairs=attention_mask(batch, image_attention).visible_pairs,
+        patches=batch.patch_target_P.numel(),
+        tiles=batch.tiles_TCHW.shape[0],
+        head_tokens=int(trained_BS.sum()),
+    )
+
+
+def work_of_sequence(
+    seq_length: int,
+    *,
+    images: Sequence[int],
+    text: int,
+    trained: int,
+    newlines: int,
+    cells_per_tile: int,
+    image_attention: str = "bidirectional",
+) -> Work:
+    """A packed sequence of as many equal documents as fit, the rest padding.
+
+    Args:
+        seq_length: positions.
+        images: tokens of each image of a document, newlines included.
+        text: text tokens of a document.
+        trained: of these, the ones with logits.
+        newlines: newline tokens of each image.
+        cells_per_tile: patches of a tile.
+        image_attention: as in the model's configuration.
+
+    Raises:
+        ValueError: a document is longer than the sequence, or trains more tokens than it has.
+    """
+    length = text + sum(images)
+    if not 0 < length <= seq_length:
+        raise ValueError(f"a document of {length} tokens does not fit a sequence of {seq_length}")
+    if not 0 <= trained <= text:
+        raise ValueError(f"{trained} trained tokens of {text} text tokens")
+    pairs = length * (length + 1) / 2
+    if image_attention == "bidirectional":
+        pairs += sum(n * (n - 1) / 2 for n in images)  # An image's tokens see its later ones, too.
+    patches = sum(n - newlines for n in images)
+    documents = seq_length // length
+    padding = seq_length - documents * length
+    return Work(
+        tokens=seq_length,
+        pairs=documents * pairs + padding,
+        patches=documents * patches,
+        tiles=documents * patches / cells_per_tile,
+        head_tokens=documents * trained,
+    )

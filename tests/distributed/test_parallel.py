@@ -1,0 +1,51 @@
+"""Tensor, sequence and context parallelism with ZeRO on four ranks against one plain torch process.
+
+The reference is that of `test_zero.py`, on data with several packed documents, several images, any-resolution images,
+text-only samples and a rank without images: losses, gradient norms, every first gradient, weights after two steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.cases import PARALLEL_LAYOUTS, PARALLEL_RANKS, SHARED_HEADS, config
+from tests.distributed.launch import run_ranks
+from tests.distributed.test_zero import train_serially
+
+# Measured worst cases over all layouts: loss 1.2e-7, norm 9.1e-8 (both relative), gradients 1.4e-6 (relative to the
+# largest of each parameter), weights 2.4e-6.
+LOSS_TOLERANCE, NORM_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-6, 5e-6, 1e-5
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """One launch of all layouts."""
+    folder = tmp_path_factory.mktemp("parallel")
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serial():
+    """Recipe -> (metrics, first gradients, weights)."""
+    return {recipe: train_serially(config(recipe, **SHARED_HEADS)) for recipe in ("distill", "full")}
+
+
+@pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
+@pytest.mark.parametrize("recipe", ["distill", "full"])
+def test_equals_one_plain_process(distributed, serial, recipe, layout):
+    result = torch.load(distributed / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
+    metrics, gradients, weights = serial[recipe]
+    for got, expected in zip(result["metrics"], metrics, strict=True):
+        for name, value in expected.items():
+            tolerance = NORM_TOLERANCE if name == "grad norm" else LOSS_TOLERANCE
+            assert got[name] == pytest.approx(value, rel=tolerance), name
+    assert result["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        # Relative to the largest gradient of the parameter.
+        error = (result["gradients"][name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6)
+        assert error < GRADIENT_TOLERANCE, f"{name}: {error}"
+    assert result["weights"].keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)

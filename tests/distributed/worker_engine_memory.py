@@ -1,0 +1,77 @@
+"""Rank program: what DeepSpeed holds for a small model's weights, counted tensor by tensor."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_haplovl.config.cli import build_config
+from megatron_haplovl.training.deepspeed_config import deepspeed_config
+
+WIDTH, LAYERS, FROZEN = 384, 6, 2
+
+
+def main(path: Path) -> None:
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    records = [held(bf16, zero_stage) for bf16 in (False, True) for zero_stage in (0, 1, 2, 3)]
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(records))
+    dist.destroy_process_group()
+
+
+def held(bf16: bool, zero_stage: int) -> dict[str, float | int | bool]:
+    """The most bytes that rank 0's tensors take after a backward pass, once everything has been made."""
+    earlier = tensors()  # Held, so that their addresses are not used again.
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    for layer in list(model)[:FROZEN]:
+        layer.requires_grad_(False)
+    config = build_config(
+        "finetune",
+        "haplovl-debug",
+        {
+            ("parallel", "zero_stage"): zero_stage,
+            ("precision", "bf16"): bf16,
+            ("schedule", "global_batch_size"): 2 * dist.get_world_size(),
+            ("schedule", "micro_batch_size"): 1,
+        },
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+        config=deepspeed_config(config, dist.get_world_size()),
+        dist_init_required=False,
+    )
+    dtype = torch.bfloat16 if bf16 and zero_stage > 0 else torch.float32
+    most = 0
+    for micro_batch in range(4):
+        engine.backward(engine(torch.randn(1, WIDTH, dtype=dtype)).float().square().mean())
+        if micro_batch >= 2:
+            new = tensors()
+            most = max(most, sum(new[pointer].untyped_storage().nbytes() for pointer in new.keys() - earlier.keys()))
+            del new
+        engine.step()
+    engine.destroy()
+    return {"bf16": bf16, "zero_stage": zero_stage, "bytes": most}
+
+
+def tensors() -> dict[int, torch.Tensor]:
+    """A tensor for every storage that there is, by address."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+            for tensor in [item] if item.grad is None else [item, item.grad]:
+                found[tensor.untyped_storage().data_ptr()] = tensor
+    found.pop(0, None)
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

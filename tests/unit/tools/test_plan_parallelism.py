@@ -1,0 +1,107 @@
+"""plan_parallelism.py, from flags to the recommended layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import plan_parallelism
+
+GIB = 2**30
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit status and what was printed."""
+    status = plan_parallelism.main(list(words))
+    return status, capsys.readouterr().out
+
+
+SMALL = ("--model", "haplovl-8b", "--gpus", "8", "--micro-batch-size", "1", "--context-parallel-size", "1")
+
+
+def test_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plans" / "plan.json"
+    status, out = plan(capsys, *SMALL, "--json", str(path))
+    assert status == 0
+    content: dict[str, Any] = json.loads(path.read_text())
+    times = [record["step_seconds"] for record in content["possible"]]
+    assert times == sorted(times)
+    for record in content["possible"]:
+        layout = record["layout"]
+        assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 8
+        assert layout["zero_stage"] <= 1 or layout["pipeline"] == 1
+        assert record["memory"]["peak"] <= (79 - 6) * GIB
+    best = content["recommended"]
+    assert best in content["possible"]
+    assert best["step_seconds"] <= 1.02 * times[0]
+    assert f"recommended: {best['step_seconds']:.2f} s per step" in out
+    assert f"--zero-stage {best['layout']['zero_stage']}" in out
+    assert f"possible: {len(times)} layouts" in out
+    # An 8B model with all its state needs more than one GPU has.
+    refused = [record["constraints"] for record in content["refused"]]
+    assert any("memory" in reasons for reasons in refused)
+    assert any("pipeline and ZeRO" in reasons for reasons in refused)
+    assert "memory (" in out and "GiB per rank, and there are 73.0" in out
+
+
+def test_named_layouts_are_refused_with_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = plan(
+        capsys,
+        *("--model", "haplovl-7b-pro", "--gpus", "16", "--tensor-model-parallel-size", "16"),
+        *("--pipeline-model-parallel-size", "1", "--context-parallel-size", "1", "--zero-stage", "1"),
+    )
+    assert status == 1 and "no layout is possible" in out
+    assert "--post-num-attention-heads 28 is not a multiple of --tensor-model-parallel-size 16" in out
+    assert "--post-num-key-value-heads 4 is not a multiple" in out
+    assert "would cross nodes of 8 GPUs" in out
+
+
+def test_ranks_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = plan(
+        capsys,
+        *("--model", "haplovl-8b", "--gpus", "8", "--tensor-model-parallel-size", "3"),
+        *("--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"),
+    )
+    assert status == 1
+    assert "tensor 3 x pipeline 1 x context 1 ranks do not divide --gpus 8" in out
+
+
+def test_model_and_recipe_flags_reach_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = {}
+    for name, words in {
+        "full": (),
+        "align": ("--recipe", "align"),
+        "stage 1": ("--recipe", "distill"),
+        "shallow": ("--post-num-layers", "8"),
+        "short": ("--seq-length", "3072"),
+        "frozen": ("--freeze-pre-decoder",),
+    }.items():
+        path = tmp_path / f"{name}.json"
+        layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1", "--zero-stage", "1")
+        assert plan(capsys, *SMALL, *layout, "--json", str(path), *words)[0] == 0
+        records[name] = json.loads(path.read_text())["possible"][0]
+    optimizer = {name: record["memory"]["engine"]["optimizer"] for name, record in records.items()}
+    seconds = {name: record["step_seconds"] for name, record in records.items()}
+    assert optimizer["align"] == pytest.approx(12 * 1024 * 4096 / 2 / 4)
+    assert optimizer["stage 1"] < optimizer["shallow"] < optimizer["frozen"] < optimizer["full"]
+    assert seconds["short"] < seconds["full"] and seconds["shallow"] < seconds["full"]
+    assert seconds["frozen"] < seconds["full"] and seconds["align"] < seconds["full"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "0"), "--gpus must be at least 1, got 0"),
+        (("--gpus", "8", "--text-tokens", "100000"), "does not fit a sequence of 6144"),
+        (("--gpus", "8", "--trained-tokens", "1000"), "1000 trained tokens of 256 text tokens"),
+        (("--gpus", "8", "--post-num-attention-heads", "30"), "--post-hidden-size 4096 is not a multiple"),
+        (("--gpus", "8", "--efficiency", "0"), "--efficiency must be above 0"),
+    ],
+)
+def test_flags_that_make_no_sense(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan_parallelism.main(["--model", "haplovl-8b", *words])
+    assert message in capsys.readouterr().err
