@@ -211,6 +211,12 @@ class ParallelConfig:
     deepspeed_config: str | None = setting(
         None, "DeepSpeed JSON; its settings are used and must not contradict the flags", metavar="JSON"
     )
+    recompute_granularity: str = setting(
+        "none",
+        "what is computed again in backward instead of kept. selective: the MLP half of every block; full: every block "
+        "from its input",
+        choices=("none", "selective", "full"),
+    )
     distributed_timeout_minutes: int = setting(10, "minutes until a stuck collective ends the run")
 
 

@@ -142,10 +142,13 @@ def _validate_parallel(config: Config) -> None:
         context=parallel.context_parallel_size,
         zero_stage=parallel.zero_stage,
         sequence_parallel=parallel.sequence_parallel,
+        recompute=parallel.recompute_granularity,
         micro_batch_size=config.schedule.micro_batch_size,
     )
     for sentence in check_layout(request, layout).values():
         raise ValueError(sentence)
+    if config.precision.compile and parallel.recompute_granularity != "none":
+        raise ValueError("--compile plans by itself what to compute again; leave --recompute-granularity out")
     if config.precision.compile and parallel.tensor_model_parallel_size > 1:
         raise ValueError(
             "--compile is not tested with --tensor-model-parallel-size above 1, whose collectives stand inside the "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_haplovl.config.schema import PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.model.attention import SelfAttention
@@ -13,7 +17,11 @@ from megatron_haplovl.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `recompute` is what backward computes again instead of finding it kept: "none", "selective" (the MLP half, whose
+    wide tensors are most of what a block keeps; fused attention keeps little more than its inputs) or "full".
+    """
 
     def __init__(self, attention_norm: nn.Module, attention: SelfAttention, mlp_norm: nn.Module, mlp: nn.Module):
         super().__init__()
@@ -21,11 +29,27 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.recompute = "none"
 
     def forward(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
+        if self.recompute == "full":
+            return _checkpoint(self._both_halves, x_BSD, context)
+        return self._both_halves(x_BSD, context)
+
+    def _both_halves(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        if self.recompute == "selective":
+            return x_BSD + _checkpoint(self._mlp_half, x_BSD)
+        return x_BSD + self._mlp_half(x_BSD)
+
+    def _mlp_half(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.mlp_norm(x_BSD))
+
+
+def _checkpoint(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """Keep the arguments only. Nothing in a block is random, so no random state has to be kept either."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def pre_decoder_block(config: PreDecoderConfig) -> Block:

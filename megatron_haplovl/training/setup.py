@@ -80,6 +80,9 @@ def setup(config: Config) -> Run:
     model = build_model(config, teacher, groups)
     logger.print(fill_weights(model, config, groups.tensor))
     apply_recipe(model, config.recipe)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = config.parallel.recompute_granularity
     if config.precision.compile:
         compile_blocks(model)
     logger.print(_count_parameters(model))

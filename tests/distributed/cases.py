@@ -74,6 +74,15 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"CP 2 x DP 2, ZeRO {z}": {"context_parallel_size": 2, "zero_stage": z} for z in (0, 3)},
     "CP 4, ZeRO 1": {"context_parallel_size": 4, "zero_stage": 1},
     "TP 2 x CP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 2},
+    "selective, TP 2 x DP 2, ZeRO 2": {
+        **{"tensor_model_parallel_size": 2, "zero_stage": 2},
+        "recompute_granularity": "selective",
+    },
+    "full, TP 2 + SP x CP 2, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        **{"zero_stage": 1, "recompute_granularity": "full"},
+    },
+    "full, DP 4, ZeRO 3": {"zero_stage": 3, "recompute_granularity": "full"},
     "TP 2 + SP x CP 2, ZeRO 1": {
         **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
         "zero_stage": 1,

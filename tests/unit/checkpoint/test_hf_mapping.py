@@ -34,7 +34,6 @@ from tests.fixtures.tiny_haplo import random_haplovl, tiny_model
 _TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
 def load_vision_model(*arguments):
     return dict(hf_mapping.load_vision_model(*arguments))
 
@@ -43,6 +42,7 @@ def load_language_model(*arguments, **settings):
     return dict(hf_mapping.load_language_model(*arguments, **settings))
 
 
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 

@@ -74,6 +74,7 @@ def test_the_launchers_local_rank_is_accepted():
             "--seq-length 301 is not a multiple of",
         ),
         ([*MOCK, *WIDE, "--tensor-model-parallel-size", "2", "--compile"], "--compile is not tested with"),
+        ([*MOCK, "--recompute-granularity", "full", "--compile"], "leave --recompute-granularity out"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):

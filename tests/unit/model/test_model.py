@@ -230,3 +230,26 @@ def test_compiled_blocks_compute_the_same():
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-5, atol=0)
     for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recomputation_changes_nothing_but_what_is_kept(granularity):
+    batch = make_batch([["t", "I", "t"], ["t", "t"]], 16)
+    results, kept = [], []
+    for recompute in ("none", granularity):
+        model = make_model()
+        for block in (*model.pre_decoder, *model.post_decoder):
+            block.recompute = recompute
+        found = {}
+
+        def note(tensor, found=found):
+            found[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(batch, next_token_loss)["lm loss"]
+        kept.append(sum(tensor.numel() for tensor in found.values()))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < {"selective": 0.75, "full": 0.5}[granularity] * kept[0], kept

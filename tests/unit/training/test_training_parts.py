@@ -104,7 +104,9 @@ def test_deepspeed_json_is_merged(tmp_path):
     )
     merged = deepspeed_config(c, data_parallel_size=2)
     assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
-    assert (merged["train_batch_size"], merged["gradient_accumulation_steps"]) == (8, 2)
+    assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (2, 2)
+    # DeepSpeed multiplies it out: it counts context-parallel ranks as data-parallel ones.
+    assert "train_batch_size" not in merged
 
 
 @pytest.mark.parametrize(
