@@ -2,6 +2,12 @@
 
 The reference is that of `test_zero.py`, on data with several packed documents, several images, any-resolution images,
 text-only samples and a rank without images: losses, gradient norms, every first gradient, weights after two steps.
+
+Each of these was planted once, and made at least six of the cases fail: norm gradients of a sharded sequence not
+summed; the gradient of a region's input not reduced; the loss scaled by the data-parallel ranks instead of all
+replicas; a mask that is causal only inside context parallelism; the bias of a row-parallel layer added before the sum;
+the heads' input gradient summed although it is whole; slices not marked for the gradient norm; the exchange of tokens
+for heads joined in another order; the wrong patches' features for a context rank.
 """
 
 from __future__ import annotations
