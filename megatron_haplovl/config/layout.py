@@ -153,11 +153,16 @@ def _pipeline_zero(_: Request, layout: Layout) -> str | None:
 
 
 def _batch(request: Request, layout: Layout) -> str | None:
-    per_pass = layout.micro_batch_size * layout.data
-    if request.global_batch_size % per_pass:
+    return check_batch(request.global_batch_size, layout.micro_batch_size, layout.data)
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> str | None:
+    """Why the global batch cannot be divided into whole passes of all ranks; None if it can."""
+    per_pass = micro_batch_size * data_parallel_size
+    if global_batch_size % per_pass:
         return (
-            f"--global-batch-size {request.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{layout.micro_batch_size} x {layout.data} data-parallel ranks; use a multiple of {per_pass}"
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} x "
+            f"{data_parallel_size} data-parallel ranks; use a multiple of {per_pass}"
         )
     return None
 

@@ -16,6 +16,8 @@ tensor is the sum over ranks; *sharded* where each rank holds a part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,35 +25,46 @@ import torch.distributed as dist
 
 from megatron_haplovl.parallel.groups import Group
 
+Operation = Callable[[torch.Tensor], torch.Tensor]
+
 
 def copy_to_region(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Enter a computation that is split over the group: every rank needs the whole input."""
-    return x if group.size == 1 else _CopyToRegion.apply(x, group)
+    return conjugate(x, group, _identity, partial(_all_reduce, group=group))
 
 
 def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Leave it where every rank has one term of a sum."""
-    return x if group.size == 1 else _ReduceFromRegion.apply(x, group)
+    return conjugate(x, group, partial(_all_reduce, group=group), _identity)
 
 
 def gather_replicated(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """Leave it where every rank has one part along `dim`; what follows is the same on all ranks."""
-    return x if group.size == 1 else _GatherReplicated.apply(x, group, dim)
+    return conjugate(x, group, partial(all_gather, group=group, dim=dim), partial(_own_part, group=group, dim=dim))
 
 
 def scatter(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """This rank's part along `dim` of what all ranks hold."""
-    return x if group.size == 1 else _Scatter.apply(x, group, dim)
+    return conjugate(x, group, partial(_own_part, group=group, dim=dim), partial(all_gather, group=group, dim=dim))
 
 
 def gather_to_region(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """Enter with an input of which every rank has one part along `dim` (sequence parallelism)."""
-    return x if group.size == 1 else _GatherToRegion.apply(x, group, dim)
+    return conjugate(
+        x, group, partial(all_gather, group=group, dim=dim), partial(_reduce_scatter, group=group, dim=dim)
+    )
 
 
 def reduce_scatter_from_region(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """Leave with one part along `dim` of the sum (sequence parallelism)."""
-    return x if group.size == 1 else _ReduceScatterFromRegion.apply(x, group, dim)
+    return conjugate(
+        x, group, partial(_reduce_scatter, group=group, dim=dim), partial(all_gather, group=group, dim=dim)
+    )
+
+
+def conjugate(x: torch.Tensor, group: Group, forward: Operation, backward: Operation) -> torch.Tensor:
+    """Apply one operation to a tensor and the other to its gradient; nothing in a group of one."""
+    return x if group.size == 1 else _Conjugate.apply(x, forward, backward)
 
 
 def part(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -63,6 +76,14 @@ def part(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     if x.shape[dim] % group.size:
         raise ValueError(f"{x.shape[dim]} entries along dimension {dim} of {tuple(x.shape)} over {group.size} ranks")
     return x.chunk(group.size, dim)[group.rank]
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x.view_as(x)
+
+
+def _own_part(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    return part(x, group, dim).contiguous()
 
 
 def _all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -85,66 +106,12 @@ def _reduce_scatter(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     return mine
 
 
-class _CopyToRegion(torch.autograd.Function):
+class _Conjugate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _all_reduce(grads[0], ctx.group), None
-
-
-class _ReduceFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: torch.Tensor, forward: Operation, backward: Operation) -> torch.Tensor:
+        ctx.operation = backward
+        return forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grads[0], None
-
-
-class _GatherReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return part(grads[0], ctx.group, ctx.dim).contiguous(), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return part(x, group, dim).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return all_gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _GatherToRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _reduce_scatter(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatterFromRegion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _reduce_scatter(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return all_gather(grads[0], ctx.group, ctx.dim), None, None
+        return ctx.operation(grads[0]), None, None

@@ -51,8 +51,6 @@ class ParallelGroups:
     replicas: Group
     """Ranks that hold the same weights, data times context: DeepSpeed's data-parallel group, whose gradients are
     summed and over which ZeRO partitions."""
-    model: Group
-    """Ranks that together hold one copy of the model, pipeline times tensor."""
 
 
 def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> ParallelGroups:
@@ -103,7 +101,6 @@ def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> Par
         data=along(1),
         pipeline=along(0),
         replicas=along(1, 2, even_alone=True),
-        model=along(0, 3),
     )
 
 

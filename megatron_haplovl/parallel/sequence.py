@@ -11,6 +11,7 @@ terms of a sum over the context ranks, and are added up together with those of t
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.context import Attend, SequenceContext
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.parallel.collectives import part
+from megatron_haplovl.parallel.collectives import conjugate, part
 from megatron_haplovl.parallel.groups import Group
 
 SEQUENCE, HEADS = 1, 2
@@ -56,9 +57,8 @@ def exchange_heads(attend: Attend, group: Group) -> Attend:
     def exchanged(
         q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, mask: MixedMask, **settings: Any
     ) -> torch.Tensor:
-        whole = (_AllToAll.apply(x, group, HEADS, SEQUENCE) for x in (q_BSHK, k_BSGK, v_BSGK))
-        out: torch.Tensor = _AllToAll.apply(attend(*whole, mask, **settings), group, SEQUENCE, HEADS)
-        return out
+        whole = (_exchange(x, group, HEADS, SEQUENCE) for x in (q_BSHK, k_BSGK, v_BSGK))
+        return _exchange(attend(*whole, mask, **settings), group, SEQUENCE, HEADS)
 
     return exchanged
 
@@ -99,17 +99,14 @@ def _share_batch_hook(group: Group) -> Any:
     return hook
 
 
-class _AllToAll(torch.autograd.Function):
+def _exchange(x: torch.Tensor, group: Group, split: int, join: int) -> torch.Tensor:
     """Split along one dimension, concatenate along another; backward the other way round."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, split: int, join: int) -> torch.Tensor:
-        ctx.group, ctx.split, ctx.join = group, split, join
-        return _all_to_all(x, group, split, join)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _all_to_all(grads[0], ctx.group, ctx.join, ctx.split), None, None, None
+    return conjugate(
+        x,
+        group,
+        partial(_all_to_all, group=group, split=split, join=join),
+        partial(_all_to_all, group=group, split=join, join=split),
+    )
 
 
 def _all_to_all(x: torch.Tensor, group: Group, split: int, join: int) -> torch.Tensor:

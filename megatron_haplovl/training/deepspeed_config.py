@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 
 
@@ -21,11 +22,9 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """
     schedule = config.schedule
     per_pass = schedule.micro_batch_size * data_parallel_size
-    if schedule.global_batch_size % per_pass:
-        raise ValueError(
-            f"--global-batch-size {schedule.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{schedule.micro_batch_size} x {data_parallel_size} data-parallel ranks; use a multiple of {per_pass}"
-        )
+    sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, data_parallel_size)
+    if sentence is not None:
+        raise ValueError(sentence)
     ours: dict[str, Any] = {
         "train_batch_size": schedule.global_batch_size,
         "train_micro_batch_size_per_gpu": schedule.micro_batch_size,

@@ -91,10 +91,12 @@ def setup(config: Config) -> Run:
 
     vocabulary = _vocabulary_shard(config.model, groups)
     if teacher is not None:
-        forward: Callable[[Batch], Sums] = partial(_forward_stage1, engine, teacher, vocabulary)
+        forward: Callable[[Batch], Sums] = partial(
+            _forward_stage1, engine, teacher, partial(distillation_loss, **vocabulary)
+        )
         terms: tuple[LossTerm, ...] = DISTILLATION_TERMS
     else:
-        forward = partial(_forward_stage2, engine, vocabulary)
+        forward = partial(_forward_stage2, engine, partial(next_token_loss, **vocabulary))
         terms = LANGUAGE_MODELING_TERMS
 
     build = partial(
@@ -234,13 +236,13 @@ def _vocabulary_shard(model: ModelConfig, groups: ParallelGroups) -> dict[str, A
     }
 
 
-def _forward_stage1(engine: Any, teacher: VisionTeacher, vocabulary: dict[str, Any], batch: Batch) -> Sums:
-    sums: Sums = engine(batch, teacher(batch), partial(distillation_loss, **vocabulary))
+def _forward_stage1(engine: Any, teacher: VisionTeacher, loss_fn: Callable[..., Sums], batch: Batch) -> Sums:
+    sums: Sums = engine(batch, teacher(batch), loss_fn)
     return sums
 
 
-def _forward_stage2(engine: Any, vocabulary: dict[str, Any], batch: Batch) -> Sums:
-    sums: Sums = engine(batch, partial(next_token_loss, **vocabulary))
+def _forward_stage2(engine: Any, loss_fn: Callable[..., Sums], batch: Batch) -> Sums:
+    sums: Sums = engine(batch, loss_fn)
     return sums
 
 
