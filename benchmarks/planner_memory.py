@@ -153,7 +153,7 @@ def measure_layers(
         The loss, and the bytes that each layer keeps for backward, rotary tables not counted.
     """
     saved, measured = SavedBytes(model), {}
-    context = model.context(batch)
+    context = model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
     x_BSD, measured["embedding"] = saved.of(lambda: model.embedding(batch))
     parts: list[tuple[str, nn.ModuleList]] = [("pre_decoder", model.pre_decoder)]
     if isinstance(model, HaploVL):
@@ -202,7 +202,7 @@ def measure_peak(model: HaploVL, batch: Batch, recompute: str) -> int:
     in any micro-batch but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    context = model.context(batch)
+    context = model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:

@@ -12,7 +12,7 @@ Shape legend:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,12 +245,15 @@ def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> to
     return text_VL.float() @ projector_DL.float().T
 
 
-def load_vision_model(folder: str | Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def load_vision_model(
+    folder: str | Path, model: ModelConfig, *, only: Container[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Initial weights of patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
 
     Args:
         folder: a Hugging Face CLIPVisionModel or CLIPModel.
         model: the sizes it must have.
+        only: our names of the tensors to read; default all.
 
     Returns:
         (our name, tensor in the stored number format), read one at a time.
@@ -264,11 +267,11 @@ def load_vision_model(folder: str | Path, model: ModelConfig) -> Iterator[tuple[
     prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
     if len(prefixes) != 1:
         raise ValueError(f"{folder}: expected one tensor *{marker} of a CLIP vision model, found {len(prefixes)}")
-    return _read(reader, clip_vision_table(model), prefixes[0])
+    return _read(reader, clip_vision_table(model), prefixes[0], only)
 
 
 def load_language_model(
-    folder: str | Path, model: ModelConfig, *, embedding_only: bool
+    folder: str | Path, model: ModelConfig, *, embedding_only: bool, only: Container[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Initial weights of the text embedding and, in stage 2, of the post-decoder from a language model's folder.
 
@@ -276,10 +279,11 @@ def load_language_model(
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM.
         model: the sizes it must have.
         embedding_only: read `embedding.text.weight` only (stage 1).
+        only: our names of the tensors to read; default all.
 
     Returns:
         (our name, tensor in the stored number format), read one at a time. A tied output head comes as the embedding
-        matrix.
+        matrix, behind it.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
@@ -291,10 +295,12 @@ def load_language_model(
     if embedding_only:
         table = [entry for entry in table if entry.ours == ("embedding.text.weight",)]
     tied = "lm_head.weight" not in reader and config.tie_word_embeddings
-    if tied:
-        table = [entry for entry in table if entry.theirs != "lm_head.weight"]
-    weights = _read(reader, table, "")
-    return _with_tied_head(weights) if tied and not embedding_only else weights
+    if not tied or embedding_only:
+        return _read(reader, table, "", only)
+    table = [entry for entry in table if entry.theirs != "lm_head.weight"]
+    if only is not None and "lm_head.weight" in only:
+        only = {name for entry in table for name in entry.ours if name in only} | {"embedding.text.weight"}
+    return _with_tied_head(_read(reader, table, "", only))
 
 
 def _with_tied_head(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -304,13 +310,16 @@ def _with_tied_head(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tup
             yield "lm_head.weight", tensor
 
 
-def _read(reader: WeightReader, table: list[Entry], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(
+    reader: WeightReader, table: list[Entry], prefix: str, only: Container[str] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of a table, one at a time; every shape is checked before the first is read."""
     for entry in table:
         assert entry.to_ours is not None and len(entry.ours) == 1, entry
         _check_shape(reader, prefix + entry.theirs, entry.their_shape)
+    wanted = (entry for entry in table if only is None or entry.ours[0] in only)
     # `to_ours` is there: asserted above.
-    return ((entry.ours[0], entry.to_ours(reader.get(prefix + entry.theirs))) for entry in table if entry.to_ours)
+    return ((entry.ours[0], entry.to_ours(reader.get(prefix + entry.theirs))) for entry in wanted if entry.to_ours)
 
 
 def _check_shape(source: TensorSource, name: str, expected: Shape) -> None:

@@ -2,6 +2,7 @@
 
 SAVE/global_step100/            DeepSpeed's optimizer and engine state
 SAVE/global_step100/model.safetensors, config.json
+SAVE/global_step100/pipeline_stages.txt   of a pipelined run, what each stage held
 SAVE/latest                     "global_step100", written last
 SAVE/latest_checkpointed_iteration.txt
 """
@@ -14,23 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.parallel.collectives import all_gather
-from megatron_haplovl.parallel.groups import Group, ParallelGroups
 from megatron_haplovl.parallel.plan import split_dim
+from megatron_haplovl.parallel.sharded_model import ShardedModel
+
+_STAGES_FILE = "pipeline_stages.txt"
 
 
-def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, groups: ParallelGroups) -> Path:
+def save_checkpoint(engine: Any, model: ShardedModel, config: Config, iteration: int, plan_key: str) -> Path:
     """Write everything that a resumed run needs. Called by every rank.
 
     Args:
         engine: the DeepSpeed engine.
+        model: what the engine trains.
         config: the run's settings; `config.checkpoint.save` is the folder.
         iteration: optimizer steps done.
         plan_key: the training data's `DataStream.plan_key`; together with the iteration, the position in the data.
-        groups: all process groups.
 
     Returns:
         The folder of this checkpoint.
@@ -43,17 +47,20 @@ def save_checkpoint(engine: Any, config: Config, iteration: int, plan_key: str, 
         "global_batch_size": config.schedule.global_batch_size,
         "plan_key": plan_key,
     }
+    world = model.groups.world
     engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
-    _write_weights(engine, root / tag, groups)
-    if groups.world.rank == 0:
+    _write_weights(model, root / tag)
+    if world.rank == 0:
+        if model.stages is not None:
+            _write_text(root / tag / _STAGES_FILE, str(model.stages))
         _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
         _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
         _write_text(root / "latest", tag)
-    groups.world.barrier()
+    world.barrier()
     return root / tag
 
 
-def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
+def load_checkpoint(engine: Any, model: ShardedModel, config: Config, plan_key: str) -> int:
     """Resume from the newest checkpoint in `--load`. Called by every rank.
 
     DeepSpeed unpickles its files, so the folder must come from a source that may run code here. What the optimizer is
@@ -61,6 +68,7 @@ def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
 
     Args:
         engine: a fresh DeepSpeed engine.
+        model: what the engine trains.
         config: the run's settings; `config.checkpoint.load` is the folder.
         plan_key: the training data's `DataStream.plan_key`.
 
@@ -68,21 +76,15 @@ def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
         Optimizer steps already done; 0 if the folder holds no checkpoint yet.
 
     Raises:
-        ValueError: `latest` names a folder that is missing, the tensor-parallel size has changed, or the global batch
-            size or the data has changed, so that the position in the data would be lost.
+        ValueError: `latest` names a folder that is missing, the tensor-parallel size or the pipeline's stages have
+            changed, or the global batch size or the data has changed, so that the position in the data would be lost.
     """
     assert config.checkpoint.load is not None
     root = Path(config.checkpoint.load)
     if not (root / "latest").is_file():
         return 0
     folder = resolve_checkpoint(root)
-    was = read_config(folder).parallel.tensor_model_parallel_size
-    if was != config.parallel.tensor_model_parallel_size:
-        raise ValueError(
-            f"{folder} was saved with --tensor-model-parallel-size {was}, this run has "
-            f"{config.parallel.tensor_model_parallel_size}; resume with the same, or start anew from its weights with "
-            "--pretrained-checkpoint"
-        )
+    _check_layout(folder, model, config)
     settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     clip_grad = getattr(engine.optimizer, "clip_grad", None)
     path, state = engine.load_checkpoint(str(root), tag=folder.name)
@@ -106,27 +108,59 @@ def load_checkpoint(engine: Any, config: Config, plan_key: str) -> int:
     return int(state["iteration"])
 
 
-def _write_weights(engine: Any, folder: Path, groups: ParallelGroups) -> None:
+def _check_layout(folder: Path, model: ShardedModel, config: Config) -> None:
+    was = read_config(folder).parallel.tensor_model_parallel_size
+    if was != config.parallel.tensor_model_parallel_size:
+        raise ValueError(
+            f"{folder} was saved with --tensor-model-parallel-size {was}, this run has "
+            f"{config.parallel.tensor_model_parallel_size}; resume with the same, or start anew from its weights with "
+            "--pretrained-checkpoint"
+        )
+    stages_file = folder / _STAGES_FILE
+    stages = stages_file.read_text().strip() if stages_file.is_file() else None
+    ours = None if model.stages is None else str(model.stages)
+    if stages != ours:
+        raise ValueError(
+            f"{folder} was saved with {_describe(stages)}, this run has {_describe(ours)}; resume with the same "
+            "--pipeline-model-parallel-size and --pipeline-partition, or start anew from its weights with "
+            "--pretrained-checkpoint"
+        )
+
+
+def _describe(stages: str | None) -> str:
+    return "no pipeline" if stages is None else f"the stages {stages}"
+
+
+def _write_weights(model: ShardedModel, folder: Path) -> None:
     """Gather the weights one by one, in which every rank takes part, and write them on one."""
-    tensors = full_weights(engine, groups.tensor)
-    if groups.world.rank == 0:
+    tensors = full_weights(model)
+    if model.groups.world.rank == 0:
         write_weights(tensors, folder)
     else:
         for _ in tensors:
             pass
 
 
-def full_weights(engine: Any, tensor_group: Group) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, whole and on the CPU, one at a time. Called by every rank, which must read to the end."""
     import deepspeed
 
-    for name, parameter in engine.module.named_parameters():
-        # Outside ZeRO-3 a parameter is in one piece already and this gathers nothing.
-        with deepspeed.zero.GatheredParameters([parameter]):
-            dim = split_dim(name)
-            mine = parameter.detach()
-            whole = mine if dim is None or tensor_group.size == 1 else all_gather(mine, tensor_group, dim)
-            yield name, whole.cpu().clone()
+    tensor, pipeline = model.groups.tensor, model.groups.pipeline
+    parameters = dict(model.module.named_parameters())
+    any_parameter = next(iter(parameters.values()))
+    for name, shape in model.shapes.items():
+        owner = model.owner(name)
+        if owner == pipeline.rank:
+            # Outside ZeRO-3 a parameter is in one piece already and this gathers nothing.
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                dim = split_dim(name)
+                mine = parameters[name].detach()
+                whole = (mine if dim is None or tensor.size == 1 else all_gather(mine, tensor, dim)).clone()
+        else:
+            whole = any_parameter.new_empty(shape)
+        if pipeline.size > 1:
+            dist.broadcast(whole, src=pipeline.ranks[owner], group=pipeline.process_group)
+        yield name, whole.cpu()
 
 
 def _write_text(path: Path, text: str) -> None:

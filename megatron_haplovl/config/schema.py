@@ -207,6 +207,14 @@ class ParallelConfig:
     context_parallel_size: int = setting(
         1, "ranks that share every sequence's tokens, and inside attention its heads (Ulysses)"
     )
+    pipeline_model_parallel_size: int = setting(1, "stages that share the layers")
+    pipeline_partition: str = setting(
+        "auto",
+        "where the stages begin. auto: equal computation, by a cost model on the run's own data; parameters: equal "
+        "numbers of trained parameters; uniform: equal numbers of layers; or the first layer of every stage but the "
+        "first, such as pre_decoder.12,connector,post_decoder.16",
+        metavar="auto|parameters|uniform|LAYER,...",
+    )
     zero_stage: int = setting(1, "ZeRO stage", choices=(0, 1, 2, 3))
     deepspeed_config: str | None = setting(
         None, "DeepSpeed JSON; its settings are used and must not contradict the flags", metavar="JSON"

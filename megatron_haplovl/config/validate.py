@@ -139,6 +139,7 @@ def _validate_parallel(config: Config) -> None:
     # The number of data-parallel ranks shows only when the processes have met.
     layout = Layout(
         tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
         zero_stage=parallel.zero_stage,
         sequence_parallel=parallel.sequence_parallel,
@@ -149,6 +150,12 @@ def _validate_parallel(config: Config) -> None:
         raise ValueError(sentence)
     if config.precision.compile and parallel.recompute_granularity != "none":
         raise ValueError("--compile plans by itself what to compute again; leave --recompute-granularity out")
+    if parallel.pipeline_model_parallel_size == 1 and parallel.pipeline_partition != "auto":
+        raise ValueError(
+            f"--pipeline-partition {parallel.pipeline_partition} needs --pipeline-model-parallel-size above 1"
+        )
+    if config.precision.compile and parallel.pipeline_model_parallel_size > 1:
+        raise ValueError("--compile is not tested with --pipeline-model-parallel-size above 1; leave one of them out")
     if config.precision.compile and parallel.tensor_model_parallel_size > 1:
         raise ValueError(
             "--compile is not tested with --tensor-model-parallel-size above 1, whose collectives stand inside the "

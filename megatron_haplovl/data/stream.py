@@ -67,6 +67,11 @@ class DataStream:
         self._sampler.first_step = first_step
         return iter(self._loader)
 
+    def packs(self, numbers: Sequence[int]) -> Batch:
+        """Some packs of the plan as one batch, beside the stream."""
+        batch: Batch = self._loader.dataset[list(numbers)]
+        return batch
+
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""
         first = step * self._global_batch_size

@@ -1,12 +1,13 @@
 """The model: embedding, pre-decoder, connector, post-decoder, norm, head (paper Sec. 3.1 and Fig. 3).
 
-Two classes share the first half, with the same parameter names: :class:`HaploVLForDistillation` is what stage 1 trains,
-:class:`HaploVL` the whole model.
+It is a flat list of layers, named by the paths of their parameters: `embedding`, `pre_decoder.0` ..., `connector`,
+`post_decoder.0` ..., `final_norm`, `lm_head`. Two classes share the first half, with the same names:
+:class:`HaploVLForDistillation` is what stage 1 trains and ends in `distillation`, :class:`HaploVL` is the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.kernels.mask import MixedMask, causal
-from megatron_haplovl.model.block import post_decoder_block, pre_decoder_block
+from megatron_haplovl.model.block import Block, post_decoder_block, pre_decoder_block
 from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import MultimodalEmbedding
 from megatron_haplovl.model.heads import DistillationHeads, LossT, OutputHead
@@ -23,7 +24,11 @@ from megatron_haplovl.model.norm import RMSNorm
 
 def attention_mask(batch: Batch, image_attention: str) -> MixedMask:
     """The mask of a batch; `image_attention` is `bidirectional` (the paper) or `causal`."""
-    mask = MixedMask(batch.kv_start_BS, batch.kv_end_BS)
+    return _mask(batch.kv_start_BS, batch.kv_end_BS, image_attention)
+
+
+def _mask(kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, image_attention: str) -> MixedMask:
+    mask = MixedMask(kv_start_BS, kv_end_BS)
     return causal(mask) if image_attention == "causal" else mask
 
 
@@ -31,8 +36,15 @@ def _unchanged(context: SequenceContext) -> SequenceContext:
     return context
 
 
-class _PreDecoder(nn.Module):
-    """What both stages have: the embedding and the pre-decoder's blocks."""
+def run_layers(layers: Iterable[nn.Module], x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    """The hidden state after some layers between embedding and head; its width may change on the way."""
+    for layer in layers:
+        x_BSD = layer(x_BSD, context) if isinstance(layer, Block) else layer(x_BSD)
+    return x_BSD
+
+
+class LayeredModel(nn.Module):
+    """What both stages have: the flat layer list, which begins with the embedding and the pre-decoder's blocks."""
 
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
@@ -43,20 +55,31 @@ class _PreDecoder(nn.Module):
         self.embedding = MultimodalEmbedding(config)
         self.pre_decoder = nn.ModuleList(pre_decoder_block(config.pre) for _ in range(config.pre.num_layers))
 
-    def context(self, batch: Batch) -> SequenceContext:
-        """Mask and positions of this batch, shared by every block."""
-        mask = attention_mask(batch, self.image_attention)
-        return self.adapt_context(SequenceContext(mask, batch.position_ids_BS, self.attention_backend))
+    def layers(self) -> dict[str, nn.Module]:
+        """The flat layer list, by name. Of a pipeline stage, its own layers."""
+        flat: dict[str, nn.Module] = {}
+        for name, child in self.named_children():
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                flat.update((f"{name}.{number}", block) for number, block in child.named_children())
+            else:
+                flat[name] = child
+        return flat
 
-    def encode(self, batch: Batch, context: SequenceContext) -> torch.Tensor:
-        """The pre-decoder's hidden state H_m, [B, S, D]."""
-        x_BSD = self.embedding(batch)
-        for block in self.pre_decoder:
-            x_BSD = block(x_BSD, context)
-        return x_BSD
+    def context(
+        self, kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, position_ids_BS: torch.Tensor
+    ) -> SequenceContext:
+        """Mask and positions of a batch (its fields of these names), shared by every block."""
+        mask = _mask(kv_start_BS, kv_end_BS, self.image_attention)
+        return self.adapt_context(SequenceContext(mask, position_ids_BS, self.attention_backend))
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """What the last layer, the head, reads: [B, S, width]."""
+        context = self.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+        embedding, *inner, _head = self.layers().values()
+        return run_layers(inner, embedding(batch), context)
 
 
-class HaploVLForDistillation(_PreDecoder):
+class HaploVLForDistillation(LayeredModel):
     """Stage 1: embedding, pre-decoder and the throw-away heads. No connector, no post-decoder.
 
     Args:
@@ -69,19 +92,25 @@ class HaploVLForDistillation(_PreDecoder):
         super().__init__(config, attention_backend)
         self.distillation = DistillationHeads(config, teacher_width)
 
-    def forward(self, batch: Batch, teacher_PD: torch.Tensor, loss_fn: Callable[..., LossT]) -> LossT:
-        """The losses of Eq. 2-4.
+    def losses(
+        self, hidden_BSD: torch.Tensor, batch: Batch, teacher_PD: torch.Tensor, loss_fn: Callable[..., LossT]
+    ) -> LossT:
+        """The losses of Eq. 2-4 from the pre-decoder's hidden state H_m.
 
         Args:
+            hidden_BSD: what :meth:`hidden_states` returns.
             batch: one micro-batch.
             teacher_PD: the vision teacher's features of the batch's patches.
             loss_fn: see `losses.distillation.distillation_loss`.
         """
-        hidden_BSD = self.encode(batch, self.context(batch))
         return self.distillation(hidden_BSD, batch, teacher_PD, self.embedding.text.weight, loss_fn)
 
+    def forward(self, batch: Batch, teacher_PD: torch.Tensor, loss_fn: Callable[..., LossT]) -> LossT:
+        """The losses of Eq. 2-4; arguments as for :meth:`losses`."""
+        return self.losses(self.hidden_states(batch), batch, teacher_PD, loss_fn)
 
-class HaploVL(_PreDecoder):
+
+class HaploVL(LayeredModel):
     """The whole model.
 
     Args:
@@ -96,17 +125,13 @@ class HaploVL(_PreDecoder):
         self.final_norm = RMSNorm(config.post.hidden_size, eps=config.post.norm_epsilon)
         self.lm_head = OutputHead(config)
 
-    def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """What the output head reads, [B, S, L]."""
-        context = self.context(batch)
-        x_BSL = self.connector(self.encode(batch, context))
-        for block in self.post_decoder:
-            x_BSL = block(x_BSL, context)
-        return self.final_norm(x_BSL)
+    def losses(self, hidden_BSL: torch.Tensor, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
+        """The loss of Eq. 1: `loss_fn(hidden_ML, weight_VL, labels_M)` over the trained positions."""
+        return self.lm_head(hidden_BSL, batch, loss_fn)
 
     def forward(self, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
-        """The loss of Eq. 1: `loss_fn(hidden_ML, weight_VL, labels_M)` over the trained positions."""
-        return self.lm_head(self.hidden_states(batch), batch, loss_fn)
+        """The loss of Eq. 1."""
+        return self.losses(self.hidden_states(batch), batch, loss_fn)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, S, V]."""

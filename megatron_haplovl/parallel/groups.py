@@ -39,18 +39,20 @@ class Group:
 class ParallelGroups:
     """Every group that this rank belongs to."""
 
-    world: Group
-    tensor: Group
+    world: Group = Group()
+    tensor: Group = Group()
     """Ranks that share each layer's weights."""
-    context: Group
+    context: Group = Group()
     """Ranks that share each sequence's tokens."""
-    data: Group
+    data: Group = Group()
     """Ranks that hold different sequences."""
-    pipeline: Group
+    pipeline: Group = Group()
     """Ranks that share the layers."""
-    replicas: Group
+    replicas: Group = Group()
     """Ranks that hold the same weights, data times context: DeepSpeed's data-parallel group, whose gradients are
     summed and over which ZeRO partitions."""
+    stages_of_replicas: Group = Group()
+    """The replicas of every stage: all ranks but for the tensor-parallel ones, which compute the same losses."""
 
 
 def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> ParallelGroups:
@@ -94,13 +96,15 @@ def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> Par
         assert mine is not None
         return mine
 
+    replicas = along(1, 2, even_alone=True)
     return ParallelGroups(
         world=along(0, 1, 2, 3),
         tensor=along(3),
         context=along(2),
         data=along(1),
         pipeline=along(0),
-        replicas=along(1, 2, even_alone=True),
+        replicas=replicas,
+        stages_of_replicas=along(0, 1, 2) if pipeline > 1 else replicas,
     )
 
 

@@ -100,12 +100,6 @@ def finish_tensor_parallel(model: nn.Module, group: Group, *, sequence_parallel:
             layers.sum_gradient(parameter, group)
 
 
-def whole_shape(name: str, local_shape: torch.Size, group: Group) -> torch.Size:
-    """Shape of a parameter in the serial model."""
-    dim = split_dim(name)
-    return torch.Size(n * group.size if i == dim else n for i, n in enumerate(local_shape))
-
-
 def local_part(name: str, whole: torch.Tensor, group: Group) -> torch.Tensor:
     """This rank's slice of a parameter's serial value."""
     dim = split_dim(name)

@@ -24,6 +24,9 @@ class Work:
     head_tokens: float
     """Tokens whose vocabulary logits are computed: those with a label in stage 2, all text tokens in stage 1."""
 
+    def __add__(self, other: Work) -> Work:
+        return Work(*(ours + theirs for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def __mul__(self, factor: float) -> Work:
         return Work(*(factor * value for value in vars(self).values()))
 

@@ -43,21 +43,27 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     }
     if config.precision.bf16 and config.parallel.zero_stage > 0:
         quiet["data_types"] = {"grad_accum_dtype": "fp32"}
+    # Tensor-parallel ranks send their own hidden states: with sequence parallelism they differ.
+    quiet["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.deepspeed_config is None:
-        return _without_batch_size({**quiet, **ours})
+        return _as_engine_wants({**quiet, **ours}, config)
     theirs = _read(config.parallel.deepspeed_config)
-    for forbidden in ("optimizer", "scheduler", "fp16"):
+    for forbidden in ("optimizer", "scheduler", "fp16", "pipeline"):
         if forbidden in theirs and theirs[forbidden] != {"enabled": False}:
             raise ValueError(
                 f"{config.parallel.deepspeed_config}: {forbidden!r} is set by flags here (--lr, --lr-decay-style, "
-                "--bf16, ...); remove it from the JSON"
+                "--bf16, --pipeline-partition, ...); remove it from the JSON"
             )
-    return _without_batch_size({**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)})
+    return _as_engine_wants({**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)}, config)
 
 
-def _without_batch_size(settings: dict[str, Any]) -> dict[str, Any]:
-    """Let DeepSpeed multiply out the global batch itself: it counts context-parallel ranks as data-parallel ones."""
-    return {name: value for name, value in settings.items() if name != "train_batch_size"}
+def _as_engine_wants(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What only we say otherwise than DeepSpeed understands it."""
+    # It counts context-parallel ranks as data-parallel ones, so it must multiply out the global batch itself.
+    del settings["train_batch_size"]
+    if config.parallel.zero_stage == 0:
+        settings["gradient_clipping"] = 0.0  # See `training.clipping`.
+    return settings
 
 
 def _read(path: str) -> dict[str, Any]:

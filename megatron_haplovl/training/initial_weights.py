@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
-from megatron_haplovl.parallel.groups import Group
-from megatron_haplovl.parallel.plan import local_part, whole_shape
+from megatron_haplovl.parallel.plan import local_part
+from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 _NEW = "newly initialised"
 
@@ -26,8 +26,8 @@ _MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|con
 _DROPPED = re.compile(r"distillation\..*")
 
 
-def fill_weights(model: nn.Module, config: Config, tensor_group: Group) -> str:
-    """Give every parameter its initial value, or this rank's slice of it.
+def fill_weights(model: ShardedModel, config: Config) -> str:
+    """Give every parameter of this rank its initial value, or its slice of it. Called by every rank.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
     starts at random.
@@ -39,53 +39,60 @@ def fill_weights(model: nn.Module, config: Config, tensor_group: Group) -> str:
         ValueError: a tensor of the wrong shape, one that the model does not have, or one that should have been
             inherited and is in no source.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.module.named_parameters())
     source_of = dict.fromkeys(parameters, _NEW)
+
+    def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+        """Copy tensors one at a time, so that no more than one is there whole."""
+        for name, tensor in weights:
+            if name not in model.shapes:
+                raise ValueError(f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)})")
+            if tensor.shape != model.shapes[name]:
+                raise ValueError(
+                    f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(model.shapes[name])}; "
+                    "check --model and the size flags"
+                )
+            if name in parameters:
+                with torch.no_grad():
+                    parameters[name].copy_(local_part(name, tensor, model.groups.tensor))
+                source_of[name] = source
+
     init = config.init
     if init.vision_teacher is not None:
-        weights = load_vision_model(init.vision_teacher, config.model)
-        _copy(weights, parameters, source_of, init.vision_teacher, tensor_group)
+        copy(load_vision_model(init.vision_teacher, config.model, only=parameters), init.vision_teacher)
     if init.language_model is not None:
-        embedding_only = not any(name.startswith("post_decoder.") for name in parameters)
-        weights = load_language_model(init.language_model, config.model, embedding_only=embedding_only)
+        stage1 = not any(name.startswith("post_decoder.") for name in model.shapes)
+        weights = load_language_model(init.language_model, config.model, embedding_only=stage1, only=parameters)
         if config.model.text_embedding == "folded":
             weights = ((name, tensor) for name, tensor in weights if name != "embedding.text.weight")
-        _copy(weights, parameters, source_of, init.language_model, tensor_group)
+        copy(weights, init.language_model)
     dropped: list[str] = []
     if init.pretrained_checkpoint is not None:
         folder = resolve_checkpoint(init.pretrained_checkpoint)
-        dropped = _copy_checkpoint(folder, config.model, parameters, source_of, tensor_group)
+        _check_same_model(folder, config.model)
+        reader = WeightReader(folder)
+        dropped = [name for name in reader.names() if name not in model.shapes and _DROPPED.fullmatch(name)]
+        ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
+        copy(((name, reader.get(name)) for name in ours), str(folder))
+    source_of = _of_all_stages(source_of, model)
     if not config.data.mock_data:
         _refuse_missing(source_of)
     for name, parameter in parameters.items():
         if source_of[name] == _NEW:
-            shape = whole_shape(name, parameter.shape, tensor_group)
-            whole = initial_value(name, shape, config.model.init_std, config.run.seed)
+            whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
             with torch.no_grad():
-                parameter.copy_(local_part(name, whole, tensor_group))
+                parameter.copy_(local_part(name, whole, model.groups.tensor))
     return _report(source_of, dropped)
 
 
-def _copy(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    parameters: dict[str, nn.Parameter],
-    source_of: dict[str, str],
-    source: str,
-    tensor_group: Group,
-) -> None:
-    """Copy tensors one at a time, so that no more than one is there whole."""
-    for name, tensor in weights:
-        if name not in parameters:
-            raise ValueError(f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)})")
-        expected = whole_shape(name, parameters[name].shape, tensor_group)
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(expected)}; "
-                "check --model and the size flags"
-            )
-        with torch.no_grad():
-            parameters[name].copy_(local_part(name, tensor, tensor_group))
-        source_of[name] = source
+def _of_all_stages(source_of: dict[str, str], model: ShardedModel) -> dict[str, str]:
+    """The same of the whole model, in its order."""
+    if model.groups.pipeline.size == 1:
+        return source_of
+    stages: list[dict[str, str]] = [{}] * model.groups.pipeline.size
+    dist.all_gather_object(stages, source_of, group=model.groups.pipeline.process_group)
+    merged = {name: source for stage in stages for name, source in stage.items()}
+    return {name: merged[name] for name in model.shapes}
 
 
 def _check_same_model(folder: Path, model: ModelConfig) -> None:
@@ -100,22 +107,6 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
                     f"{folder} was trained with --{prefix}{name.replace('_', '-')} {was}, this run has {value}; make "
                     "them agree"
                 )
-
-
-def _copy_checkpoint(
-    folder: Path,
-    model: ModelConfig,
-    parameters: dict[str, nn.Parameter],
-    source_of: dict[str, str],
-    tensor_group: Group,
-) -> list[str]:
-    """Copy a training checkpoint's weights; returns the names that were left out on purpose."""
-    _check_same_model(folder, model)
-    reader = WeightReader(folder)
-    dropped = [name for name in reader.names() if name not in parameters and _DROPPED.fullmatch(name)]
-    kept = ((name, reader.get(name)) for name in reader.names() if name not in dropped)
-    _copy(kept, parameters, source_of, str(folder), tensor_group)
-    return dropped
 
 
 def _refuse_missing(source_of: dict[str, str]) -> None:

@@ -6,20 +6,16 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from megatron_haplovl.checkpoint.save_load import save_checkpoint
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.model.haplovl import attention_mask
-from megatron_haplovl.parallel.groups import Group
-from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
-from megatron_haplovl.training.metrics import reduce_metrics, total_loss
+from megatron_haplovl.training.metrics import reduce_metrics
 from megatron_haplovl.training.schedule import learning_rate
-from megatron_haplovl.training.setup import Run, Sums
+from megatron_haplovl.training.setup import Run
+from megatron_haplovl.training.steps import Sums
 
 
 @dataclass
@@ -35,7 +31,7 @@ class _Progress:
 def train(run: Run) -> None:
     """Train until --train-iters (or --exit-interval), saving and evaluating on the way."""
     config, last_step = run.config, run.config.schedule.train_iters
-    micro_batches = run.train_data.micro_batches(run.first_step)
+    micro_batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
     window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
     step = run.first_step
     if step < last_step and step == 0:
@@ -59,7 +55,8 @@ def train(run: Run) -> None:
         if config.checkpoint.save is not None and (
             _is_due(config.checkpoint.save_interval, step) or step == last_step or leave
         ):
-            run.logger.print(f"saved {save_checkpoint(run.engine, config, step, run.train_data.plan_key, run.groups)}")
+            saved = save_checkpoint(run.engine, run.model, config, step, run.train_data.plan_key)
+            run.logger.print(f"saved {saved}")
         if leave and step < last_step:
             run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
@@ -76,74 +73,54 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
             saved.
     """
-    engine, counts = run.engine, run.train_data.counts(step)
-    for param_group in engine.optimizer.param_groups:
+    counts = run.train_data.counts(step)
+    for param_group in run.engine.optimizer.param_groups:
         param_group["lr"] = learning_rate(run.config, step) * param_group["lr_ratio"]
-    accumulated: Sums = {}
-    pairs = 0
-    accumulation = engine.gradient_accumulation_steps()
-    for micro_step in range(accumulation):
-        batch = next(micro_batches)
-        pairs += attention_mask(batch, run.config.model.image_attention).visible_pairs
-        sums = run.forward(batch.to(run.device))
-        # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed over
-        # ranks; DeepSpeed averages them, which the factor undoes.
-        engine.backward(total_loss(sums, run.terms, counts) * run.groups.replicas.size, scale_wrt_gas=False)
-        for name, value in sums.items():
-            accumulated[name] = accumulated.get(name, 0.0) + value.detach()
-        if micro_step == accumulation - 1:
-            metrics = _checked_metrics(run, step, accumulated, counts)
-            norm = _unpartitioned_grad_norm(engine, run.groups.tensor)
-        engine.step()
-    metrics["grad norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
-    if not math.isfinite(metrics["grad norm"]):
+    metrics: dict[str, float] = {}
+    pairs = _PairCounter(micro_batches, run.config.model.image_attention)
+    norm = run.steps.train(pairs, counts, lambda sums: metrics.update(_checked_metrics(run, step, sums, counts)))
+    metrics["grad norm"] = norm
+    if not math.isfinite(norm):
         raise FloatingPointError(
             f"step {step + 1}: the gradient norm is not finite, though the loss is: {metrics}; the weights can no "
             "longer be trusted and were not saved"
         )
-    return metrics, pairs
+    return metrics, pairs.count
 
 
-def _unpartitioned_grad_norm(engine: Any, tensor_group: Group) -> torch.Tensor | None:
-    """The gradient norm where DeepSpeed leaves the gradients in the parameters and does not keep it (fp32, ZeRO 0)."""
-    if engine.zero_optimization() or engine.bfloat16_enabled():
-        return None
-    split: list[torch.Tensor] = []
-    whole: list[torch.Tensor] = []
-    for name, parameter in engine.module.named_parameters():
-        if parameter.grad is not None:
-            (whole if split_dim(name) is None else split).append(parameter.grad)
-    # Slices are different on every tensor-parallel rank, what is whole is the same.
-    return (tensor_group.sum(_square_norm(split)) + _square_norm(whole)).sqrt()
+class _PairCounter:
+    """Passes micro-batches on and counts their visible (query, key) pairs."""
 
+    def __init__(self, micro_batches: Iterator[Batch], image_attention: str) -> None:
+        self._micro_batches, self._image_attention = micro_batches, image_attention
+        self.count = 0
 
-def _square_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    return torch.nn.utils.get_total_norm(gradients).float().square()
+    def __iter__(self) -> _PairCounter:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._micro_batches)
+        self.count += attention_mask(batch, self._image_attention).visible_pairs
+        return batch
 
 
 def _checked_metrics(run: Run, step: int, sums: Sums, counts: StepCounts) -> dict[str, float]:
-    metrics = reduce_metrics(sums, run.terms, counts, run.groups.replicas)
+    metrics = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     if not all(math.isfinite(value) for value in metrics.values()):
         raise FloatingPointError(f"step {step + 1}: a loss is not finite: {metrics}; the weights were not updated")
     return {"loss": sum(metrics[term.name] for term in run.terms if term.trained), **metrics}
 
 
-@torch.no_grad()
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Losses on --valid-data-path over --eval-iters global batches, the same ones every time; logged and returned."""
     if run.valid_data is None:
         return {}
-    run.engine.eval()
-    accumulation = run.engine.gradient_accumulation_steps()
-    micro_batches = run.valid_data.micro_batches(0)
     steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
-    accumulated: Sums = {}
-    for _ in range(steps * accumulation):
-        for name, value in run.forward(next(micro_batches).to(run.device)).items():
-            accumulated[name] = accumulated.get(name, 0.0) + value
+    number = steps * run.engine.gradient_accumulation_steps()
+    micro_batches = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
+    sums = run.steps.evaluate(micro_batches, number)
     counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
-    run.engine.train()
-    reduced = reduce_metrics(accumulated, run.terms, counts, run.groups.replicas)
+    reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
     run.logger.print(" validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:])
     run.logger.record(step, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -42,33 +43,44 @@ def trained_parts(config: RecipeConfig) -> set[str]:
     return _TRAINED_BY[config.recipe] - frozen
 
 
+def is_trained(parameter: str, config: RecipeConfig) -> bool:
+    """Whether a recipe trains the parameter of this name."""
+    return part_of(parameter) in trained_parts(config) and parameter not in _ALWAYS_FROZEN_BY[config.recipe]
+
+
 def apply_recipe(model: nn.Module, config: RecipeConfig) -> None:
     """Set `requires_grad` of every parameter.
 
     Raises:
         ValueError: nothing is left to train.
     """
-    parts = trained_parts(config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts and name not in _ALWAYS_FROZEN_BY[config.recipe])
+        parameter.requires_grad_(is_trained(name, config))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"recipe {config.recipe!r} with these freeze flags leaves nothing to train")
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, *, trained: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """The optimizer's groups: one per part of the model and kind of weight decay.
 
     Matrices decay; norms, biases and other one-dimensional parameters do not. Each group carries `lr_ratio`, its peak
     learning rate over `--lr`, so that one schedule serves all.
 
+    Args:
+        model: its parameters that require a gradient are grouped.
+        config: rates and decay.
+        trained: where the model is a pipeline stage, names and numbers of dimensions of all stages' trained
+            parameters: every stage then has every group, some of them empty.
+
     Raises:
         ValueError: a learning rate for a part that is not trained.
     """
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, decays = part_of(name), parameter.ndim >= 2
+    for name, ndim in (trained or {name: parameter.ndim for name, parameter in own.items()}).items():
+        part, decays = part_of(name), ndim >= 2
         if (part, decays) not in groups:
             peak = getattr(config, f"{part}_lr", None)
             groups[part, decays] = {
@@ -78,7 +90,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
                 "lr_ratio": 1.0 if peak is None else peak / config.lr,
                 "weight_decay": config.weight_decay if decays else 0.0,
             }
-        groups[part, decays]["params"].append(parameter)
+        if name in own:
+            groups[part, decays]["params"].append(own[name])
     for part in ("embedding", "pre_decoder", "connector", "post_decoder"):
         if getattr(config, f"{part}_lr") is not None and (part, True) not in groups:
             raise ValueError(f"--{part.replace('_', '-')}-lr is given, but this run does not train that part")

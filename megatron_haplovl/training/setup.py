@@ -1,11 +1,11 @@
-"""Builds everything that a run needs, in order: processes, model, weights, optimizer, engine, data."""
+"""Builds everything that a run needs, in order: processes, data, model, weights, losses, engine."""
 
 from __future__ import annotations
 
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -14,26 +14,30 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.save_load import load_checkpoint
-from megatron_haplovl.config.schema import Config, ModelConfig
-from megatron_haplovl.data.batch import Batch
+from megatron_haplovl.config.layout import Layout
+from megatron_haplovl.config.schema import Config, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
-from megatron_haplovl.losses.distillation import distillation_loss
-from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
+from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.parallel.groups import DeepSpeedTopology, ParallelGroups, build_groups
+from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
+from megatron_haplovl.parallel.pipeline import Stages, keep_stage
 from megatron_haplovl.parallel.plan import apply_tensor_parallel, finish_tensor_parallel
 from megatron_haplovl.parallel.sequence import apply_context_parallel
-from megatron_haplovl.training.deepspeed_config import deepspeed_config
+from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.parallel.stage_cut import stage_cut
+from megatron_haplovl.parallel.work import Work, work_of_batch
+from megatron_haplovl.training.engine import build_engine, build_losses
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
-from megatron_haplovl.training.optimizer import adamw_implementation, build_optimizer
-from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
-from megatron_haplovl.training.teacher import VisionTeacher, load_teacher, random_teacher
+from megatron_haplovl.training.optimizer import adamw_implementation
+from megatron_haplovl.training.recipe import apply_recipe, is_trained, trained_parts
+from megatron_haplovl.training.steps import DirectSteps, PipelinedSteps
+from megatron_haplovl.training.teacher import teacher_width
 
-Sums = dict[str, torch.Tensor]
+# Of the training data, what a pipeline's cut is computed from.
+_PACKS_FOR_CUT = 16
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,23 @@ class Run:
     """A run that is ready for its first step."""
 
     config: Config
+    model: ShardedModel
     engine: Any
     """The DeepSpeed engine."""
-    forward: Callable[[Batch], Sums]
-    """Micro-batch -> sums of the losses, through the engine."""
+    steps: DirectSteps | PipelinedSteps
+    """How micro-batches go through the engine."""
     terms: tuple[LossTerm, ...]
     train_data: DataStream
     valid_data: DataStream | None
     first_step: int
     """Optimizer steps already done when the run was resumed."""
-    groups: ParallelGroups
     device: torch.device
     logger: RunLogger
+
+    @property
+    def groups(self) -> ParallelGroups:
+        """Every process group."""
+        return self.model.groups
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
@@ -75,51 +84,31 @@ def setup(config: Config) -> Run:
         f"AdamW: {adamw_implementation(config.optimizer, device)}"
     )
 
-    stage1 = config.recipe.recipe == "distill"
-    teacher = _build_teacher(config, device) if stage1 else None
-    model = build_model(config, teacher, groups)
-    logger.print(fill_weights(model, config, groups.tensor))
-    apply_recipe(model, config.recipe)
-    for module in model.modules():
+    train_data, valid_data = _build_streams(config, groups, logger)
+    stages = _plan_stages(config, groups, device, train_data)
+    if stages is not None:
+        logger.print(f"pipeline stages ({config.parallel.pipeline_partition}): {stages}")
+
+    model = build_model(config, groups, stages)
+    logger.print(fill_weights(model, config))
+    apply_recipe(model.module, config.recipe)
+    for module in model.module.modules():
         if isinstance(module, Block):
             module.recompute = config.parallel.recompute_granularity
     if config.precision.compile:
-        compile_blocks(model)
-    logger.print(_count_parameters(model))
-    finish_tensor_parallel(model, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
-    engine = build_engine(model, config, device, groups)
+        compile_blocks(model.module)
+    logger.print(_count_parameters(model, config.recipe))
+    finish_tensor_parallel(model.module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
 
-    vocabulary = _vocabulary_shard(config.model, groups)
-    if teacher is not None:
-        forward: Callable[[Batch], Sums] = partial(
-            _forward_stage1, engine, teacher, partial(distillation_loss, **vocabulary)
-        )
-        terms: tuple[LossTerm, ...] = DISTILLATION_TERMS
-    else:
-        forward = partial(_forward_stage2, engine, partial(next_token_loss, **vocabulary))
-        terms = LANGUAGE_MODELING_TERMS
-
-    build = partial(
-        build_stream,
-        config=config,
-        dp_rank=groups.data.rank,
-        dp_size=groups.data.size,
-        barrier=groups.world.barrier,
-        log=logger.print,
-    )
-    train_data = build(
-        config.data.data_path, num_steps=config.schedule.train_iters, aux_paths=config.data.aux_data_path
-    )
-    valid_data = None
-    if config.data.valid_data_path:
-        valid_data = build(config.data.valid_data_path, num_steps=config.logging.eval_iters, shuffle=False)
+    head_inputs, terms = build_losses(config, model, device)
+    engine, steps = build_engine(model, config, device, head_inputs, terms)
 
     first_step = 0
     if config.checkpoint.load is not None:
-        first_step = load_checkpoint(engine, config, train_data.plan_key)
+        first_step = load_checkpoint(engine, model, config, train_data.plan_key)
         found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
         logger.print(f"{config.checkpoint.load}: {found}")
-    return Run(config, engine, forward, terms, train_data, valid_data, first_step, groups, device, logger)
+    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, device, logger)
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -157,7 +146,9 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
         )
     groups = build_groups(
-        tensor=config.parallel.tensor_model_parallel_size, context=config.parallel.context_parallel_size
+        tensor=config.parallel.tensor_model_parallel_size,
+        context=config.parallel.context_parallel_size,
+        pipeline=config.parallel.pipeline_model_parallel_size,
     )
     return torch.device(accelerator.device_name(local_rank)), groups
 
@@ -169,30 +160,95 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
-def _build_teacher(config: Config, device: torch.device) -> VisionTeacher:
-    init = config.init
-    if init.vision_teacher is None:
-        teacher = random_teacher(config.model, init.teacher_layer, config.run.seed)
-    else:
-        teacher = load_teacher(init.vision_teacher, config.model, init.teacher_layer)
-    return teacher.to(device, torch.bfloat16 if config.precision.bf16 else torch.float32)
+def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) -> tuple[DataStream, DataStream | None]:
+    build = partial(
+        build_stream,
+        config=config,
+        dp_rank=groups.data.rank,
+        dp_size=groups.data.size,
+        barrier=groups.world.barrier,
+        is_builder=groups.world.rank == 0,
+        log=logger.print,
+    )
+    train_data = build(
+        config.data.data_path, num_steps=config.schedule.train_iters, aux_paths=config.data.aux_data_path
+    )
+    if not config.data.valid_data_path:
+        return train_data, None
+    return train_data, build(config.data.valid_data_path, num_steps=config.logging.eval_iters, shuffle=False)
 
 
-def build_model(
-    config: Config, teacher: VisionTeacher | None, groups: ParallelGroups
-) -> HaploVL | HaploVLForDistillation:
-    """This rank's part of the module that the recipe trains, not yet filled: with a teacher stage 1's, without one the
-    whole model. Split before anything is allocated."""
+def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, data: DataStream) -> Stages | None:
+    """Cut the layers by what they cost on the first packs of the training data."""
+    parallel, schedule = config.parallel, config.schedule
+    if groups.pipeline.size == 1:
+        return None
+    stage1 = config.recipe.recipe == "distill"
+    work: list[Work | None] = [None]
+    if groups.world.rank == 0:
+        number = min(schedule.global_batch_size, _PACKS_FOR_CUT)
+        batch = data.packs(range(number))
+        work = [work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)]
+    # From one rank, so that a cut that is close to another is the same everywhere.
+    torch.distributed.broadcast_object_list(work, src=0)
+    assert work[0] is not None
+    layers, first = stage_cut(
+        config.model,
+        work[0],
+        Layout(
+            tensor=groups.tensor.size,
+            pipeline=groups.pipeline.size,
+            context=groups.context.size,
+            data=groups.data.size,
+            zero_stage=parallel.zero_stage,
+            sequence_parallel=parallel.sequence_parallel,
+            recompute=parallel.recompute_granularity,
+            micro_batch_size=schedule.micro_batch_size,
+        ),
+        device=device.type,
+        bf16=config.precision.bf16,
+        trained=trained_parts(config.recipe),
+        stage1=stage1,
+        method=parallel.pipeline_partition,
+        micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
+    )
+    return Stages(tuple(layers), first)
+
+
+def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = None) -> ShardedModel:
+    """This rank's part of the module that the recipe trains (stage 1's, or the whole model), not yet filled.
+
+    Split before anything is allocated.
+
+    Raises:
+        ValueError: a stage of the pipeline would train nothing.
+    """
     with torch.device("meta"):
         backend = config.precision.attention_backend
-        if teacher is None:
-            model: HaploVL | HaploVLForDistillation = HaploVL(config.model, backend)
+        if config.recipe.recipe == "distill":
+            width = teacher_width(config.init.vision_teacher, config.model)
+            module: HaploVL | HaploVLForDistillation = HaploVLForDistillation(config.model, width, backend)
         else:
-            model = HaploVLForDistillation(config.model, teacher.width, backend)
+            module = HaploVL(config.model, backend)
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     # Context parallelism first: of each sequence a rank has a share, and of that share tensor ranks have parts.
-    apply_context_parallel(model, groups.context)
-    apply_tensor_parallel(model, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
-    return model.to_empty(device="cpu")
+    apply_context_parallel(module, groups.context)
+    apply_tensor_parallel(module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
+    if stages is not None:
+        _check_every_stage_trains(stages, shapes, config.recipe)
+        keep_stage(module, stages.of(groups.pipeline.rank))
+    return ShardedModel(module.to_empty(device="cpu"), shapes, groups, stages)
+
+
+def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe: RecipeConfig) -> None:
+    training = {stages.of_parameter(name) for name in parameters if is_trained(name, recipe)}
+    for stage in range(len(stages.first)):
+        if stage not in training:
+            raise ValueError(
+                f"pipeline stage {stage} ({stages.of(stage)[0]} ... {stages.of(stage)[-1]}) would train nothing with "
+                f"--recipe {recipe.recipe} and these freeze flags; choose another --pipeline-partition, fewer stages "
+                "or no pipeline"
+            )
 
 
 def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
@@ -204,53 +260,14 @@ def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
             module.compile()
 
 
-def build_engine(
-    model: HaploVL | HaploVLForDistillation, config: Config, device: torch.device, groups: ParallelGroups
-) -> Any:
-    """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights."""
-    import deepspeed
-
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, device)
-    if isinstance(model, HaploVLForDistillation) and config.parallel.zero_stage == 3:
-        # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
-        deepspeed.zero.register_external_parameter(model.distillation, model.embedding.text.weight)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, groups.data.size),
-        mpu=DeepSpeedTopology(groups) if groups.tensor.size > 1 else None,
-        dist_init_required=False,
-    )
-    return engine
-
-
-def _vocabulary_shard(model: ModelConfig, groups: ParallelGroups) -> dict[str, Any]:
-    """Which words this rank's embedding and head hold, as the losses want to be told."""
-    if groups.tensor.size == 1:
-        return {}
-    words = model.vocab_size // groups.tensor.size
-    return {
-        "group": groups.tensor.process_group,
-        "vocab_start": groups.tensor.rank * words,
-        "vocab_size": model.vocab_size,
-    }
-
-
-def _forward_stage1(engine: Any, teacher: VisionTeacher, loss_fn: Callable[..., Sums], batch: Batch) -> Sums:
-    sums: Sums = engine(batch, teacher(batch), loss_fn)
-    return sums
-
-
-def _forward_stage2(engine: Any, loss_fn: Callable[..., Sums], batch: Batch) -> Sums:
-    sums: Sums = engine(batch, loss_fn)
-    return sums
-
-
 def _mesh(groups: ParallelGroups) -> str:
     """How the ranks are arranged, where they are not all data-parallel."""
     if groups.data.size == groups.world.size:
         return ""
-    return f" (tensor {groups.tensor.size} x context {groups.context.size} x data {groups.data.size})"
+    return (
+        f" (pipeline {groups.pipeline.size} x data {groups.data.size} x context {groups.context.size} x tensor "
+        f"{groups.tensor.size})"
+    )
 
 
 def _attention_backends(config: Config, device: torch.device) -> str:
@@ -264,7 +281,7 @@ def _attention_backends(config: Config, device: torch.device) -> str:
     return names[0] if names[0] == names[1] else f"{names[0]} (pre-decoder), {names[1]} (post-decoder)"
 
 
-def _count_parameters(model: torch.nn.Module) -> str:
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"parameters: {total:,}, of which {trained:,} are trained"
+def _count_parameters(model: ShardedModel, recipe: RecipeConfig) -> str:
+    sizes = {name: shape.numel() for name, shape in model.shapes.items()}
+    trained = sum(size for name, size in sizes.items() if is_trained(name, recipe))
+    return f"parameters: {sum(sizes.values()):,}, of which {trained:,} are trained"

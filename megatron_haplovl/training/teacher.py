@@ -47,6 +47,11 @@ class VisionTeacher(nn.Module):
         return features_TLD[:, 1:].flatten(0, 1).index_select(0, batch.patch_source_P)
 
 
+def teacher_width(folder: str | None, model: ModelConfig) -> int:
+    """Width of the features of the teacher in a folder; without one, of :func:`random_teacher`."""
+    return model.pre.hidden_size if folder is None else CLIPVisionConfig.from_pretrained(folder).hidden_size
+
+
 def load_teacher(folder: str, model: ModelConfig, layer: int) -> VisionTeacher:
     """Read the teacher from a Hugging Face folder.
 

@@ -87,11 +87,53 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
         "zero_stage": 1,
     },
+    "PP 2 x DP 2, ZeRO 0": {"pipeline_model_parallel_size": 2, "zero_stage": 0},
+    "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
+    "PP 4, ZeRO 1": {"pipeline_model_parallel_size": 4, "zero_stage": 1, "pipeline_partition": "a cut of each kind"},
+    "PP 4 uniform, ZeRO 0": {"pipeline_model_parallel_size": 4, "zero_stage": 0, "pipeline_partition": "uniform"},
+    "TP 2 x PP 2, ZeRO 0": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 0},
+    "TP 2 + SP x PP 2, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        **{"zero_stage": 1, "pipeline_partition": "parameters"},
+    },
+    "CP 2 x PP 2, ZeRO 1": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
+    "full, PP 2 x DP 2, ZeRO 1": {
+        **{"pipeline_model_parallel_size": 2, "zero_stage": 1},
+        "recompute_granularity": "full",
+    },
 }
 PARALLEL_RANKS = 4
+# Of these, run in bf16, too.
+BF16_LAYOUTS = (
+    *("TP 2 + SP x DP 2, ZeRO 1", "CP 2 x DP 2, ZeRO 3", "PP 2 x DP 2, ZeRO 0", "PP 4, ZeRO 1"),
+    "TP 2 + SP x PP 2, ZeRO 1",
+)
+# The same on eight ranks.
+LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP 2 x PP 2 x DP 2, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
+    },
+    "TP 2 + SP x PP 2 x CP 2, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        **{"context_parallel_size": 2, "zero_stage": 1},
+    },
+    "PP 4 x DP 2, ZeRO 0": {
+        **{"pipeline_model_parallel_size": 4, "zero_stage": 0, "pipeline_partition": "a cut of each kind"},
+    },
+    "TP 2 x CP 2 x DP 2, ZeRO 3": {
+        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 3},
+    },
+}
+LARGE_RANKS = 8
+# Recipe -> cuts in each decoder and at the connector; stage 1 has one decoder.
+CUTS = {"full": "pre_decoder.1,connector,post_decoder.1", "distill": "pre_decoder.0,pre_decoder.1,distillation"}
 
 
 def parallel_config(recipe: str, layout: str) -> Config:
-    """A tiny run of one recipe in one of :data:`PARALLEL_LAYOUTS`."""
-    settings = {f"parallel__{name}": value for name, value in PARALLEL_LAYOUTS[layout].items()}
+    """A tiny run of one recipe in a layout; its name may have "bf16 " before it."""
+    name = layout.removeprefix("bf16 ")
+    settings = {f"parallel__{key}": value for key, value in {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name].items()}
+    settings["precision__bf16"] = name != layout
+    if settings.get("parallel__pipeline_partition") == "a cut of each kind":
+        settings["parallel__pipeline_partition"] = CUTS[recipe]
     return config(recipe, **SHARED_HEADS, **settings)

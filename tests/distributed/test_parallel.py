@@ -15,20 +15,39 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.cases import PARALLEL_LAYOUTS, PARALLEL_RANKS, SHARED_HEADS, config
+from tests.distributed.cases import (
+    BF16_LAYOUTS,
+    LARGE_LAYOUTS,
+    LARGE_RANKS,
+    PARALLEL_LAYOUTS,
+    PARALLEL_RANKS,
+    SHARED_HEADS,
+    config,
+)
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_zero import train_serially
 
 # Measured worst cases over all layouts: loss 1.2e-7, norm 9.1e-8 (both relative), gradients 1.4e-6 (relative to the
 # largest of each parameter), weights 2.4e-6.
 LOSS_TOLERANCE, NORM_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-6, 5e-6, 1e-5
+# In bf16: losses and norms 1.9e-3, gradients 2.0e-2 (of each parameter's norm).
+BF16_LOSS_TOLERANCE, BF16_GRADIENT_TOLERANCE = 5e-3, 5e-2
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
-    """One launch of all layouts."""
+    """One launch of all layouts of four ranks."""
     folder = tmp_path_factory.mktemp("parallel")
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder))
+    bf16 = (f"bf16 {layout}" for layout in BF16_LAYOUTS)
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), *PARALLEL_LAYOUTS, *bf16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributed_8(tmp_path_factory):
+    """One launch of all layouts of eight ranks."""
+    folder = tmp_path_factory.mktemp("parallel8")
+    run_ranks("worker_parallel.py", LARGE_RANKS, str(folder), *LARGE_LAYOUTS)
     return folder
 
 
@@ -41,8 +60,36 @@ def serial():
 @pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
 @pytest.mark.parametrize("recipe", ["distill", "full"])
 def test_equals_one_plain_process(distributed, serial, recipe, layout):
-    result = torch.load(distributed / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
+    check(distributed, layout, recipe, *serial[recipe])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS)
+@pytest.mark.parametrize("recipe", ["distill", "full"])
+def test_eight_ranks_equal_one_plain_process(distributed_8, serial, recipe, layout):
+    check(distributed_8, layout, recipe, *serial[recipe])
+
+
+@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+@pytest.mark.parametrize("recipe", ["distill", "full"])
+def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
+    result = load(distributed, f"bf16 {layout}", recipe)
     metrics, gradients, weights = serial[recipe]
+    for got, expected in zip(result["metrics"], metrics, strict=True):
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=BF16_LOSS_TOLERANCE), name
+    for name, gradient in gradients.items():
+        error = (result["gradients"][name].float() - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < BF16_GRADIENT_TOLERANCE, f"{name}: {error}"
+    assert result["weights"].keys() == weights.keys()
+
+
+def load(folder, layout, recipe):
+    return torch.load(folder / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
+
+
+def check(folder, layout, recipe, metrics, gradients, weights):
+    result = load(folder, layout, recipe)
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
             tolerance = NORM_TOLERANCE if name == "grad norm" else LOSS_TOLERANCE

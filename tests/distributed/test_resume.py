@@ -33,6 +33,8 @@ CASES = [
         {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
     ),
     ("full-context2-zero2", "full", 2, False, {"parallel__context_parallel_size": 2}),
+    ("full-pipeline2-zero1", "full", 1, True, {"parallel__pipeline_model_parallel_size": 2}),
+    ("distill-pipeline2-zero0", "distill", 0, False, {"parallel__pipeline_model_parallel_size": 2}),
 ]
 TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
 
@@ -72,7 +74,9 @@ def test_the_checkpoint_folder_has_its_files(folder, name):
     assert saved["iteration"] == RESUMED_AFTER
 
 
-def test_another_tensor_parallel_size_is_refused(folder):
+def test_another_layout_is_refused(folder):
     for rank in range(2):
-        message = (folder / f"refused-{rank}.txt").read_text()
+        message = (folder / f"distill-tensor2-zero1-refused-{rank}.txt").read_text()
         assert "was saved with --tensor-model-parallel-size 2, this run has 1" in message
+        message = (folder / f"full-pipeline2-zero1-refused-{rank}.txt").read_text()
+        assert "was saved with the stages embedding ... connector | post_decoder.0 ... lm_head" in message

@@ -65,8 +65,9 @@ def train_serially(c):
     """(losses and norms per step, gradients of the first step, weights) of one plain process."""
     stage1 = c.recipe.recipe == "distill"
     teacher = random_teacher(c.model, c.init.teacher_layer, c.run.seed) if stage1 else None
-    model = build_model(c, teacher, ONE_RANK)
-    fill_weights(model, c, ONE_RANK.tensor)
+    whole = build_model(c, ONE_RANK)
+    fill_weights(whole, c)
+    model = whole.module
     apply_recipe(model, c.recipe)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, c.optimizer),

@@ -9,37 +9,60 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import OptimizerStep
 
 from megatron_haplovl.checkpoint.save_load import full_weights
 from megatron_haplovl.parallel.collectives import all_gather
 from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
-from tests.distributed.cases import PARALLEL_LAYOUTS, STEPS, parallel_config
+from tests.distributed.cases import STEPS, parallel_config
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
-    """Is filled with every whole gradient, already summed over ranks, when the engine is about to step."""
+    """Is filled with every whole gradient of this stage, summed over ranks, when the engine is about to step."""
     found: dict[str, torch.Tensor] = {}
-    step = run.engine.step
 
-    def capture(*arguments: Any) -> None:
-        if run.engine.is_gradient_accumulation_boundary() and not found:
-            for name, parameter in run.engine.module.named_parameters():
-                if parameter.requires_grad:
-                    mine = deepspeed.utils.safe_get_full_grad(parameter)
-                    dim = split_dim(name)
-                    if dim is not None and run.groups.tensor.size > 1:
-                        mine = all_gather(mine, run.groups.tensor, dim)
-                    found[name] = mine.clone()
-        step(*arguments)
+    def capture() -> None:
+        for name, parameter in run.model.own_parameters():
+            if parameter.requires_grad and run.engine.global_steps == 0:
+                mine = deepspeed.utils.safe_get_full_grad(parameter)
+                dim = split_dim(name)
+                if dim is not None and run.groups.tensor.size > 1:
+                    mine = all_gather(mine, run.groups.tensor, dim)
+                found[name] = mine.clone()
 
-    run.engine.step = capture
+    if run.model.stages is None:
+        step = run.engine.step
+
+        def capture_and_step() -> None:
+            if run.engine.is_gradient_accumulation_boundary():
+                capture()
+            step()
+
+        run.engine.step = capture_and_step
+        return found
+
+    # The pipeline's schedule looks its instructions up here.
+    def capture_and_update(engine: Any) -> None:
+        capture()
+        type(engine)._exec_optimizer_step(engine)
+
+    run.engine._INSTRUCTION_MAP = {**run.engine._INSTRUCTION_MAP, OptimizerStep: capture_and_update}
     return found
 
 
-def main(folder: Path) -> None:
-    for layout in PARALLEL_LAYOUTS:
+def of_all_stages(run: Run, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients of the whole model."""
+    if run.model.stages is None:
+        return found
+    stages: list[dict[str, torch.Tensor]] = [{}] * run.groups.pipeline.size
+    dist.all_gather_object(stages, found, group=run.groups.pipeline.process_group)
+    return {name: gradient for stage in stages for name, gradient in stage.items()}
+
+
+def main(folder: Path, *layouts: str) -> None:
+    for layout in layouts:
         for recipe in ("distill", "full"):
             # DeepSpeed keeps the last engine's topology in a global.
             deepspeed.utils.groups.mpu = None
@@ -47,7 +70,8 @@ def main(folder: Path) -> None:
             gradients = gradients_before_step(run)
             batches = run.train_data.micro_batches()
             metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
-            weights = dict(full_weights(run.engine, run.groups.tensor))
+            weights = dict(full_weights(run.model))
+            gradients = of_all_stages(run, gradients)
             if dist.get_rank() == 0:
                 name = f"{layout} {recipe}.pt".replace(" ", "_")
                 torch.save({"metrics": metrics, "gradients": gradients, "weights": weights}, folder / name)
@@ -55,4 +79,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

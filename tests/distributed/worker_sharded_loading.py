@@ -25,11 +25,11 @@ def main(folder: Path) -> None:
     _, groups = initialize_processes(c)
     Path("/proc/self/clear_refs").write_text("5")  # Sets the recorded peak to the present size.
     before = status_mib("VmRSS")
-    model = build_model(c, None, groups)
-    fill_weights(model, c, groups.tensor)
+    model = build_model(c, groups)
+    fill_weights(model, c)
     found = {
         "grown": status_mib("VmHWM") - before,
-        "slices": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
+        "slices": sum(p.numel() * p.element_size() for p in model.module.parameters()) / 2**20,
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

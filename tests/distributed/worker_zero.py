@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
                 run = setup(config(recipe, parallel__zero_stage=zero_stage, precision__bf16=bf16))
                 batches = run.train_data.micro_batches()
                 metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
-                weights = dict(full_weights(run.engine, run.groups.tensor))
+                weights = dict(full_weights(run.model))
                 if dist.get_rank() == 0:
                     path = result_file(folder, recipe, zero_stage, "bf16" if bf16 else "fp32")
                     torch.save({"metrics": metrics, "weights": weights}, path)

@@ -172,7 +172,9 @@ def _addmm_operations(_: object, a_shape: list[int], b_shape: list[int], **__: o
 def count_operations(model: HaploVL, trained: frozenset[str]) -> tuple[dict[str, float], float]:
     """Operations of each layer's forward pass and of the whole backward pass, counted by torch as they are done."""
     batch = make_batch(model_config(), (0,), 20)  # One image: every pair is visible, and a dense kernel does them all.
-    context = dataclasses.replace(model.context(batch), attention_backend="reference")
+    context = dataclasses.replace(
+        model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
+    )
     forward: dict[str, float] = {}
 
     def counted(name: str, run):  # type: ignore[no-untyped-def]
@@ -222,7 +224,9 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
 
     model = build(model_config(), torch.float32, False, STAGE2)
     batch = make_batch(model_config(), (0,), 20)
-    context = dataclasses.replace(model.context(batch), attention_backend="reference")
+    context = dataclasses.replace(
+        model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
+    )
     for recompute in ("none", "selective", "full"):
         layers = predict_layers(model_config(), batch, torch.float32, recompute, False, STAGE2)
         for name, block in (("pre_decoder.1", model.pre_decoder[1]), ("post_decoder.1", model.post_decoder[1])):
