@@ -154,10 +154,6 @@ def _validate_parallel(config: Config) -> None:
         raise ValueError(
             f"--pipeline-partition {parallel.pipeline_partition} needs --pipeline-model-parallel-size above 1"
         )
-    if config.precision.compile and parallel.pipeline_model_parallel_size > 1:
-        raise ValueError("--compile is not tested with --pipeline-model-parallel-size above 1; leave one of them out")
-    if config.precision.compile and parallel.tensor_model_parallel_size > 1:
-        raise ValueError(
-            "--compile is not tested with --tensor-model-parallel-size above 1, whose collectives stand inside the "
-            "blocks; leave one of them out"
-        )
+    for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"):
+        if config.precision.compile and getattr(parallel, name) > 1:
+            raise ValueError(f"--compile is not tested with --{name.replace('_', '-')} above 1; leave one of them out")

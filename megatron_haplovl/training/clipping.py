@@ -23,7 +23,7 @@ class GradientClipping:
 
     def __init__(self, model: ShardedModel, max_norm: float) -> None:
         self._model = model
-        self._max_norm = max_norm
+        self.max_norm = max_norm
         self.norm = torch.zeros(())
         """Of the last step, before clipping."""
 
@@ -37,9 +37,9 @@ class GradientClipping:
         # Slices are different on every tensor-parallel rank, what is whole is the same.
         square = groups.pipeline.sum(groups.tensor.sum(_square_norm(split)) + _square_norm(whole))
         self.norm = square.sqrt()
-        if self._max_norm > 0.0:
+        if self.max_norm > 0.0:
             parameters = list(self._model.module.parameters())
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self.norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, self.norm)
 
 
 def _square_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

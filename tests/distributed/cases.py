@@ -87,6 +87,11 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
         "zero_stage": 1,
     },
+    "selective, TP 2 + SP x DP 2, ZeRO 0": {
+        **{"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 0},
+        "recompute_granularity": "selective",
+    },
+    "TP 4 + SP, ZeRO 2": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "zero_stage": 2},
     "PP 2 x DP 2, ZeRO 0": {"pipeline_model_parallel_size": 2, "zero_stage": 0},
     "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
     "PP 4, ZeRO 1": {"pipeline_model_parallel_size": 4, "zero_stage": 1, "pipeline_partition": "a cut of each kind"},

@@ -30,7 +30,11 @@ def main(folder: str) -> None:
         ratios = {group["name"]: group["lr_ratio"] for group in engine.optimizer.param_groups}
         decays = {group["weight_decay"] for group in engine.optimizer.param_groups}
         betas = {tuple(group["betas"]) for group in engine.optimizer.param_groups}
-        clip = getattr(engine.optimizer, "clip_grad", engine.gradient_clipping())
+        if zero_stage == 0:
+            (clipping,) = engine.optimizer._optimizer_step_pre_hooks.values()
+            clip = clipping.max_norm
+        else:
+            clip = engine.optimizer.clip_grad
         print("SETTINGS", round(ratios["connector"], 9), sorted(decays), sorted(betas), clip, flush=True)
         try:
             setup(config("full", **here, data__seq_length=128))

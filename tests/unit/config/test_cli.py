@@ -75,6 +75,13 @@ def test_the_launchers_local_rank_is_accepted():
         ),
         ([*MOCK, *WIDE, "--tensor-model-parallel-size", "2", "--compile"], "--compile is not tested with"),
         ([*MOCK, "--recompute-granularity", "full", "--compile"], "leave --recompute-granularity out"),
+        ([*MOCK, "--pipeline-partition", "uniform"], "needs --pipeline-model-parallel-size above 1"),
+        (
+            [*MOCK, "--pipeline-model-parallel-size", "2", "--compile"],
+            "--pipeline-model-parallel-size above 1; leave one",
+        ),
+        ([*MOCK, "--pipeline-model-parallel-size", "2", "--zero-stage", "2"], "use --zero-stage 1 or no pipeline"),
+        ([*MOCK, *WIDE, "--context-parallel-size", "2", "--compile"], "--context-parallel-size above 1"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):

@@ -8,13 +8,15 @@ from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.data.batch import StepCounts
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.parallel.groups import Group
+from megatron_haplovl.parallel.groups import Group, ParallelGroups
+from megatron_haplovl.parallel.pipeline import Stages, keep_stage
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
 from megatron_haplovl.training.metrics import reduce_metrics, total_loss
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.schedule import learning_rate
+from megatron_haplovl.training.setup import build_model
 from tests.unit.model.test_model import TINY
 
 
@@ -85,6 +87,27 @@ def test_a_learning_rate_for_a_frozen_part_is_refused():
     apply_recipe(model, c.recipe)
     with pytest.raises(ValueError, match="--pre-decoder-lr is given, but this run does not train that part"):
         parameter_groups(model, c.optimizer)
+
+
+def test_every_stage_has_every_group_of_the_optimizer():
+    """DeepSpeed adds the gradient norm up group by group over the stages."""
+    config = build_config("finetune", "haplovl-debug", {("optimizer", "connector_lr"): 1e-3})
+    model = HaploVL(TINY)
+    whole = parameter_groups(model, config.optimizer)
+    trained = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    keep_stage(model, ["post_decoder.1", "final_norm", "lm_head"])
+    groups = parameter_groups(model, config.optimizer, trained=trained)
+    assert [{**g, "params": []} for g in groups] == [{**g, "params": []} for g in whole]
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert {g["name"] for g in groups if g["params"]} == {"post_decoder", "post_decoder (no decay)"}
+
+
+def test_a_stage_that_would_train_nothing_is_refused():
+    config = build_config("finetune", "haplovl-debug", {("recipe", "recipe"): "align"})
+    layers = tuple(HaploVL(config.model).layers())
+    groups = ParallelGroups(pipeline=Group(0, 2, (0, 1)))
+    with pytest.raises(ValueError, match=r"pipeline stage 1 \(post_decoder.0 ... lm_head\) would train nothing"):
+        build_model(config, groups, Stages(layers, (0, layers.index("post_decoder.0"))))
 
 
 def test_losses_are_divided_by_global_counts():

@@ -1,0 +1,42 @@
+"""Rank program: a weight that is not finite, somewhere; reports what the step raised and which weights it changed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megatron_haplovl.training.loop import train_step
+from megatron_haplovl.training.setup import setup
+from tests.distributed.cases import config
+
+
+def main(folder: Path) -> None:
+    found = {}
+    for pipeline in (1, 2):
+        for zero_stage in (0, 1):
+            deepspeed.utils.groups.mpu = None
+            layout = {"parallel__pipeline_model_parallel_size": pipeline, "parallel__zero_stage": zero_stage}
+            run = setup(config("full", **layout))
+            parameters = dict(run.model.module.named_parameters())
+            with torch.no_grad():
+                if "lm_head.weight" in parameters:
+                    parameters["lm_head.weight"].fill_(float("nan"))
+            before = {name: parameter.clone() for name, parameter in parameters.items()}
+            try:
+                train_step(run, 0, run.train_data.micro_batches())
+                message = "nothing was raised"
+            except FloatingPointError as error:
+                message = str(error)
+            changed = [n for n, p in parameters.items() if n != "lm_head.weight" and not torch.equal(p, before[n])]
+            found[f"pipeline {pipeline}, ZeRO {zero_stage}"] = (message, changed)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
