@@ -77,8 +77,9 @@ def test_stage_2(tmp_path, phase, lr):
     ],
 )
 def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables):
-    flags = "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --zero-stage 3 --save".split()
-    config = config_of(launched(tmp_path, script, variables, *flags, "another run"), entry, stage)
+    sizes = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2"]
+    flags = [*sizes, "--zero-stage", "3", "--save", "another run"]
+    config = config_of(launched(tmp_path, script, variables, *flags), entry, stage)
     parallel = config.parallel
     assert (parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.zero_stage) == (2, 2, 3)
     assert parallel.sequence_parallel
