@@ -56,7 +56,7 @@ def launch(folder: Path, *commands: tuple[list[str], dict[str, str]], ranks: int
             )
         )
     try:
-        codes = [machine.wait(timeout=300) for machine in machines]
+        codes = [machine.wait(timeout=600) for machine in machines]
     finally:
         for machine in machines:
             if machine.poll() is None:
