@@ -12,13 +12,14 @@
 # 1.2M captions, then on 4M instructions (PHASE=full twice).
 #
 # The iterations above are one epoch of LLaVA-1.5's data at one sample per sequence, as the paper counts (--no-packing); add
-# that flag to repeat them, or leave packing on and choose fewer. Further flags go to finetune_haplovl.py as they are.
-# DATA is the prefix of what tools/preprocess_data.py wrote.
+# that flag to repeat them, or leave packing on and choose fewer. DATA is the prefix of what tools/preprocess_data.py wrote.
 #
-#   NUM_GPUS=N        GPUs of this machine (default: 8)
-#   HOSTFILE=FILE     several machines, one "HOST slots=N" a line; then NUM_GPUS counts each machine's
+# Further flags go to finetune_haplovl.py and win over those below: --tensor-model-parallel-size 2 --zero-stage 3, say.
+# examples/common/launch.sh has the variables that choose machines and launcher (docs/launching.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/common/launch.sh
+source examples/common/launch.sh
 
 MODEL=${MODEL:-haplovl-7b}
 PHASE=${PHASE:?align (connector only) or full (everything)}
@@ -27,11 +28,6 @@ DATA=${DATA:?prefix of the preprocessed data}
 SAVE=${SAVE:?folder for checkpoints}
 TRAIN_ITERS=${TRAIN_ITERS:?optimizer steps}
 LANGUAGE_MODEL=${LANGUAGE_MODEL:?folder of Vicuna-7B for haplovl-7b, of Llama-3-8B for haplovl-8b}
-
-DISTRIBUTED_ARGS=(--num_gpus "${NUM_GPUS:-8}")
-if [ -n "${HOSTFILE:-}" ]; then
-  DISTRIBUTED_ARGS+=(--hostfile "$HOSTFILE")
-fi
 
 # Where START has a post-decoder already, its weights win over the language model's.
 MODEL_ARGS=(
@@ -69,5 +65,5 @@ DATA_ARGS=(
   --num-workers 8
 )
 
-exec deepspeed "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
+exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

@@ -6,21 +6,18 @@
 #
 # DATA holds what tools/preprocess_data.py wrote: instructions.*, captions.*, and heldout.* for evaluation.
 #
-#   NUM_GPUS=N        GPUs of this machine (default: 8)
-#   HOSTFILE=FILE     several machines, one "HOST slots=N" a line; then NUM_GPUS counts each machine's
+# Further flags go to pretrain_haplovl.py and win over those below: --tensor-model-parallel-size 2 --zero-stage 2, say.
+# examples/common/launch.sh has the variables that choose machines and launcher (docs/launching.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/common/launch.sh
+source examples/common/launch.sh
 
 MODEL=${MODEL:-haplovl-7b}
 DATA=${DATA:?folder of the preprocessed data}
 SAVE=${SAVE:?folder for checkpoints}
 VISION_TEACHER=${VISION_TEACHER:?folder of CLIP-ViT-L/14-336}
 LANGUAGE_MODEL=${LANGUAGE_MODEL:?folder of Vicuna-7B for haplovl-7b, of Llama-3-8B for haplovl-8b}
-
-DISTRIBUTED_ARGS=(--num_gpus "${NUM_GPUS:-8}")
-if [ -n "${HOSTFILE:-}" ]; then
-  DISTRIBUTED_ARGS+=(--hostfile "$HOSTFILE")
-fi
 
 MODEL_ARGS=(
   --model "$MODEL"
@@ -57,5 +54,5 @@ DATA_ARGS=(
   --num-workers 8
 )
 
-exec deepspeed "${DISTRIBUTED_ARGS[@]}" pretrain_haplovl.py \
+exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" pretrain_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

@@ -112,7 +112,11 @@ def setup(config: Config) -> Run:
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
-    """Join the process group that `deepspeed` or `torchrun` started; a plain `python` is a group of one."""
+    """Join the process group that `deepspeed` or `torchrun` started; a plain `python` is a group of one.
+
+    Raises:
+        ValueError: srun or mpirun started several processes that know nothing of each other.
+    """
     if config.run.device != "auto":
         # Read by DeepSpeed when it is first imported.
         os.environ["DS_ACCELERATOR"] = config.run.device
@@ -120,6 +124,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
     from deepspeed.accelerator import get_accelerator
 
     if "RANK" not in os.environ:
+        check_started_alone()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -151,6 +156,21 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         pipeline=config.parallel.pipeline_model_parallel_size,
     )
     return torch.device(accelerator.device_name(local_rank)), groups
+
+
+def check_started_alone() -> None:
+    """For a process without RANK: processes that all take themselves for the only one would overwrite one another's
+    checkpoints.
+
+    Raises:
+        ValueError: srun, Open MPI, MPICH or Intel MPI say that they started several.
+    """
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, 1)) > 1:
+            raise ValueError(
+                f"{name}={os.environ[name]}: this process is one of several, but has no RANK; let deepspeed or "
+                "torchrun start the training, under Slurm one of them on each machine (docs/launching.md)"
+            )
 
 
 def _share_cores() -> None:

@@ -1,8 +1,9 @@
-"""The launch scripts for GPUs give flags that the entry scripts accept, with the paper's settings."""
+"""The launch scripts start what their variables ask for, with the paper's settings, or say what is missing."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,16 +13,30 @@ from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[3]
+STAGE1 = {"DATA": "my data", "SAVE": "my runs/1", "VISION_TEACHER": "clip", "LANGUAGE_MODEL": "llm"}
+STAGE2 = {"PHASE": "full", "START": "a", "DATA": "d", "SAVE": "s", "TRAIN_ITERS": "10", "LANGUAGE_MODEL": "llm"}
+LAUNCH_VARIABLES = ("LAUNCHER", "HOSTFILE", "NUM_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = {"LAUNCHER": "torchrun", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
 
 
-def launched(folder: Path, script: str, **variables: str) -> list[str]:
-    """The words that a launch script gives to `deepspeed`."""
-    fake = folder / "deepspeed"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
-    environment = {**os.environ, **variables, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", str(REPOSITORY / "examples" / script)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+def start(folder: Path, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command where `deepspeed` and `torchrun` are stand-ins that print their names and words, one a line."""
+    for launcher in ("deepspeed", "torchrun"):
+        fake = folder / launcher
+        fake.write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
+        fake.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    slurm = REPOSITORY / "tests" / "fixtures" / "fake_cluster"
+    path = os.pathsep.join([str(folder), str(slurm), os.environ["PATH"]])
+    return subprocess.run(
+        command, env={**environment, **variables, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True
+    )
+
+
+def launched(folder: Path, script: str, variables: dict[str, str], *flags: str) -> list[str]:
+    """The launcher that a script starts, and its words."""
+    result = start(folder, ["bash", f"examples/{script}", *flags], variables)
+    assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
@@ -31,30 +46,143 @@ def config_of(words: list[str], script: str, stage: str) -> Config:
 
 @pytest.mark.parametrize("model", ["haplovl-7b", "haplovl-8b"])
 def test_stage_1(tmp_path, model):
-    variables = {"MODEL": model, "DATA": "d", "SAVE": "s", "VISION_TEACHER": "clip", "LANGUAGE_MODEL": "llm"}
-    words = launched(tmp_path, "ds_pretrain_haplovl.sh", **variables)
-    assert words[:2] == ["--num_gpus", "8"]
+    words = launched(tmp_path, "ds_pretrain_haplovl.sh", {**STAGE1, "MODEL": model})
     config = config_of(words, "pretrain_haplovl.py", "pretrain")
     assert (config.schedule.train_iters, config.schedule.global_batch_size) == (40000, 256)
     assert config.schedule.lr_warmup_iters == 2000
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.adam_beta1, optimizer.adam_beta2) == (1e-4, 0.9, 0.95)
     assert optimizer.weight_decay == 1e-4
-    assert config.data.aux_data_path == ("d/captions",)
+    data = config.data
+    assert (data.data_path, data.aux_data_path) == (("my data/instructions",), ("my data/captions",))
+    assert data.valid_data_path == ("my data/heldout",)
+    assert config.checkpoint.save == config.checkpoint.load == "my runs/1"
 
 
 @pytest.mark.parametrize(("phase", "lr"), [("align", 1e-3), ("full", 2e-5)])
 def test_stage_2(tmp_path, phase, lr):
-    variables = {"PHASE": phase, "START": "a", "DATA": "d", "SAVE": "s", "TRAIN_ITERS": "10", "LANGUAGE_MODEL": "llm"}
-    words = launched(tmp_path, "ds_finetune_haplovl.sh", HOSTFILE="hosts", **variables)
-    assert words[2:4] == ["--hostfile", "hosts"]
+    words = launched(tmp_path, "ds_finetune_haplovl.sh", {**STAGE2, "PHASE": phase})
     config = config_of(words, "finetune_haplovl.py", "finetune")
     assert (config.recipe.recipe, config.optimizer.lr) == (phase, lr)
     assert (config.schedule.global_batch_size, config.optimizer.adam_beta2) == (128, 0.98)
     assert (config.optimizer.weight_decay, config.schedule.lr_decay_style) == (0.0, "cosine")
 
 
+@pytest.mark.parametrize(
+    ("script", "entry", "stage", "variables"),
+    [
+        ("ds_pretrain_haplovl.sh", "pretrain_haplovl.py", "pretrain", STAGE1),
+        ("ds_finetune_haplovl.sh", "finetune_haplovl.py", "finetune", STAGE2),
+        ("ds_try_launch.sh", "finetune_haplovl.py", "finetune", {}),
+    ],
+)
+def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables):
+    sizes = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2"]
+    flags = [*sizes, "--zero-stage", "3", "--save", "another run"]
+    config = config_of(launched(tmp_path, script, variables, *flags), entry, stage)
+    parallel = config.parallel
+    assert (parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.zero_stage) == (2, 2, 3)
+    assert parallel.sequence_parallel
+    assert config.checkpoint.save == "another run"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "deepspeed --master_port 29500"),
+        ({"NUM_GPUS": "2", "MASTER_PORT": "3"}, "deepspeed --master_port 3 --num_gpus 2"),
+        ({"HOSTFILE": "LICENSE"}, "deepspeed --master_port 29500 --hostfile LICENSE"),
+        (
+            {"HOSTFILE": "LICENSE", "MASTER_ADDR": "ib0"},
+            "deepspeed --master_port 29500 --hostfile LICENSE --master_addr ib0",
+        ),
+        (
+            {"HOSTFILE": "LICENSE", "MASTER_ADDR": "ib0", "NODE_RANK": "1"},
+            "deepspeed --master_port 29500 --hostfile LICENSE --master_addr ib0 --no_ssh --node_rank 1",
+        ),
+        ({"LAUNCHER": "torchrun"}, "torchrun --nproc_per_node gpu --standalone"),
+        (
+            TORCHRUN,
+            "torchrun --nproc_per_node gpu --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+            "--rdzv_conf is_host=0",
+        ),
+        (
+            {**TORCHRUN, "NODE_RANK": "0", "NODE_ADDR": "10.0.0.7", "NUM_GPUS": "4"},
+            "torchrun --nproc_per_node 4 --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+            "--rdzv_conf is_host=1 --local_addr 10.0.0.7",
+        ),
+    ],
+)
+def test_launchers(tmp_path, variables, words):
+    found = launched(tmp_path, "ds_try_launch.sh", variables)
+    assert found[: found.index("finetune_haplovl.py")] == words.split()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun is neither deepspeed nor torchrun"),
+        ({"NNODES": "2"}, "NNODES=2 is for LAUNCHER=torchrun"),
+        ({"HOSTFILE": "no such file"}, "HOSTFILE=no such file is not a file"),
+        ({"HOSTFILE": "LICENSE", "NODE_RANK": "0"}, "MASTER_ADDR: address of machine 0"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1, but there is only NNODES=1"),
+        ({**TORCHRUN, "NODE_RANK": "4"}, "NODE_RANK=4, but there is only NNODES=4"),
+        ({**TORCHRUN, "NODE_RANK": ""}, "NODE_RANK: which of the 4 machines this is"),
+        ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: address of machine 0"),
+        ({**TORCHRUN, "HOSTFILE": "LICENSE"}, "torchrun reads no HOSTFILE"),
+    ],
+)
+def test_what_would_start_something_else_is_refused(tmp_path, variables, message):
+    result = start(tmp_path, ["bash", "examples/ds_try_launch.sh"], variables)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert message in result.stderr
+
+
 def test_a_missing_variable_is_named(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        launched(tmp_path, "ds_finetune_haplovl.sh")
-    assert "PHASE" in error.value.stderr
+    result = start(tmp_path, ["bash", "examples/ds_finetune_haplovl.sh"], {})
+    assert result.returncode != 0
+    assert "PHASE" in result.stderr
+
+
+JOB = {
+    "FAKE_NODES": "node7 node9",
+    "SLURM_JOB_NODELIST": "node[7,9]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_CPUS_PER_TASK": "96",
+}
+
+
+def submit(folder: Path, variables: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the batch script as slurmd does: a copy, from the folder of submission."""
+    script = shutil.copy(REPOSITORY / "examples" / "slurm" / "train.sbatch", folder / "slurm_script")
+    return start(folder, ["bash", script, *words], {**JOB, **variables})
+
+
+def test_slurm_starts_torchrun_on_every_machine(tmp_path):
+    result = submit(tmp_path, STAGE1, "examples/ds_pretrain_haplovl.sh", "--metrics-file", "my metrics")
+    assert result.returncode == 0, result.stderr
+    for rank, node in enumerate(("node7", "node9")):
+        words = (
+            f"torchrun --nproc_per_node gpu --nnodes 2 --rdzv_backend c10d --rdzv_endpoint node7:24567 "
+            f"--rdzv_conf is_host={1 - rank} --local_addr {node} pretrain_haplovl.py"
+        )
+        assert "\n".join(words.split()) in result.stdout
+    assert result.stdout.count("torchrun\n") == 2
+    assert result.stdout.count("--save\nmy runs/1\n") == 2
+    assert result.stdout.count("--metrics-file\nmy metrics\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: sbatch"),
+        (["examples/no_such.sh"], f"there is no launch script examples/no_such.sh in {REPOSITORY}"),
+        (["examples/ds_pretrain_haplovl.sh"], "DATA: folder of the preprocessed data"),
+    ],
+)
+def test_a_slurm_job_fails_with_what_it_started(tmp_path, words, message):
+    result = submit(tmp_path, {}, *words)
+    assert result.returncode != 0
+    assert message in result.stderr
