@@ -30,17 +30,19 @@ class GradientClipping:
     def __call__(self, _optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
         split: list[torch.Tensor] = []
         whole: list[torch.Tensor] = []
-        for name, parameter in self._model.module.named_parameters():
+        parameters = dict(self._model.module.named_parameters())
+        device = next(iter(parameters.values())).device
+        for name, parameter in parameters.items():
             if parameter.grad is not None:
                 (whole if split_dim(name) is None else split).append(parameter.grad)
         groups = self._model.groups
         # Slices are different on every tensor-parallel rank, what is whole is the same.
-        square = groups.pipeline.sum(groups.tensor.sum(_square_norm(split)) + _square_norm(whole))
+        square = groups.pipeline.sum(groups.tensor.sum(_square_norm(split, device)) + _square_norm(whole, device))
         self.norm = square.sqrt()
         if self.max_norm > 0.0:
-            parameters = list(self._model.module.parameters())
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, self.norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.max_norm, self.norm)
 
 
-def _square_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    return torch.nn.utils.get_total_norm(gradients).float().square()
+def _square_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    # The norm of none at all would lie on the CPU.
+    return torch.nn.utils.get_total_norm(gradients).float().square().to(device)

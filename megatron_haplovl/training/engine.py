@@ -110,6 +110,8 @@ def _groups_of_all_stages(model: ShardedModel, config: Config) -> tuple[list[dic
     for group in groups:
         if not group["params"]:
             placeholders.append(torch.nn.Parameter(torch.zeros(1)))
+            # So that no rank has nothing to take the norm of, which DeepSpeed does not expect.
+            placeholders[-1].tensor_model_parallel = True
             group["params"].append(placeholders[-1])
     return groups, placeholders
 

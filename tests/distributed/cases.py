@@ -125,13 +125,23 @@ LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 4 x DP 2, ZeRO 0": {
         **{"pipeline_model_parallel_size": 4, "zero_stage": 0, "pipeline_partition": "a cut of each kind"},
     },
+    # Of a stage that is one norm, one of two tensor-parallel ranks has nothing of its own.
+    "TP 2 x PP 4, ZeRO 1": {
+        **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "zero_stage": 1},
+        "pipeline_partition": "a stage of one norm",
+    },
     "TP 2 x CP 2 x DP 2, ZeRO 3": {
         **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 3},
     },
 }
 LARGE_RANKS = 8
-# Recipe -> cuts in each decoder and at the connector; stage 1 has one decoder.
-CUTS = {"full": "pre_decoder.1,connector,post_decoder.1", "distill": "pre_decoder.0,pre_decoder.1,distillation"}
+# Kind of cut, recipe -> --pipeline-partition. Stage 1 has one decoder, and ends without a norm.
+CUTS = {
+    ("a cut of each kind", "full"): "pre_decoder.1,connector,post_decoder.1",
+    ("a stage of one norm", "full"): "pre_decoder.1,final_norm,lm_head",
+    ("a cut of each kind", "distill"): "pre_decoder.0,pre_decoder.1,distillation",
+    ("a stage of one norm", "distill"): "pre_decoder.0,pre_decoder.1,distillation",
+}
 
 
 def parallel_config(recipe: str, layout: str) -> Config:
@@ -139,6 +149,6 @@ def parallel_config(recipe: str, layout: str) -> Config:
     name = layout.removeprefix("bf16 ")
     settings = {f"parallel__{key}": value for key, value in {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name].items()}
     settings["precision__bf16"] = name != layout
-    if settings.get("parallel__pipeline_partition") == "a cut of each kind":
-        settings["parallel__pipeline_partition"] = CUTS[recipe]
+    kind = settings.get("parallel__pipeline_partition")
+    settings["parallel__pipeline_partition"] = CUTS.get((kind, recipe), kind or "auto")
     return config(recipe, **SHARED_HEADS, **settings)
