@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.save_load import load_checkpoint
-from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.stream import DataStream, build_stream
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
@@ -29,7 +29,7 @@ from megatron_haplovl.parallel.sequence import apply_context_parallel
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
-from megatron_haplovl.training.optimizer import adamw_implementation, build_optimizer
+from megatron_haplovl.training.optimizer import ADAMW_NAMES, adamw_implementation, build_optimizer
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.teacher import VisionTeacher, load_teacher, random_teacher
 
@@ -68,11 +68,12 @@ def setup(config: Config) -> Run:
     """
     device, groups = initialize_processes(config)
     logger = RunLogger(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    adamw = adamw_implementation(config.optimizer, device, offloaded=config.parallel.offload_optimizer == "cpu")
     logger.print(
         f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
-        f"attention backend: {_attention_backends(config, device)} | "
-        f"AdamW: {adamw_implementation(config.optimizer, device)}"
+        f"on the host: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
+        f"AdamW: {ADAMW_NAMES[adamw]}"
     )
 
     stage1 = config.recipe.recipe == "distill"
@@ -210,7 +211,12 @@ def build_engine(
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights."""
     import deepspeed
 
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer, device)
+    optimizer = build_optimizer(
+        parameter_groups(model, config.optimizer),
+        config.optimizer,
+        device,
+        offloaded=config.parallel.offload_optimizer == "cpu",
+    )
     if isinstance(model, HaploVLForDistillation) and config.parallel.zero_stage == 3:
         # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
         deepspeed.zero.register_external_parameter(model.distillation, model.embedding.text.weight)
@@ -251,6 +257,12 @@ def _mesh(groups: ParallelGroups) -> str:
     if groups.data.size == groups.world.size:
         return ""
     return f" (tensor {groups.tensor.size} x context {groups.context.size} x data {groups.data.size})"
+
+
+def _offloaded(parallel: ParallelConfig) -> str:
+    """What lies in the host's memory instead of the device's."""
+    moved = {"optimizer": parallel.offload_optimizer, "parameters": parallel.offload_param}
+    return " and ".join(name for name, place in moved.items() if place == "cpu") or "nothing"
 
 
 def _attention_backends(config: Config, device: torch.device) -> str:
