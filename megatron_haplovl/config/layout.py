@@ -160,6 +160,10 @@ def _offload_optimizer(_: Request, layout: Layout) -> str | None:
     # DeepSpeed would not move anything, and not say so.
     if layout.offload_optimizer and layout.zero_stage == 0:
         return "--offload-optimizer cpu moves what ZeRO splits; it needs --zero-stage 1, 2 or 3"
+    if layout.offload_optimizer and layout.pipeline > 1:
+        return (
+            "--offload-optimizer cpu is not tested with --pipeline-model-parallel-size above 1; leave one of them out"
+        )
     return None
 
 

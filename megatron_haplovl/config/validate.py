@@ -78,8 +78,8 @@ def _validate_schedule(config: Config) -> None:
         raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
     if config.optimizer.adamw_implementation == "apex" and config.parallel.offload_optimizer == "cpu":
         raise ValueError(
-            "--adamw-implementation apex steps on a GPU, and --offload-optimizer cpu on the host; use auto, deepspeed or "
-            "torch"
+            "--adamw-implementation apex steps on a GPU, and --offload-optimizer cpu on the host; use auto, deepspeed "
+            "or torch"
         )
     for section, name in (
         (config.checkpoint, "save_interval"),

@@ -9,7 +9,6 @@ import torch
 from megatron_haplovl.config.schema import OptimizerConfig
 from megatron_haplovl.kernels.capabilities import has_apex
 
-
 ADAMW_NAMES = {
     "torch": "torch fused",
     "cpu_adam": "DeepSpeed's CPUAdam",

@@ -56,9 +56,9 @@ def config(recipe: str, **overrides: Any) -> Config:
     )
 
 
-def result_file(folder: Path, recipe: str, zero_stage: int, precision: str) -> Path:
-    """Where a distributed case leaves its losses and weights."""
-    return folder / f"{recipe}-zero{zero_stage}-{precision}.pt"
+def result_file(folder: Path, recipe: str, zero_stage: int, mode: str) -> Path:
+    """Where a distributed case leaves its losses and weights; a mode is one of worker_zero.py's."""
+    return folder / f"{recipe}-zero{zero_stage}-{mode}.pt"
 
 
 # Heads that four ranks can share.
@@ -89,11 +89,27 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
         "zero_stage": 1,
     },
+    **{
+        f"optimizer on the host, {name}": {**layout, "offload_optimizer": "cpu"}
+        for name, layout in {
+            "DP 4, ZeRO 1": {"zero_stage": 1},
+            "TP 2 x CP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 1},
+            "TP 2 x DP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "zero_stage": 2},
+            "TP 2 + SP x DP 2, ZeRO 3": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 3},
+        }.items()
+    },
+    "parameters on the host, full, DP 4, ZeRO 3": {
+        **{"offload_param": "cpu", "zero_stage": 3, "recompute_granularity": "full"},
+    },
+    "optimizer and parameters on the host, TP 2 x CP 2, ZeRO 3": {
+        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 3},
+        **{"offload_optimizer": "cpu", "offload_param": "cpu"},
+    },
 }
 PARALLEL_RANKS = 4
 
 
-def parallel_config(recipe: str, layout: str) -> Config:
-    """A tiny run of one recipe in one of :data:`PARALLEL_LAYOUTS`."""
+def parallel_config(recipe: str, layout: str, adamw: str) -> Config:
+    """A tiny run of one recipe in one of :data:`PARALLEL_LAYOUTS` with one --adamw-implementation."""
     settings = {f"parallel__{name}": value for name, value in PARALLEL_LAYOUTS[layout].items()}
-    return config(recipe, **SHARED_HEADS, **settings)
+    return config(recipe, **SHARED_HEADS, **settings, optimizer__adamw_implementation=adamw)

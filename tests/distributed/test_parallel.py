@@ -23,12 +23,22 @@ from tests.distributed.test_zero import train_serially
 # largest of each parameter), weights 2.4e-6.
 LOSS_TOLERANCE, NORM_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-6, 5e-6, 1e-5
 
+OFFLOADED = [name for name, layout in PARALLEL_LAYOUTS.items() if "offload_optimizer" in layout]
+
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     """One launch of all layouts."""
     folder = tmp_path_factory.mktemp("parallel")
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder))
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *PARALLEL_LAYOUTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributed_cpu_adam(tmp_path_factory):
+    """One launch of the layouts with an offloaded optimizer, and DeepSpeed's own for it."""
+    folder = tmp_path_factory.mktemp("cpu_adam")
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "auto", *OFFLOADED)
     return folder
 
 
@@ -41,8 +51,34 @@ def serial():
 @pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
 @pytest.mark.parametrize("recipe", ["distill", "full"])
 def test_equals_one_plain_process(distributed, serial, recipe, layout):
-    result = torch.load(distributed / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
-    metrics, gradients, weights = serial[recipe]
+    compare(read(distributed, layout, recipe), serial[recipe])
+
+
+@pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
+@pytest.mark.parametrize("recipe", ["distill", "full"])
+def test_deepspeed_offloads_what_it_is_told_to(distributed, recipe, layout):
+    settings = PARALLEL_LAYOUTS[layout]
+    assert read(distributed, layout, recipe)["on the host"] == {
+        "optimizer": settings.get("offload_optimizer") == "cpu",
+        "parameters": settings.get("offload_param") == "cpu",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OFFLOADED)
+@pytest.mark.parametrize("recipe", ["distill", "full"])
+def test_deepspeeds_cpu_adam_equals_one_plain_process(distributed_cpu_adam, serial, recipe, layout):
+    result = read(distributed_cpu_adam, layout, recipe)
+    assert result["optimizer"] == "DeepSpeedCPUAdam"
+    compare(result, serial[recipe])
+
+
+def read(folder, layout, recipe):
+    return torch.load(folder / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
+
+
+def compare(result, expected):
+    metrics, gradients, weights = expected
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
             tolerance = NORM_TOLERANCE if name == "grad norm" else LOSS_TOLERANCE

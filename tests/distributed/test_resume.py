@@ -33,6 +33,24 @@ CASES = [
         {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True},
     ),
     ("full-context2-zero2", "full", 2, False, {"parallel__context_parallel_size": 2}),
+    ("distill-offload-zero1", "distill", 1, True, {"parallel__offload_optimizer": "cpu"}),
+    ("full-offload-zero2", "full", 2, False, {"parallel__offload_optimizer": "cpu"}),
+    (
+        "full-tensor2-offload-zero3",
+        *("full", 3, True),
+        {
+            "parallel__tensor_model_parallel_size": 2,
+            "parallel__offload_optimizer": "cpu",
+            "parallel__offload_param": "cpu",
+        },
+    ),
+    (
+        "align-offload-zero3",
+        "align",
+        3,
+        False,
+        {"parallel__offload_optimizer": "cpu", "parallel__offload_param": "cpu"},
+    ),
 ]
 TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_haplovl.parallel.collectives import all_gather
 from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
-from tests.distributed.cases import PARALLEL_LAYOUTS, STEPS, parallel_config
+from tests.distributed.cases import STEPS, parallel_config
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
@@ -38,21 +39,31 @@ def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(folder: Path) -> None:
-    for layout in PARALLEL_LAYOUTS:
+def on_the_host(engine: Any) -> dict[str, bool]:
+    """What DeepSpeed itself says that it offloads."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return {"optimizer": optimizer.offload_optimizer, "parameters": optimizer.offload_param}
+    return {"optimizer": getattr(optimizer, "cpu_offload", False), "parameters": False}
+
+
+def main(folder: Path, adamw: str, layouts: Sequence[str]) -> None:
+    for layout in layouts:
         for recipe in ("distill", "full"):
             # DeepSpeed keeps the last engine's topology in a global.
             deepspeed.utils.groups.mpu = None
-            run = setup(parallel_config(recipe, layout))
+            run = setup(parallel_config(recipe, layout, adamw))
             gradients = gradients_before_step(run)
             batches = run.train_data.micro_batches()
             metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
             weights = dict(full_weights(run.engine, run.groups.tensor))
             if dist.get_rank() == 0:
                 name = f"{layout} {recipe}.pt".replace(" ", "_")
-                torch.save({"metrics": metrics, "gradients": gradients, "weights": weights}, folder / name)
+                result = {"metrics": metrics, "gradients": gradients, "weights": weights}
+                inner = type(run.engine.basic_optimizer).__name__
+                torch.save({**result, "on the host": on_the_host(run.engine), "optimizer": inner}, folder / name)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
