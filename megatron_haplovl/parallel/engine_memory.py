@@ -16,7 +16,8 @@ is no longer BF16_Optimizer. What the device keeps of the gradients:
     ZeRO 2         4 / z: in bf16 accumulated here, in fp32 of the last micro-batch only and accumulated on the host
     ZeRO 3         nothing: accumulated on the host
 
-Offloaded parameters are the host's but for what is gathered.
+Offloaded parameters are the host's but for what is gathered. Left out: the buffers of the largest parameter's size that
+ZeRO 1 and 2 copy through, one on the device and one on the host.
 """
 
 from __future__ import annotations
