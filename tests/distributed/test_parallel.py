@@ -7,7 +7,8 @@ Each of these was planted once, and made at least six of the cases fail: norm gr
 summed; the gradient of a region's input not reduced; the loss scaled by the data-parallel ranks instead of all
 replicas; a mask that is causal only inside context parallelism; the bias of a row-parallel layer added before the sum;
 the heads' input gradient summed although it is whole; slices not marked for the gradient norm; the exchange of tokens
-for heads joined in another order; the wrong patches' features for a context rank.
+for heads joined in another order; the wrong patches' features for a context rank. Of offload: a configuration that
+leaves it out, and slices not marked for the norm that DeepSpeed takes on the host.
 """
 
 from __future__ import annotations

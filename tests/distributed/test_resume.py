@@ -1,6 +1,7 @@
 """A run stopped after step k and resumed repeats the losses of one that never stopped, exactly, on two ranks.
 
-Planted once to see this fail: optimizer state not loaded, and reading from the first pack after resuming.
+Planted once to see this fail: optimizer state not loaded, its first moments set to zero (with and without
+offload), and reading from the first pack after resuming.
 """
 
 from __future__ import annotations
