@@ -120,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         ("efficiency", "share of the peak that matrix products reach"),
         ("attention_efficiency", "share of the peak that attention reaches on visible pairs"),
         ("overlap", "share of ZeRO 3's messages that can pass beside arithmetic"),
+        ("host_link_gb_per_second", "between a GPU and its host, for offload"),
+        ("host_memory_gb_per_second", "memory bandwidth of the host, per GPU, for offload"),
         ("bandwidth_efficiency", "share of the bandwidths, of memory and network, that is reached"),
     ):
         default = getattr(sold, name)
@@ -143,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument(
         "--recompute-granularity", nargs="+", choices=("none", "selective", "full"), help="what backward recomputes"
     )
+    layout.add_argument(
+        "--offload-optimizer", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)"
+    )
+    layout.add_argument("--offload-param", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)")
     layout.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
@@ -196,6 +202,8 @@ def _config(arguments: argparse.Namespace) -> Config:
         "memory_gb_per_second",
         "intra_node_gb_per_second",
         "inter_node_gb_per_second",
+        "host_link_gb_per_second",
+        "host_memory_gb_per_second",
     ):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
@@ -237,8 +245,10 @@ def _layouts(arguments: argparse.Namespace, request: Request) -> Iterator[Layout
             named = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
             if None in (*named, arguments.context_parallel_size):
                 continue
-        for zero, recompute, micro in itertools.product(
+        for zero, optimizer, param, recompute, micro in itertools.product(
             arguments.zero_stage or (0, 1, 2, 3),
+            arguments.offload_optimizer,
+            arguments.offload_param,
             arguments.recompute_granularity or ("none", "selective", "full"),
             arguments.micro_batch_size or (1, 2, 4, 8),
         ):
@@ -248,6 +258,8 @@ def _layouts(arguments: argparse.Namespace, request: Request) -> Iterator[Layout
                 context=c,
                 data=gpus // max(1, t * p * c),
                 zero_stage=zero,
+                offload_optimizer=optimizer == "cpu",
+                offload_param=param == "cpu",
                 sequence_parallel=arguments.sequence_parallel and t > 1,
                 recompute=recompute,
                 micro_batch_size=micro,
@@ -329,7 +341,7 @@ def _row(plan: Estimate) -> dict[str, str]:
         "pp": str(layout.pipeline),
         "cp": str(layout.context),
         "dp": str(layout.data),
-        "zero": str(layout.zero_stage),
+        "zero": f"{layout.zero_stage}{' +o' * layout.offload_optimizer}{' +p' * layout.offload_param}",
         "recompute": layout.recompute,
         "micro": str(layout.micro_batch_size),
         **{name: f"{size / GIB:.1f}" for name, size in gib.items()},
@@ -342,6 +354,8 @@ def _row(plan: Estimate) -> dict[str, str]:
 
 def _print_plans(plans: Sequence[Estimate], total: int) -> None:
     print(f"\npossible: {total} layouts, of which the fastest; GiB on a rank of the fullest stage, GB sent by a rank")
+    if any(plan.memory.engine.host for plan in plans):
+        print("on the host: +o the optimizer, +p the parameters")
     rows = [_row(plan) for plan in plans]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     print("  ".join(name.rjust(width) for name, width in widths.items()))
@@ -357,6 +371,8 @@ def _print_recommended(plan: Estimate) -> None:
         *("--pipeline-model-parallel-size", layout.pipeline),
         *("--context-parallel-size", layout.context),
         *("--zero-stage", layout.zero_stage),
+        *(("--offload-optimizer", "cpu") if layout.offload_optimizer else ()),
+        *(("--offload-param", "cpu") if layout.offload_param else ()),
         *(("--recompute-granularity", layout.recompute) if layout.recompute != "none" else ()),
         *("--micro-batch-size", layout.micro_batch_size),
     ]
@@ -365,6 +381,8 @@ def _print_recommended(plan: Estimate) -> None:
         f"{plan.memory.peak / GIB:.1f} GiB per rank, micro-batches per step: {plan.micro_batches}"
     )
     print("  " + " ".join(str(flag) for flag in flags))
+    if plan.memory.engine.host:
+        print(f"  on the host, {plan.memory.engine.host / GIB:.1f} GiB per rank")
     if layout.pipeline > 1:
         print(
             f"  stages begin at {', '.join(plan.first_layers)}; the slowest takes {100 * plan.imbalance:.1f} % longer "

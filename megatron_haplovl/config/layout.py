@@ -24,6 +24,10 @@ class Layout:
     data: int = 1
     """Groups of ranks that hold different sequences. Weights and optimizer are split over `data * context` by ZeRO."""
     zero_stage: int = 1
+    offload_optimizer: bool = False
+    """Master weights, optimizer state and the optimizer step on the host (--offload-optimizer cpu)."""
+    offload_param: bool = False
+    """Parameters on the host until they are used (--offload-param cpu)."""
     sequence_parallel: bool = False
     """Norms and residual stream split over the tensor ranks, too (--sequence-parallel)."""
     recompute: str = "none"
@@ -152,6 +156,22 @@ def _pipeline_zero(_: Request, layout: Layout) -> str | None:
     return None
 
 
+def _offload_optimizer(_: Request, layout: Layout) -> str | None:
+    # DeepSpeed would not move anything, and not say so.
+    if layout.offload_optimizer and layout.zero_stage == 0:
+        return "--offload-optimizer cpu moves what ZeRO splits; it needs --zero-stage 1, 2 or 3"
+    return None
+
+
+def _offload_param(_: Request, layout: Layout) -> str | None:
+    if layout.offload_param and layout.zero_stage != 3:
+        return (
+            "--offload-param cpu moves parameters that ZeRO has split; it needs --zero-stage 3, not "
+            f"{layout.zero_stage}"
+        )
+    return None
+
+
 def _batch(request: Request, layout: Layout) -> str | None:
     return check_batch(request.global_batch_size, layout.micro_batch_size, layout.data)
 
@@ -175,6 +195,8 @@ CONSTRAINTS: dict[str, Callable[[Request, Layout], str | None]] = {
     "sequence parallel": _sequence_parallel,
     "stages": _stages,
     "pipeline and ZeRO": _pipeline_zero,
+    "offloaded optimizer": _offload_optimizer,
+    "offloaded parameters": _offload_param,
     "batch": _batch,
 }
 """Every constraint that needs no machine to be checked, by name."""

@@ -161,8 +161,9 @@ class OptimizerConfig:
     adam_eps: float = setting(1e-8, "AdamW's epsilon")
     adamw_implementation: str = setting(
         "auto",
-        "torch: torch's fused AdamW, which is what auto stands for; deepspeed: its FusedAdam on a GPU, its CPUAdam on "
-        "a CPU (either is compiled at first use); apex: NVIDIA apex",
+        "torch: torch's fused AdamW; deepspeed: its FusedAdam on a GPU, its CPUAdam on a CPU and for an offloaded "
+        "optimizer (either is compiled at first use); apex: NVIDIA apex; auto: deepspeed with --offload-optimizer, "
+        "otherwise torch",
         choices=("auto", "torch", "deepspeed", "apex"),
     )
     clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0 turns clipping off")
@@ -216,6 +217,14 @@ class ParallelConfig:
         metavar="auto|parameters|uniform|LAYER,...",
     )
     zero_stage: int = setting(1, "ZeRO stage", choices=(0, 1, 2, 3))
+    offload_optimizer: str = setting(
+        "none",
+        "cpu: master weights and optimizer state lie in the host's memory, and the optimizer steps there; needs ZeRO",
+        choices=("none", "cpu"),
+    )
+    offload_param: str = setting(
+        "none", "cpu: parameters lie in the host's memory until they are used; ZeRO 3 only", choices=("none", "cpu")
+    )
     deepspeed_config: str | None = setting(
         None, "DeepSpeed JSON; its settings are used and must not contradict the flags", metavar="JSON"
     )

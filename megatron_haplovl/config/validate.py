@@ -76,6 +76,11 @@ def _validate_schedule(config: Config) -> None:
         raise ValueError("--lr-decay-style constant never decays; leave out --lr-decay-iters and --min-lr")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
+    if config.optimizer.adamw_implementation == "apex" and config.parallel.offload_optimizer == "cpu":
+        raise ValueError(
+            "--adamw-implementation apex steps on a GPU, and --offload-optimizer cpu on the host; use auto, deepspeed "
+            "or torch"
+        )
     for section, name in (
         (config.checkpoint, "save_interval"),
         (config.checkpoint, "exit_interval"),
@@ -142,6 +147,8 @@ def _validate_parallel(config: Config) -> None:
         pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
         zero_stage=parallel.zero_stage,
+        offload_optimizer=parallel.offload_optimizer == "cpu",
+        offload_param=parallel.offload_param == "cpu",
         sequence_parallel=parallel.sequence_parallel,
         recompute=parallel.recompute_granularity,
         micro_batch_size=config.schedule.micro_batch_size,
@@ -157,3 +164,5 @@ def _validate_parallel(config: Config) -> None:
     for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"):
         if config.precision.compile and getattr(parallel, name) > 1:
             raise ValueError(f"--compile is not tested with --{name.replace('_', '-')} above 1; leave one of them out")
+    if config.precision.compile and (parallel.zero_stage == 3 or parallel.offload_optimizer != "none"):
+        raise ValueError("--compile is not tested with --zero-stage 3 or --offload-optimizer; leave one of them out")

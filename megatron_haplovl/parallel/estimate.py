@@ -108,7 +108,8 @@ def estimate(
             busy[stage] = max(busy[stage], hidden) + messages - hidden
     pipelined = pipeline_seconds(busy, micro_batches)
     exposed = 0.0 if layout.zero_stage == 3 else max(data_seconds)
-    step = pipelined + exposed + max(_update_seconds(stage, layout, cluster) for stage in stages)
+    host = max(_host_seconds(stage, layout, cluster, bf16, micro_batches) for stage in stages)
+    step = pipelined + exposed + host + max(_update_seconds(stage, layout, cluster) for stage in stages)
 
     memories = [_stage_memory(stages, i, layout, bf16, micro_batches) for i in range(layout.pipeline)]
     fullest = max(range(layout.pipeline), key=lambda i: memories[i].peak)
@@ -156,7 +157,15 @@ def kept_bytes(stage: Sequence[LayerCost]) -> float:
 
 
 def _engine(parameters: float, trained: float, layout: Layout, bf16: bool) -> EngineMemory:
-    return engine_memory(parameters, trained, bf16=bf16, zero_stage=layout.zero_stage, replicas=layout.replicas)
+    return engine_memory(
+        parameters,
+        trained,
+        bf16=bf16,
+        zero_stage=layout.zero_stage,
+        replicas=layout.replicas,
+        offload_optimizer=layout.offload_optimizer,
+        offload_param=layout.offload_param,
+    )
 
 
 def _stage_memory(
@@ -233,4 +242,28 @@ def _data_seconds(
 def _update_seconds(stage: Sequence[LayerCost], layout: Layout, cluster: Cluster) -> float:
     """AdamW reads weights, gradients and both moments and writes all but the gradients, in fp32, and bf16 weights."""
     trained = sum(layer.trained_parameters for layer in stage)
-    return 30 * trained / (layout.replicas if layout.zero_stage else 1) / cluster.speeds.memory
+    bandwidth = cluster.host_memory if layout.offload_optimizer else cluster.speeds.memory
+    return 30 * trained / (layout.replicas if layout.zero_stage else 1) / bandwidth
+
+
+def _host_seconds(
+    stage: Sequence[LayerCost], layout: Layout, cluster: Cluster, bf16: bool, micro_batches: int
+) -> float:
+    """How long what is offloaded takes between host and device per step.
+
+    To an offloaded optimizer gradients go in fp32 once per step. ZeRO 3, and ZeRO 2 in fp32, accumulate them on the
+    host, but add on the device: each micro-batch sends the sum forth and back, too. New weights move unless parameters
+    lie where the optimizer is. Offloaded parameters come twice per micro-batch, when they are gathered.
+    """
+    element = 2 if bf16 else 4
+    parameters = sum(layer.parameters for layer in stage) / layout.replicas
+    trained = sum(layer.trained_parameters for layer in stage) / layout.replicas
+    moved = 0.0
+    if layout.offload_optimizer:
+        host_accumulates = layout.zero_stage == 3 or (layout.zero_stage == 2 and not bf16)
+        moved += 4 * trained * (1 + 2 * micro_batches * host_accumulates)
+    if layout.offload_optimizer != layout.offload_param:
+        moved += element * trained
+    if layout.offload_param:
+        moved += 2 * micro_batches * element * parameters
+    return moved / cluster.host_link

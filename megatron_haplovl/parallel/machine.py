@@ -46,6 +46,10 @@ class Cluster(Machine):
     """bf16 operations per second, as the data sheet has it without sparsity; what MFU is a share of."""
     overlap: float
     """Share of ZeRO 3's messages that can pass beside arithmetic; nothing else is overlapped."""
+    host_link: float
+    """Between a GPU and its host, for what is offloaded."""
+    host_memory: float
+    """A rank's share of its host's memory bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class DataSheet:
     efficiency: float = 0.55
     attention_efficiency: float = 0.35
     overlap: float = 0.8
+    host_link_gb_per_second: float = 64.0
+    host_memory_gb_per_second: float = 76.0
     bandwidth_efficiency: float = 0.75
 
     def cluster(self, gpus: int) -> Cluster:
@@ -85,6 +91,8 @@ class DataSheet:
             intra_hop=1e-6 * self.intra_hop_microseconds,
             inter_hop=1e-6 * self.inter_hop_microseconds,
             overlap=self.overlap,
+            host_link=bandwidth * self.host_link_gb_per_second,
+            host_memory=bandwidth * self.host_memory_gb_per_second,
         )
 
 

@@ -64,6 +64,8 @@ def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf
                 bf16=bf16,
                 zero_stage=layout.zero_stage,
                 replicas=layout.replicas,
+                offload_optimizer=layout.offload_optimizer,
+                offload_param=layout.offload_param,
             ).weights,
             saved_bytes=layer.saved_bytes,
         )

@@ -34,8 +34,16 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         # arithmetic (autocast) are what gives the same training.
         "bf16": {"enabled": config.precision.bf16 and config.parallel.zero_stage > 0},
         "torch_autocast": {"enabled": config.precision.bf16 and config.parallel.zero_stage == 0, "dtype": "bfloat16"},
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            # Without a word on it, DeepSpeed pins the host's memory where there is a GPU.
+            "offload_optimizer": {"device": config.parallel.offload_optimizer},
+            "offload_param": {"device": config.parallel.offload_param},
+        },
     }
+    if config.parallel.offload_optimizer == "cpu" and config.optimizer.adamw_implementation == "torch":
+        # Without it, DeepSpeed offloads no optimizer but its own.
+        ours["zero_force_ds_cpu_optimizer"] = False
     quiet: dict[str, Any] = {
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -54,7 +62,25 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
                 f"{config.parallel.deepspeed_config}: {forbidden!r} is set by flags here (--lr, --lr-decay-style, "
                 "--bf16, --pipeline-partition, ...); remove it from the JSON"
             )
-    return _as_engine_wants({**quiet, **_merge(ours, theirs, config.parallel.deepspeed_config)}, config)
+    merged = _merge(ours, theirs, config.parallel.deepspeed_config)
+    _check_offload(merged["zero_optimization"], config.parallel.deepspeed_config)
+    return _as_engine_wants({**quiet, **merged}, config)
+
+
+def _check_offload(zero: dict[str, Any], path: str) -> None:
+    """Refuse what DeepSpeed would ignore without NVMe, and what moves optimizer state past the learning rates here.
+
+    With `ratio` below 1, DeepSpeed steps a second optimizer whose learning rate nothing schedules.
+    """
+    for key, flag in (("cpu_offload", "--offload-optimizer cpu"), ("cpu_offload_param", "--offload-param cpu")):
+        if key in zero:
+            raise ValueError(f"{path}: zero_optimization.{key} is an old name; remove it and give {flag} instead")
+    for section in ("offload_optimizer", "offload_param"):
+        for key in zero[section]:
+            if key not in ("device", "pin_memory"):
+                raise ValueError(
+                    f"{path}: zero_optimization.{section}.{key} is not used here; remove it (device and pin_memory are)"
+                )
 
 
 def _as_engine_wants(settings: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def build_engine(
         optimizer_groups = parameter_groups(model.module, config.optimizer)
     else:
         optimizer_groups, placeholders = _groups_of_all_stages(model, config)
-    optimizer = build_optimizer(optimizer_groups, config.optimizer, device)
+    offloaded = config.parallel.offload_optimizer == "cpu"
+    optimizer = build_optimizer(optimizer_groups, config.optimizer, device, offloaded=offloaded)
     clipping = None
     if zero_stage == 0:
         clipping = GradientClipping(model, config.optimizer.clip_grad)

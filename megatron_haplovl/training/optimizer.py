@@ -9,23 +9,42 @@ import torch
 from megatron_haplovl.config.schema import OptimizerConfig
 from megatron_haplovl.kernels.capabilities import has_apex
 
+ADAMW_NAMES = {
+    "torch": "torch fused",
+    "cpu_adam": "DeepSpeed's CPUAdam",
+    "fused_adam": "DeepSpeed's FusedAdam",
+    "apex": "apex FusedAdam",
+}
+"""What the log calls each implementation."""
 
-def adamw_implementation(config: OptimizerConfig, device: torch.device) -> str:
-    """What `--adamw-implementation` stands for on a device, for the log."""
-    deepspeed = "DeepSpeed's CPUAdam" if device.type == "cpu" else "DeepSpeed's FusedAdam"
-    names = {"auto": "torch fused", "torch": "torch fused", "deepspeed": deepspeed, "apex": "apex FusedAdam"}
-    return names[config.adamw_implementation]
+
+def adamw_implementation(config: OptimizerConfig, device: torch.device, *, offloaded: bool) -> str:
+    """What `--adamw-implementation` stands for on a device: torch, cpu_adam or fused_adam (DeepSpeed's), or apex.
+
+    Args:
+        config: the wish.
+        device: what the model runs on.
+        offloaded: the optimizer steps on the host whatever the device (--offload-optimizer cpu).
+    """
+    match config.adamw_implementation:
+        case "auto":
+            return "cpu_adam" if offloaded else "torch"
+        case "deepspeed":
+            return "cpu_adam" if offloaded or device.type == "cpu" else "fused_adam"
+        case name:
+            return name
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device
+    groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device, *, offloaded: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW (paper Tables 8 and 9).
 
     Args:
         groups: see `training.recipe.parameter_groups`.
         config: learning rate, betas, epsilon, implementation.
-        device: where the weights will lie.
+        device: what the model runs on.
+        offloaded: see :func:`adamw_implementation`.
 
     Raises:
         ValueError: an implementation that is not there, or not for this device.
@@ -35,14 +54,14 @@ def build_optimizer(
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
     }
-    match config.adamw_implementation:
-        case "auto" | "torch":
+    match adamw_implementation(config, device, offloaded=offloaded):
+        case "torch":
             return torch.optim.AdamW(groups, fused=True, **settings)
-        case "deepspeed" if device.type == "cpu":
+        case "cpu_adam":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        case "deepspeed":
+        case "fused_adam":
             from deepspeed.ops.adam import FusedAdam
 
             return FusedAdam(groups, adam_w_mode=True, **settings)

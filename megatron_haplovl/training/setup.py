@@ -15,7 +15,7 @@ import torch
 
 from megatron_haplovl.checkpoint.save_load import load_checkpoint
 from megatron_haplovl.config.layout import Layout
-from megatron_haplovl.config.schema import Config, RecipeConfig
+from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
 from megatron_haplovl.losses.terms import LossTerm
@@ -31,7 +31,7 @@ from megatron_haplovl.parallel.work import Work, work_of_batch
 from megatron_haplovl.training.engine import build_engine, build_losses
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
-from megatron_haplovl.training.optimizer import adamw_implementation
+from megatron_haplovl.training.optimizer import ADAMW_NAMES, adamw_implementation
 from megatron_haplovl.training.recipe import apply_recipe, is_trained, trained_parts
 from megatron_haplovl.training.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.training.teacher import teacher_width
@@ -77,11 +77,12 @@ def setup(config: Config) -> Run:
     """
     device, groups = initialize_processes(config)
     logger = RunLogger(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    adamw = adamw_implementation(config.optimizer, device, offloaded=config.parallel.offload_optimizer == "cpu")
     logger.print(
         f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
-        f"attention backend: {_attention_backends(config, device)} | "
-        f"AdamW: {adamw_implementation(config.optimizer, device)}"
+        f"on the host: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
+        f"AdamW: {ADAMW_NAMES[adamw]}"
     )
 
     train_data, valid_data = _build_streams(config, groups, logger)
@@ -221,6 +222,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
             context=groups.context.size,
             data=groups.data.size,
             zero_stage=parallel.zero_stage,
+            offload_optimizer=parallel.offload_optimizer == "cpu",
             sequence_parallel=parallel.sequence_parallel,
             recompute=parallel.recompute_granularity,
             micro_batch_size=schedule.micro_batch_size,
@@ -288,6 +290,12 @@ def _mesh(groups: ParallelGroups) -> str:
         f" (pipeline {groups.pipeline.size} x data {groups.data.size} x context {groups.context.size} x tensor "
         f"{groups.tensor.size})"
     )
+
+
+def _offloaded(parallel: ParallelConfig) -> str:
+    """What lies in the host's memory instead of the device's."""
+    moved = {"optimizer": parallel.offload_optimizer, "parameters": parallel.offload_param}
+    return " and ".join(name for name, place in moved.items() if place == "cpu") or "nothing"
 
 
 def _attention_backends(config: Config, device: torch.device) -> str:

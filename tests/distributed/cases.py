@@ -38,6 +38,8 @@ TINY: dict[tuple[str, ...], Any] = {
     ("schedule", "global_batch_size"): 4,
     ("optimizer", "lr"): 1e-3,
     ("optimizer", "weight_decay"): 0.1,
+    # With an offloaded optimizer, auto is DeepSpeed's, which takes over a minute to compile.
+    ("optimizer", "adamw_implementation"): "torch",
     # Below the norm of the tiny model's gradients, so that clipping is part of the comparison.
     ("optimizer", "clip_grad"): 0.5,
     ("run", "device"): "cpu",
@@ -54,9 +56,9 @@ def config(recipe: str, **overrides: Any) -> Config:
     )
 
 
-def result_file(folder: Path, recipe: str, zero_stage: int, precision: str) -> Path:
-    """Where a distributed case leaves its losses and weights."""
-    return folder / f"{recipe}-zero{zero_stage}-{precision}.pt"
+def result_file(folder: Path, recipe: str, zero_stage: int, mode: str) -> Path:
+    """Where a distributed case leaves its losses and weights; a mode is one of worker_zero.py's."""
+    return folder / f"{recipe}-zero{zero_stage}-{mode}.pt"
 
 
 # Heads that four ranks can share.
@@ -68,6 +70,7 @@ SHARED_HEADS: dict[str, Any] = {
 # Name -> (ranks, settings). With fewer ranks for tensor and context than there are, the rest is data-parallel.
 PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"TP 2 x DP 2, ZeRO {z}": {"tensor_model_parallel_size": 2, "zero_stage": z} for z in (0, 1, 2, 3)},
+    **{f"DP 4, ZeRO {z}": {"zero_stage": z} for z in (0, 1, 2)},
     "TP 4": {"tensor_model_parallel_size": 4, "zero_stage": 0},
     "TP 2 + SP x DP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1},
     "TP 4 + SP, ZeRO 3": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "zero_stage": 3},
@@ -106,12 +109,30 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"pipeline_model_parallel_size": 2, "zero_stage": 1},
         "recompute_granularity": "full",
     },
+    **{
+        f"optimizer on the host, {name}": {**layout, "offload_optimizer": "cpu"}
+        for name, layout in {
+            "DP 4, ZeRO 1": {"zero_stage": 1},
+            "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
+            "TP 2 x CP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 1},
+            "TP 2 x DP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "zero_stage": 2},
+            "TP 2 + SP x DP 2, ZeRO 3": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 3},
+        }.items()
+    },
+    "parameters on the host, full, TP 4 + SP, ZeRO 3": {
+        **{"tensor_model_parallel_size": 4, "sequence_parallel": True},
+        **{"offload_param": "cpu", "zero_stage": 3, "recompute_granularity": "full"},
+    },
+    "optimizer and parameters on the host, TP 2 x CP 2, ZeRO 3": {
+        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 3},
+        **{"offload_optimizer": "cpu", "offload_param": "cpu"},
+    },
 }
 PARALLEL_RANKS = 4
 # Of these, run in bf16, too.
 BF16_LAYOUTS = (
     *("TP 2 + SP x DP 2, ZeRO 1", "CP 2 x DP 2, ZeRO 3", "PP 2 x DP 2, ZeRO 0", "PP 4, ZeRO 1"),
-    "TP 2 + SP x PP 2, ZeRO 1",
+    *("TP 2 + SP x PP 2, ZeRO 1", "optimizer on the host, PP 2 x DP 2, ZeRO 1"),
 )
 # The same on eight ranks.
 LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
@@ -135,6 +156,10 @@ LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 LARGE_RANKS = 8
+# Of the first ones, with the recipe that trains the connector only.
+ALIGN_LAYOUTS = ("TP 2 + SP x DP 2, ZeRO 1", "TP 2 x CP 2, ZeRO 2", "optimizer on the host, TP 2 + SP x DP 2, ZeRO 3")
+# And with --compile.
+COMPILED_LAYOUTS = ("DP 4, ZeRO 0", "DP 4, ZeRO 1", "DP 4, ZeRO 2")
 # Kind of cut, recipe -> --pipeline-partition. Stage 1 has one decoder, and ends without a norm.
 CUTS = {
     ("a cut of each kind", "full"): "pre_decoder.1,connector,post_decoder.1",
@@ -144,11 +169,23 @@ CUTS = {
 }
 
 
-def parallel_config(recipe: str, layout: str) -> Config:
-    """A tiny run of one recipe in a layout; its name may have "bf16 " before it."""
-    name = layout.removeprefix("bf16 ")
+def parallel_case(recipe: str, layout: str) -> str:
+    """Name of a case, as rank programs are given it."""
+    return f"{recipe}: {layout}"
+
+
+def parallel_config(case: str, adamw: str) -> Config:
+    """A tiny run with one --adamw-implementation.
+
+    Args:
+        case: see :func:`parallel_case`; before the layout there may be "bf16 " or "compiled ".
+        adamw: the implementation.
+    """
+    recipe, _, layout = case.partition(": ")
+    name = layout.removeprefix("bf16 ").removeprefix("compiled ")
     settings = {f"parallel__{key}": value for key, value in {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name].items()}
-    settings["precision__bf16"] = name != layout
+    settings |= {"precision__bf16": layout.startswith("bf16 "), "precision__compile": layout.startswith("compiled ")}
+    settings["optimizer__adamw_implementation"] = adamw
     kind = settings.get("parallel__pipeline_partition")
     settings["parallel__pipeline_partition"] = CUTS.get((kind, recipe), kind or "auto")
     return config(recipe, **SHARED_HEADS, **settings)

@@ -7,7 +7,8 @@ Each of these was planted once, and made at least six of the cases fail: norm gr
 summed; the gradient of a region's input not reduced; the loss scaled by the data-parallel ranks instead of all
 replicas; a mask that is causal only inside context parallelism; the bias of a row-parallel layer added before the sum;
 the heads' input gradient summed although it is whole; slices not marked for the gradient norm; the exchange of tokens
-for heads joined in another order; the wrong patches' features for a context rank.
+for heads joined in another order; the wrong patches' features for a context rank. Of offload: a configuration that
+leaves it out, and slices not marked for the norm that DeepSpeed takes on the host.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import pytest
 import torch
 
 from tests.distributed.cases import (
+    ALIGN_LAYOUTS,
     BF16_LAYOUTS,
+    COMPILED_LAYOUTS,
     LARGE_LAYOUTS,
     LARGE_RANKS,
     PARALLEL_LAYOUTS,
     PARALLEL_RANKS,
     SHARED_HEADS,
     config,
+    parallel_case,
 )
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_zero import train_serially
@@ -33,13 +37,18 @@ LOSS_TOLERANCE, NORM_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-
 # In bf16: losses and norms 1.9e-3, gradients 2.0e-2 (of each parameter's norm).
 BF16_LOSS_TOLERANCE, BF16_GRADIENT_TOLERANCE = 5e-3, 5e-2
 
+BOTH_STAGES = ("distill", "full")
+OFFLOADED = [name for name, layout in PARALLEL_LAYOUTS.items() if "offload_optimizer" in layout]
+
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     """One launch of all layouts of four ranks."""
     folder = tmp_path_factory.mktemp("parallel")
-    bf16 = (f"bf16 {layout}" for layout in BF16_LAYOUTS)
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), *PARALLEL_LAYOUTS, *bf16)
+    layouts = [*PARALLEL_LAYOUTS, *(f"bf16 {layout}" for layout in BF16_LAYOUTS)]
+    cases = [parallel_case(recipe, layout) for layout in layouts for recipe in BOTH_STAGES]
+    cases += [parallel_case("align", layout) for layout in ALIGN_LAYOUTS]
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
     return folder
 
 
@@ -47,33 +56,71 @@ def distributed(tmp_path_factory):
 def distributed_8(tmp_path_factory):
     """One launch of all layouts of eight ranks."""
     folder = tmp_path_factory.mktemp("parallel8")
-    run_ranks("worker_parallel.py", LARGE_RANKS, str(folder), *LARGE_LAYOUTS)
+    cases = [parallel_case(recipe, layout) for layout in LARGE_LAYOUTS for recipe in BOTH_STAGES]
+    run_ranks("worker_parallel.py", LARGE_RANKS, str(folder), "torch", *cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributed_cpu_adam(tmp_path_factory):
+    """One launch of the layouts with an offloaded optimizer, and DeepSpeed's own for it."""
+    folder = tmp_path_factory.mktemp("cpu_adam")
+    cases = [parallel_case(recipe, layout) for layout in OFFLOADED for recipe in BOTH_STAGES]
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "auto", *cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributed_compiled(tmp_path_factory):
+    """One launch with --compile."""
+    folder = tmp_path_factory.mktemp("compiled")
+    cases = [parallel_case("full", f"compiled {layout}") for layout in COMPILED_LAYOUTS]
+    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
     return folder
 
 
 @pytest.fixture(scope="module")
 def serial():
     """Recipe -> (metrics, first gradients, weights)."""
-    return {recipe: train_serially(config(recipe, **SHARED_HEADS)) for recipe in ("distill", "full")}
+    return {recipe: train_serially(config(recipe, **SHARED_HEADS)) for recipe in (*BOTH_STAGES, "align")}
 
 
 @pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
-@pytest.mark.parametrize("recipe", ["distill", "full"])
+@pytest.mark.parametrize("recipe", BOTH_STAGES)
 def test_equals_one_plain_process(distributed, serial, recipe, layout):
-    check(distributed, layout, recipe, *serial[recipe])
+    compare(read(distributed, layout, recipe), serial[recipe])
+
+
+@pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
+@pytest.mark.parametrize("recipe", BOTH_STAGES)
+def test_deepspeed_offloads_what_it_is_told_to(distributed, recipe, layout):
+    settings = PARALLEL_LAYOUTS[layout]
+    assert read(distributed, layout, recipe)["on the host"] == {
+        "optimizer": settings.get("offload_optimizer") == "cpu",
+        "parameters": settings.get("offload_param") == "cpu",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OFFLOADED)
+@pytest.mark.parametrize("recipe", BOTH_STAGES)
+def test_deepspeeds_cpu_adam_equals_one_plain_process(distributed_cpu_adam, serial, recipe, layout):
+    result = read(distributed_cpu_adam, layout, recipe)
+    assert result["optimizer"] == "DeepSpeedCPUAdam"
+    compare(result, serial[recipe])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS)
-@pytest.mark.parametrize("recipe", ["distill", "full"])
+@pytest.mark.parametrize("recipe", BOTH_STAGES)
 def test_eight_ranks_equal_one_plain_process(distributed_8, serial, recipe, layout):
-    check(distributed_8, layout, recipe, *serial[recipe])
+    compare(read(distributed_8, layout, recipe), serial[recipe])
 
 
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)
-@pytest.mark.parametrize("recipe", ["distill", "full"])
+@pytest.mark.parametrize("recipe", BOTH_STAGES)
 def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
-    result = load(distributed, f"bf16 {layout}", recipe)
+    result = read(distributed, f"bf16 {layout}", recipe)
     metrics, gradients, weights = serial[recipe]
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
@@ -84,12 +131,23 @@ def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
     assert result["weights"].keys() == weights.keys()
 
 
-def load(folder, layout, recipe):
-    return torch.load(folder / f"{layout} {recipe}.pt".replace(" ", "_"), weights_only=True)
+@pytest.mark.parametrize("layout", ALIGN_LAYOUTS)
+def test_the_connector_alone_equals_one_plain_process(distributed, serial, layout):
+    compare(read(distributed, layout, "align"), serial["align"])
 
 
-def check(folder, layout, recipe, metrics, gradients, weights):
-    result = load(folder, layout, recipe)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMPILED_LAYOUTS)
+def test_compiled_blocks_equal_one_plain_process(distributed_compiled, serial, layout):
+    compare(read(distributed_compiled, f"compiled {layout}", "full"), serial["full"])
+
+
+def read(folder, layout, recipe):
+    return torch.load(folder / f"{parallel_case(recipe, layout)}.pt", weights_only=True)
+
+
+def compare(result, expected):
+    metrics, gradients, weights = expected
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
             tolerance = NORM_TOLERANCE if name == "grad norm" else LOSS_TOLERANCE

@@ -1,6 +1,7 @@
 """A run stopped after step k and resumed repeats the losses of one that never stopped, exactly, on two ranks.
 
-Planted once to see this fail: optimizer state not loaded, and reading from the first pack after resuming.
+Planted once to see this fail: optimizer state not loaded, its first moments set to zero (with and without
+offload), and reading from the first pack after resuming.
 """
 
 from __future__ import annotations
@@ -35,6 +36,24 @@ CASES = [
     ("full-context2-zero2", "full", 2, False, {"parallel__context_parallel_size": 2}),
     ("full-pipeline2-zero1", "full", 1, True, {"parallel__pipeline_model_parallel_size": 2}),
     ("distill-pipeline2-zero0", "distill", 0, False, {"parallel__pipeline_model_parallel_size": 2}),
+    ("distill-offload-zero1", "distill", 1, True, {"parallel__offload_optimizer": "cpu"}),
+    ("full-offload-zero2", "full", 2, False, {"parallel__offload_optimizer": "cpu"}),
+    (
+        "full-tensor2-offload-zero3",
+        *("full", 3, True),
+        {
+            "parallel__tensor_model_parallel_size": 2,
+            "parallel__offload_optimizer": "cpu",
+            "parallel__offload_param": "cpu",
+        },
+    ),
+    (
+        "align-offload-zero3",
+        "align",
+        3,
+        False,
+        {"parallel__offload_optimizer": "cpu", "parallel__offload_param": "cpu"},
+    ),
 ]
 TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
 

@@ -135,10 +135,12 @@ def test_fp32_equals_one_plain_process(distributed, serial, recipe, zero_stage):
         torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "mode"), [*((z, "bf16") for z in (0, 1, 2, 3)), *((z, "bf16-offload") for z in (1, 2, 3))]
+)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_bf16_stays_near_fp32(distributed, serial, recipe, zero_stage):
-    result = torch.load(result_file(distributed, recipe, zero_stage, "bf16"), weights_only=True)
+def test_bf16_stays_near_fp32(distributed, serial, recipe, zero_stage, mode):
+    result = torch.load(result_file(distributed, recipe, zero_stage, mode), weights_only=True)
     metrics, weights = serial[recipe]
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name in expected.keys() - {"grad norm"}:

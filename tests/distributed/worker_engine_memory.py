@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -16,18 +18,26 @@ from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
 
 WIDTH, LAYERS, FROZEN = 384, 6, 2
+CASES: list[tuple[int, tuple[str, ...]]] = [
+    *((zero_stage, ()) for zero_stage in (0, 1, 2, 3)),
+    *((zero_stage, ("offload_optimizer",)) for zero_stage in (1, 2, 3)),
+    *((3, offload) for offload in (("offload_param",), ("offload_optimizer", "offload_param"))),
+]
 
 
 def main(path: Path) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    records = [held(bf16, zero_stage) for bf16 in (False, True) for zero_stage in (0, 1, 2, 3)]
+    records = [held(bf16, zero_stage, offload) for bf16 in (False, True) for zero_stage, offload in CASES]
     if dist.get_rank() == 0:
         path.write_text(json.dumps(records))
     dist.destroy_process_group()
 
 
-def held(bf16: bool, zero_stage: int) -> dict[str, float | int | bool]:
-    """The most bytes that rank 0's tensors take after a backward pass, once everything has been made."""
+def held(bf16: bool, zero_stage: int, offload: Sequence[str]) -> dict[str, Any]:
+    """The most bytes that rank 0's tensors take after a backward pass, once everything has been made.
+
+    Host and device are the same here, so what is offloaded counts, too.
+    """
     earlier = tensors()  # Held, so that their addresses are not used again.
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
     for layer in list(model)[:FROZEN]:
@@ -37,6 +47,8 @@ def held(bf16: bool, zero_stage: int) -> dict[str, float | int | bool]:
         "haplovl-debug",
         {
             ("parallel", "zero_stage"): zero_stage,
+            **{("parallel", name): "cpu" for name in offload},
+            ("optimizer", "adamw_implementation"): "torch",
             ("precision", "bf16"): bf16,
             ("schedule", "global_batch_size"): 2 * dist.get_world_size(),
             ("schedule", "micro_batch_size"): 1,
@@ -58,7 +70,7 @@ def held(bf16: bool, zero_stage: int) -> dict[str, float | int | bool]:
             del new
         engine.step()
     engine.destroy()
-    return {"bf16": bf16, "zero_stage": zero_stage, "bytes": most}
+    return {"bf16": bf16, "zero_stage": zero_stage, "offload": offload, "bytes": most}
 
 
 def tensors() -> dict[int, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,30 @@ def of_all_stages(run: Run, found: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {name: gradient for stage in stages for name, gradient in stage.items()}
 
 
-def main(folder: Path, *layouts: str) -> None:
-    for layout in layouts:
-        for recipe in ("distill", "full"):
-            # DeepSpeed keeps the last engine's topology in a global.
-            deepspeed.utils.groups.mpu = None
-            run = setup(parallel_config(recipe, layout))
-            gradients = gradients_before_step(run)
-            batches = run.train_data.micro_batches()
-            metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
-            weights = dict(full_weights(run.model))
-            gradients = of_all_stages(run, gradients)
-            if dist.get_rank() == 0:
-                name = f"{layout} {recipe}.pt".replace(" ", "_")
-                torch.save({"metrics": metrics, "gradients": gradients, "weights": weights}, folder / name)
+def on_the_host(engine: Any) -> dict[str, bool]:
+    """What DeepSpeed itself says that it offloads."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return {"optimizer": optimizer.offload_optimizer, "parameters": optimizer.offload_param}
+    return {"optimizer": getattr(optimizer, "cpu_offload", False), "parameters": False}
+
+
+def main(folder: Path, adamw: str, cases: Sequence[str]) -> None:
+    for case in cases:
+        # DeepSpeed keeps the last engine's topology in a global.
+        deepspeed.utils.groups.mpu = None
+        run = setup(parallel_config(case, adamw))
+        gradients = gradients_before_step(run)
+        batches = run.train_data.micro_batches()
+        metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
+        weights = dict(full_weights(run.model))
+        gradients = of_all_stages(run, gradients)
+        if dist.get_rank() == 0:
+            result = {"metrics": metrics, "gradients": gradients, "weights": weights}
+            inner = type(run.engine.basic_optimizer).__name__
+            torch.save({**result, "on the host": on_the_host(run.engine), "optimizer": inner}, folder / f"{case}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,17 +14,25 @@ from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import STEPS, config, result_file
 
+MODES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision__bf16": True},
+    "bf16-offload": {"precision__bf16": True, "parallel__offload_optimizer": "cpu"},
+}
+
 
 def main(folder: Path) -> None:
     for recipe in ("distill", "align", "full"):
         for zero_stage in (0, 1, 2, 3):
-            for bf16 in (False, True):
-                run = setup(config(recipe, parallel__zero_stage=zero_stage, precision__bf16=bf16))
+            for mode, flags in MODES.items():
+                if zero_stage == 0 and "offload" in mode:
+                    continue
+                run = setup(config(recipe, parallel__zero_stage=zero_stage, **flags))
                 batches = run.train_data.micro_batches()
                 metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
                 weights = dict(full_weights(run.model))
                 if dist.get_rank() == 0:
-                    path = result_file(folder, recipe, zero_stage, "bf16" if bf16 else "fp32")
+                    path = result_file(folder, recipe, zero_stage, mode)
                     torch.save({"metrics": metrics, "weights": weights}, path)
     dist.destroy_process_group()
 

@@ -74,7 +74,15 @@ def test_the_launchers_local_rank_is_accepted():
             "--seq-length 301 is not a multiple of",
         ),
         ([*MOCK, *WIDE, "--tensor-model-parallel-size", "2", "--compile"], "--compile is not tested with"),
+        ([*MOCK, "--zero-stage", "0", "--offload-optimizer", "cpu"], "it needs --zero-stage 1, 2 or 3"),
+        ([*MOCK, "--zero-stage", "2", "--offload-param", "cpu"], "it needs --zero-stage 3, not 2"),
+        (
+            [*MOCK, "--offload-optimizer", "cpu", "--adamw-implementation", "apex"],
+            "use auto, deepspeed or torch",
+        ),
         ([*MOCK, "--recompute-granularity", "full", "--compile"], "leave --recompute-granularity out"),
+        ([*MOCK, "--zero-stage", "3", "--compile"], "--compile is not tested with --zero-stage 3"),
+        ([*MOCK, "--offload-optimizer", "cpu", "--compile"], "or --offload-optimizer; leave one of them out"),
         ([*MOCK, "--pipeline-partition", "uniform"], "needs --pipeline-model-parallel-size above 1"),
         (
             [*MOCK, "--pipeline-model-parallel-size", "2", "--compile"],

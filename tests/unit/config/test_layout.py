@@ -20,6 +20,8 @@ def test_possible_layouts() -> None:
         Layout(tensor=8, sequence_parallel=True, data=16),
         Layout(tensor=2, context=4, data=2, zero_stage=3),
         Layout(tensor=4, pipeline=60, data=128, zero_stage=1),
+        Layout(data=8, zero_stage=1, offload_optimizer=True),
+        Layout(data=8, zero_stage=3, offload_optimizer=True, offload_param=True),
     ):
         assert check_layout(REQUEST, layout) == {}
     assert Layout(tensor=2, pipeline=3, context=5, data=7).ranks == 210
@@ -52,6 +54,8 @@ def test_possible_layouts() -> None:
         (dataclasses.replace(REQUEST, stage1=True), Layout(pipeline=27), "stages", "27 is more than the 26 layers"),
         (REQUEST, Layout(pipeline=2, zero_stage=2), "pipeline and ZeRO", "use --zero-stage 1 or no pipeline"),
         (REQUEST, Layout(pipeline=2, zero_stage=3), "pipeline and ZeRO", "--zero-stage 3"),
+        (REQUEST, Layout(zero_stage=0, offload_optimizer=True), "offloaded optimizer", "needs --zero-stage 1, 2 or 3"),
+        (REQUEST, Layout(zero_stage=2, offload_param=True), "offloaded parameters", "needs --zero-stage 3, not 2"),
         (REQUEST, Layout(data=24), "batch", "--global-batch-size 128 is not a multiple of .* 24 data-parallel ranks"),
         (REQUEST, Layout(data=64, micro_batch_size=4), "batch", "use a multiple of 256"),
     ],

@@ -31,6 +31,8 @@ CLUSTER = Cluster(
     intra_hop=0.0,
     inter_hop=0.0,
     overlap=1.0,
+    host_link=5e10,
+    host_memory=2e10,
 )
 
 
@@ -166,6 +168,35 @@ def test_step_time_adds_up() -> None:
     assert hidden.step_seconds == pytest.approx(16 * compute + update / 8)
     bare = of(Layout(data=8, zero_stage=3), dataclasses.replace(CLUSTER, overlap=0.0))
     assert bare.step_seconds == pytest.approx(16 * compute + bare.data_bytes / 3e11 + update / 8)
+
+
+def test_time_of_offload_by_hand() -> None:
+    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+    share = sum(layer.parameters for layer in layers) / 8
+    compute = sum(layer.seconds(CLUSTER.speeds) for layer in layers)
+    update = 30 * share / 2e10
+    # fp32 gradients out, bf16 weights back.
+    one = of(Layout(data=8, zero_stage=1, offload_optimizer=True))
+    assert one.step_seconds == pytest.approx(16 * compute + one.data_bytes / 3e11 + (4 + 2) * share / 5e10 + update)
+    # In each of 16 micro-batches the fp32 sum both ways, and bf16 weights twice.
+    both = of(Layout(data=8, zero_stage=3, offload_optimizer=True, offload_param=True))
+    assert both.step_seconds == pytest.approx(16 * compute + (4 * 33 + 2 * 2 * 16) * share / 5e10 + update)
+    # The optimizer stays, and sends the weights.
+    parameters = of(Layout(data=8, zero_stage=3, offload_param=True))
+    assert parameters.step_seconds == pytest.approx(16 * compute + (2 + 2 * 2 * 16) * share / 5e10 + update / 100)
+
+
+def test_memory_of_offload_by_hand() -> None:
+    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+    weights = sum(layer.parameters for layer in layers)
+    plain, optimizer, both = (
+        of(Layout(data=8, zero_stage=3, **flags)).memory
+        for flags in ({}, {"offload_optimizer": True}, {"offload_optimizer": True, "offload_param": True})
+    )
+    assert plain.engine.weights - optimizer.engine.weights == pytest.approx((4 + 12) * weights / 8)
+    assert optimizer.engine.weights - both.engine.weights == pytest.approx(2 * weights / 8)
+    assert (plain.engine.host, both.engine.host) == (0.0, pytest.approx((4 + 4 + 12 + 2) * weights / 8))
+    assert both.peak < optimizer.peak < plain.peak
 
 
 def test_latency_of_rings() -> None:

@@ -91,6 +91,21 @@ def test_model_and_recipe_flags_reach_the_plan(tmp_path: Path, capsys: pytest.Ca
     assert seconds["frozen"] < seconds["full"] and seconds["align"] < seconds["full"]
 
 
+def test_offload_is_tried_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    words = ("--model", "haplovl-8b", "--gpus", "1", "--micro-batch-size", "1", "--zero-stage", "2", "3")
+    assert plan(capsys, *words)[0] == 1
+    status, out = plan(
+        capsys, *words, "--offload-optimizer", "none", "cpu", "--offload-param", "none", "cpu", "--json", str(path)
+    )
+    assert status == 0
+    assert "--offload-optimizer cpu" in out and "on the host, " in out and " 3 +o +p " in out
+    content = json.loads(path.read_text())
+    assert all(record["layout"]["offload_optimizer"] for record in content["possible"])
+    refused = [record["constraints"] for record in content["refused"]]
+    assert any("it needs --zero-stage 3, not 2" in reasons.get("offloaded parameters", "") for reasons in refused)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_haplovl.config.schema import OptimizerConfig
-from megatron_haplovl.training.optimizer import build_optimizer
+from megatron_haplovl.training.optimizer import adamw_implementation, build_optimizer
 
 CONFIG = OptimizerConfig(lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8)
 CPU = torch.device("cpu")
@@ -37,6 +37,24 @@ def test_update(implementation, decay):
         optimizer.step()
     # Measured worst case 1.9e-7.
     torch.testing.assert_close(parameter.detach().double(), written_out(weight, grads, decay), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "offloaded", "expected"),
+    [
+        ("auto", "cuda", False, "torch"),
+        ("auto", "cuda", True, "cpu_adam"),
+        ("auto", "cpu", True, "cpu_adam"),
+        ("torch", "cuda", True, "torch"),
+        ("deepspeed", "cuda", False, "fused_adam"),
+        ("deepspeed", "cuda", True, "cpu_adam"),
+        ("deepspeed", "cpu", False, "cpu_adam"),
+        ("apex", "cuda", False, "apex"),
+    ],
+)
+def test_an_offloaded_optimizer_steps_on_the_host(asked, device, offloaded, expected):
+    config = dataclasses.replace(CONFIG, adamw_implementation=asked)
+    assert adamw_implementation(config, torch.device(device), offloaded=offloaded) == expected
 
 
 def test_apex_is_refused_where_it_cannot_run():

@@ -126,7 +126,10 @@ def test_deepspeed_json_is_merged(tmp_path):
         parallel={"zero_stage": 2, "deepspeed_config": str(path)},
     )
     merged = deepspeed_config(c, data_parallel_size=2)
-    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert merged["zero_optimization"] == {
+        **{"stage": 2, "overlap_comm": False},
+        **{"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}},
+    }
     assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (2, 2)
     # DeepSpeed multiplies it out: it counts context-parallel ranks as data-parallel ones.
     assert "train_batch_size" not in merged
@@ -138,6 +141,13 @@ def test_deepspeed_json_is_merged(tmp_path):
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, but the flags say 1"),
         ('{"train_batch_size": 7}', "train_batch_size is 7, but the flags say 128"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by flags"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+            "device is 'cpu', but the flags say 'none'",
+        ),
+        ('{"zero_optimization": {"offload_param": {"buffer_size": 9}}}', "offload_param.buffer_size is not used here"),
+        ('{"zero_optimization": {"cpu_offload": true}}', "an old name; remove it and give --offload-optimizer cpu"),
+        ('{"zero_optimization": 3}', "zero_optimization is 3, but the flags say"),
         ('{"offload": "auto"}', "offload is 'auto', and no flag sets it"),
         ("[]", "not a JSON object"),
         ("{", "Expecting property name"),
@@ -148,6 +158,24 @@ def test_deepspeed_json_must_agree(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         deepspeed_config(config(parallel={"deepspeed_config": str(path)}), 1)
+
+
+def test_offload_reaches_deepspeed(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": False}}}))
+    offload = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "deepspeed_config": str(path)}
+    for implementation in ("auto", "torch"):
+        c = config(parallel=offload, optimizer={"adamw_implementation": implementation})
+        merged = deepspeed_config(c, 1)
+        assert merged["zero_optimization"] == {
+            **{"stage": 3, "offload_optimizer": {"device": "cpu"}},
+            **{"offload_param": {"device": "cpu", "pin_memory": False}},
+        }
+        # By default DeepSpeed refuses to offload any other optimizer than its own.
+        assert ("zero_force_ds_cpu_optimizer" in merged) == (implementation == "torch")
+    path.write_text('{"zero_force_ds_cpu_optimizer": true}')
+    with pytest.raises(ValueError, match="zero_force_ds_cpu_optimizer is True, but the flags say False"):
+        deepspeed_config(c, 1)
 
 
 def test_batch_must_divide_over_the_ranks():
