@@ -11,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_ranks(script: str, ranks: int, *words: str, timeout: int = 600) -> str:
+def run_ranks(script: str, ranks: int, *words: str, timeout: int = 1200) -> str:
     """Run `tests/distributed/<script>` on several ranks with torchrun and return what it printed.
 
     Raises:
