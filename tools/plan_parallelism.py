@@ -28,12 +28,11 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
-from megatron_haplovl.parallel.cost_units import Speeds
-from megatron_haplovl.parallel.estimate import Cluster, Estimate, estimate
+from megatron_haplovl.parallel.estimate import Estimate, estimate
+from megatron_haplovl.parallel.machine import GIB, Cluster, DataSheet
 from megatron_haplovl.parallel.work import Work, work_of_sequence
 from megatron_haplovl.training.recipe import trained_parts
 
-GIB = 2**30
 # Estimates are no finer than this: of the layouts as fast as the fastest, the one with most room is recommended.
 _AS_FAST = 1.02
 
@@ -107,23 +106,29 @@ def _parser() -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("machine", "Bandwidths are per GPU and direction, as the data sheet has them.")
     machine.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
-    for flag, default, text in (
-        ("--gpus-per-node", 8, "GPUs of a node"),
-        ("--memory-gib", 79.0, "memory of a GPU"),
-        ("--reserved-gib", 6.0, "of it, for CUDA's context, NCCL, libraries and fragmentation"),
-        ("--peak-tflops", 989.0, "dense bf16 arithmetic of a GPU"),
-        ("--memory-gb-per-second", 3350.0, "memory bandwidth of a GPU"),
-        ("--intra-node-gb-per-second", 450.0, "between GPUs of a node"),
-        ("--inter-node-gb-per-second", 50.0, "between nodes"),
-        ("--intra-hop-microseconds", 1.3, "time of a ring's step inside a node beyond its bytes"),
-        ("--inter-hop-microseconds", 8.0, "the same between nodes"),
-        ("--efficiency", 0.55, "share of the peak that matrix products reach"),
-        ("--attention-efficiency", 0.35, "share of the peak that attention reaches on visible pairs"),
-        ("--overlap", 0.8, "share of ZeRO 3's messages that can pass beside arithmetic"),
-        ("--bandwidth-efficiency", 0.75, "share of the bandwidths, of memory and network, that is reached"),
+    sold = DataSheet()
+    for name, text in (
+        ("gpus_per_node", "GPUs of a node"),
+        ("memory_gib", "memory of a GPU"),
+        ("reserved_gib", "of it, for CUDA's context, NCCL, libraries and fragmentation"),
+        ("peak_tflops", "dense bf16 arithmetic of a GPU"),
+        ("memory_gb_per_second", "memory bandwidth of a GPU"),
+        ("intra_node_gb_per_second", "between GPUs of a node"),
+        ("inter_node_gb_per_second", "between nodes"),
+        ("intra_hop_microseconds", "time of a ring's step inside a node beyond its bytes"),
+        ("inter_hop_microseconds", "the same between nodes"),
+        ("efficiency", "share of the peak that matrix products reach"),
+        ("attention_efficiency", "share of the peak that attention reaches on visible pairs"),
+        ("overlap", "share of ZeRO 3's messages that can pass beside arithmetic"),
+        ("bandwidth_efficiency", "share of the bandwidths, of memory and network, that is reached"),
     ):
+        default = getattr(sold, name)
         machine.add_argument(
-            flag, type=type(default), default=default, metavar="X", help=f"{text} (default: {default:g})"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g})",
         )
 
     layout = parser.add_argument_group("layouts", "Values to try; default: all that divide.")
@@ -216,23 +221,8 @@ def _sequence(arguments: argparse.Namespace, config: Config) -> Work:
 
 
 def _cluster(arguments: argparse.Namespace) -> Cluster:
-    peak, network = 1e12 * arguments.peak_tflops, 1e9 * arguments.bandwidth_efficiency
-    return Cluster(
-        gpus=arguments.gpus,
-        gpus_per_node=arguments.gpus_per_node,
-        memory=(arguments.memory_gib - arguments.reserved_gib) * GIB,
-        peak=peak,
-        speeds=Speeds(
-            products=arguments.efficiency * peak,
-            attention=arguments.attention_efficiency * peak,
-            memory=network * arguments.memory_gb_per_second,
-        ),
-        intra_node=network * arguments.intra_node_gb_per_second,
-        inter_node=network * arguments.inter_node_gb_per_second,
-        overlap=arguments.overlap,
-        intra_hop=1e-6 * arguments.intra_hop_microseconds,
-        inter_hop=1e-6 * arguments.inter_hop_microseconds,
-    )
+    names = (field.name for field in dataclasses.fields(DataSheet))
+    return DataSheet(**{name: getattr(arguments, name) for name in names}).cluster(arguments.gpus)
 
 
 def _layouts(arguments: argparse.Namespace, request: Request) -> Iterator[Layout]:

@@ -24,6 +24,13 @@ class Precision:
         return self.residual > self.element
 
 
+def precision_of(bf16: bool, zero_stage: int, device: str = "cuda") -> Precision:
+    """Number formats as `training/deepspeed_config.py` chooses them."""
+    if not bf16:
+        return Precision(element=4, residual=4, device=device)
+    return Precision(element=2, residual=4 if zero_stage == 0 else 2, device=device)
+
+
 @dataclass(frozen=True)
 class Operations:
     """Floating-point operations, by what limits their speed."""

@@ -12,30 +12,12 @@ from itertools import accumulate, pairwise
 
 from megatron_haplovl.config.layout import Layout, Request
 from megatron_haplovl.parallel.cost import layer_costs, model_operations
-from megatron_haplovl.parallel.cost_units import LayerCost, Precision, Speeds
+from megatron_haplovl.parallel.cost_units import LayerCost, precision_of
 from megatron_haplovl.parallel.engine_memory import REDUCE_BUCKET, EngineMemory, engine_memory
-from megatron_haplovl.parallel.partition import LayerLoad, cut_layers, in_flight, stage_sums
+from megatron_haplovl.parallel.machine import Cluster
+from megatron_haplovl.parallel.partition import cut_layers, in_flight, stage_sums
+from megatron_haplovl.parallel.stage_cut import layer_loads
 from megatron_haplovl.parallel.work import Work
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The machine. Bandwidths are those of one GPU in one direction, in bytes per second, as they are reached."""
-
-    gpus: int
-    gpus_per_node: int
-    memory: float
-    """Bytes that a rank may use: the GPU's, less CUDA's context, NCCL's buffers and fragmentation."""
-    peak: float
-    """bf16 operations per second, as the data sheet has it without sparsity; what MFU is a share of."""
-    speeds: Speeds
-    intra_node: float
-    inter_node: float
-    intra_hop: float
-    """Seconds that a step of a ring takes beyond its bytes."""
-    inter_hop: float
-    overlap: float
-    """Share of ZeRO 3's messages that can pass beside arithmetic; nothing else is overlapped."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +62,6 @@ class Estimate:
     mfu: float
 
 
-def precision_of(bf16: bool, zero_stage: int) -> Precision:
-    """Number formats on a GPU, as `training/deepspeed_config.py` chooses them."""
-    if not bf16:
-        return Precision(element=4, residual=4)
-    return Precision(element=2, residual=4 if zero_stage == 0 else 2)
-
-
 def estimate(
     request: Request,
     work: Work,
@@ -117,25 +92,15 @@ def estimate(
         stage1=request.stage1,
     )
     micro_batches = request.global_batch_size // (layout.micro_batch_size * layout.data)
-    seconds = [_layer_seconds(layer, layout, cluster) for layer in costs]
-    loads = [
-        LayerLoad(
-            layer.name,
-            time,
-            layer.parameters,
-            _engine(layer.parameters, layer.trained_parameters, layout, bf16).weights,
-            layer.saved_bytes,
-        )
-        for layer, time in zip(costs, seconds, strict=True)
-    ]
+    loads = layer_loads(costs, layout, cluster, bf16)
     cut = cut_layers(partition, loads, layout.pipeline, micro_batches)
     stages = [costs[first:end] for first, end in pairwise((*cut, len(costs)))]
 
     data_seconds = [_data_seconds(stage, layout, cluster, bf16, micro_batches) for stage in stages]
-    busy = stage_sums(seconds, cut)
+    busy = stage_sums([layer.seconds for layer in loads], cut)
     for stage in range(layout.pipeline):
-        busy[stage] += _boundary_bytes(stages, stage) / _bandwidth(
-            layout.tensor * layout.replicas, layout.pipeline, cluster
+        busy[stage] += _boundary_bytes(stages, stage) / cluster.bandwidth(
+            layout.tensor * layout.replicas, layout.pipeline
         )
         if layout.zero_stage == 3:
             messages = data_seconds[stage] / micro_batches
@@ -210,31 +175,9 @@ def _stage_memory(
     )
 
 
-def _layer_seconds(layer: LayerCost, layout: Layout, cluster: Cluster) -> float:
-    """Arithmetic, and the messages inside a layer, which nothing hides."""
-    return (
-        layer.seconds(cluster.speeds)
-        + layer.tensor_bytes / _bandwidth(1, layout.tensor, cluster)
-        + layer.tensor_collectives * 2 * _ring_latency(1, layout.tensor, cluster)
-        + layer.context_bytes / _bandwidth(layout.tensor, layout.context, cluster)
-    )
-
-
-def _bandwidth(stride: int, size: int, cluster: Cluster) -> float:
-    """Bytes per second of a rank in a group of `size` ranks, `stride` apart, in an exchange with any of them."""
-    return cluster.intra_node if stride * size <= cluster.gpus_per_node else cluster.inter_node
-
-
-def _ring_latency(stride: int, size: int, cluster: Cluster) -> float:
-    """Seconds that a ring's gather, or scattered sum, of nothing takes; an all-reduce twice that."""
-    nodes = max(1, stride * size // cluster.gpus_per_node)
-    borders = nodes if nodes > 1 else 0
-    return (size - 1 - min(borders, size - 1)) * cluster.intra_hop + borders * cluster.inter_hop
-
-
 def _replica_bandwidth(layout: Layout, cluster: Cluster) -> float:
-    """The same in a ring over the replicas: it crosses each node's border once for all of the node's members, and uses
-    the network adapters of all of them."""
+    """Bytes per second of a rank in a ring over the replicas: it crosses each node's border once for all of the node's
+    members, and uses the network adapters of all of them."""
     if layout.tensor * layout.replicas <= cluster.gpus_per_node:
         return cluster.intra_node
     members = max(1, cluster.gpus_per_node // layout.tensor)
@@ -284,7 +227,7 @@ def _data_seconds(
         case _:
             passes = 3.0 * micro_batches * len(stage)  # Every layer is gathered twice and reduced once.
     sent = _data_messages(stage, layout, bf16, micro_batches)
-    return sent / _replica_bandwidth(layout, cluster) + passes * _ring_latency(layout.tensor, layout.replicas, cluster)
+    return sent / _replica_bandwidth(layout, cluster) + passes * cluster.ring_latency(layout.tensor, layout.replicas)
 
 
 def _update_seconds(stage: Sequence[LayerCost], layout: Layout, cluster: Cluster) -> float:

@@ -22,7 +22,7 @@ class LayerLoad:
     name: str
     seconds: float
     """Forward and backward of one micro-batch, in any unit of time."""
-    parameters: float
+    trained_parameters: float
     static_bytes: float
     """Parameters, gradients and optimizer state."""
     saved_bytes: float
@@ -34,8 +34,9 @@ def cut_layers(method: str, layers: Sequence[LayerLoad], stages: int, micro_batc
 
     Args:
         method: `auto` makes the slowest stage as fast as possible and, of all such cuts, takes one whose fullest stage
-            holds least; `parameters` makes the stage with most parameters as small as possible; `uniform` gives each
-            stage as many layers, the first ones one more; anything else is the first layer of every stage but the
+            holds least; `parameters` makes the stage with most trained parameters as small as possible (DeepSpeed's
+            method of this name counts the same, but minimises the largest stage less the smallest); `uniform` gives
+            each stage as many layers, the first ones one more; anything else is the first layer of every stage but the
             first, by name, separated by commas (`pre_decoder.12,connector,post_decoder.16`).
         layers: the flat list.
         stages: number of stages.
@@ -50,7 +51,7 @@ def cut_layers(method: str, layers: Sequence[LayerLoad], stages: int, micro_batc
         case "auto":
             return _auto(layers, stages, micro_batches)
         case "parameters":
-            total = [0.0, *accumulate(layer.parameters for layer in layers)]
+            total = [0.0, *accumulate(layer.trained_parameters for layer in layers)]
             return _smallest_maximum(len(layers), stages, lambda _, first, end: total[end] - total[first])[1]
         case "uniform":
             size, larger = divmod(len(layers), stages)

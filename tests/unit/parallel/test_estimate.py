@@ -12,7 +12,8 @@ from megatron_haplovl.config.layout import Layout, Request
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.parallel.cost import layer_costs
 from megatron_haplovl.parallel.cost_units import Precision, Speeds
-from megatron_haplovl.parallel.estimate import Cluster, Estimate, estimate, pipeline_seconds
+from megatron_haplovl.parallel.estimate import Estimate, estimate, pipeline_seconds
+from megatron_haplovl.parallel.machine import Cluster
 from megatron_haplovl.parallel.work import work_of_sequence
 
 TRAINED = frozenset({"embedding", "pre_decoder", "connector", "post_decoder"})

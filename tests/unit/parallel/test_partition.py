@@ -18,7 +18,7 @@ def random_layers(generator: random.Random, count: int) -> list[LayerLoad]:
         LayerLoad(
             name=f"layer.{i}",
             seconds=generator.choice((0.1, 0.1, 0.3, 0.7)),
-            parameters=generator.randint(1, 9),
+            trained_parameters=generator.randint(1, 9),
             static_bytes=generator.randint(0, 50),
             saved_bytes=generator.randint(0, 50),
         )
@@ -65,7 +65,7 @@ def test_parameters_is_the_best_of_all_cuts(seed: int) -> None:
     generator = random.Random(seed)
     layers = random_layers(generator, generator.randint(2, 11))
     stages = generator.randint(1, len(layers))
-    weights = [layer.parameters for layer in layers]
+    weights = [layer.trained_parameters for layer in layers]
     found = max(stage_sums(weights, cut_layers("parameters", layers, stages, 1)))
     assert found == min(max(stage_sums(weights, cut)) for cut in every_cut(len(layers), stages))
 

@@ -1,0 +1,81 @@
+"""From a model and what its batches bring to the cut of its pipeline. Used by the training and by the planner alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from megatron_haplovl.config.layout import Layout
+from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.parallel.cost import layer_costs
+from megatron_haplovl.parallel.cost_units import LayerCost, precision_of
+from megatron_haplovl.parallel.engine_memory import engine_memory
+from megatron_haplovl.parallel.machine import Machine, machine_of
+from megatron_haplovl.parallel.partition import LayerLoad, cut_layers
+from megatron_haplovl.parallel.work import Work
+
+
+def stage_cut(
+    model: ModelConfig,
+    work: Work,
+    layout: Layout,
+    *,
+    device: str,
+    bf16: bool,
+    trained: Set[str],
+    stage1: bool,
+    method: str,
+    micro_batches: int,
+) -> tuple[list[str], tuple[int, ...]]:
+    """Cut the flat layer list into `layout.pipeline` stages.
+
+    Args:
+        model: sizes.
+        work: one micro-batch of all ranks that share it; the average of real ones, the same on every rank.
+        layout: how it is shared.
+        device: `cuda` or `cpu`, see `parallel.machine.machine_of`.
+        bf16: bf16 with fp32 master weights; otherwise fp32.
+        trained: parts that are trained, as `training.recipe.trained_parts` names them.
+        stage1: whether the list is that of stage 1.
+        method: `--pipeline-partition`, see `parallel.partition.cut_layers`.
+        micro_batches: micro-batches per optimizer step.
+
+    Returns:
+        Names of the flat list's layers, and the first layer of every stage.
+
+    Raises:
+        ValueError: more stages than layers, an explicit cut that does not fit, or an unknown device.
+    """
+    precision = precision_of(bf16, layout.zero_stage, device)
+    costs = layer_costs(model, work, layout, precision, trained=trained, stage1=stage1)
+    loads = layer_loads(costs, layout, machine_of(device, bf16), bf16)
+    return [layer.name for layer in costs], cut_layers(method, loads, layout.pipeline, micro_batches)
+
+
+def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf16: bool) -> list[LayerLoad]:
+    """What decides a cut, of every layer."""
+    return [
+        LayerLoad(
+            name=layer.name,
+            seconds=layer_seconds(layer, layout, machine),
+            trained_parameters=layer.trained_parameters,
+            static_bytes=engine_memory(
+                layer.parameters,
+                layer.trained_parameters,
+                bf16=bf16,
+                zero_stage=layout.zero_stage,
+                replicas=layout.replicas,
+            ).weights,
+            saved_bytes=layer.saved_bytes,
+        )
+        for layer in costs
+    ]
+
+
+def layer_seconds(layer: LayerCost, layout: Layout, machine: Machine) -> float:
+    """Arithmetic of one micro-batch, forward and backward, and the messages inside a layer, which nothing hides."""
+    return (
+        layer.seconds(machine.speeds)
+        + layer.tensor_bytes / machine.bandwidth(1, layout.tensor)
+        + layer.tensor_collectives * 2 * machine.ring_latency(1, layout.tensor)
+        + layer.context_bytes / machine.bandwidth(layout.tensor, layout.context)
+    )
