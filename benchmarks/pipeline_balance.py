@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--shrink", type=int, default=8, metavar="N", help="1, 2, 4, 8 or 16 (default: 8)")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="(default: 2 4 8)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="times that each stage runs (default: 5)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="times that each stage runs (default: 3)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
