@@ -82,8 +82,8 @@ class FlatModel:
 
     layers: dict[str, Layer]
     """In order; the first ignores its input, the last returns the loss."""
-    parameters: list[int]
-    """Trained ones, of every layer."""
+    modules: dict[str, nn.Module]
+    """What holds the parameters of every layer."""
     context: Callable[[], SequenceContext]
     """Made anew for every micro-batch on every stage."""
 
@@ -100,16 +100,15 @@ def flat_model(config: ModelConfig, batch: Batch, stage1: bool, dtype: torch.dty
         modules |= {"final_norm": model.final_norm, "lm_head": model.lm_head}
     else:
         modules["distillation"] = model.distillation
-    for name, module in list(modules.items())[1:]:
-        takes_context = "." in name
-        layers[name] = module if takes_context else lambda x, _context, module=module: module(x)  # type: ignore[misc]
+    for name, module in list(modules.items())[1:-1]:
+        is_block = "." in name
+        layers[name] = module if is_block else lambda x, _context, module=module: module(x)  # type: ignore[misc]
     if isinstance(model, HaploVL):
         head = model.lm_head
         layers["lm_head"] = lambda x, _context: head(x, batch, next_token_loss)["lm loss"]
     else:
         layers["distillation"] = _distillation(model, config, batch, dtype)
-    parameters = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in modules.values()]
-    return FlatModel(layers, parameters, lambda: model.context(batch))
+    return FlatModel(layers, modules, lambda: model.context(batch))
 
 
 def _distillation(model: HaploVLForDistillation, config: ModelConfig, batch: Batch, dtype: torch.dtype) -> Layer:
@@ -157,7 +156,8 @@ def cuts(model: FlatModel, stages: int, auto: tuple[int, ...], with_deepspeed: b
     if with_deepspeed:
         from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
-        found["parameters"] = tuple(int(i) for i in partition_balanced(model.parameters, stages)[:-1])
+        counts = [sum(p.numel() for p in module.parameters() if p.requires_grad) for module in model.modules.values()]
+        found["parameters"] = tuple(int(i) for i in partition_balanced(counts, stages)[:-1])
         found["uniform"] = tuple(int(i) for i in partition_uniform(len(model.layers), stages)[:-1])
     return found
 

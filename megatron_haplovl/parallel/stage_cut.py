@@ -46,9 +46,10 @@ def stage_cut(
     Raises:
         ValueError: more stages than layers, an explicit cut that does not fit, or an unknown device.
     """
+    machine = machine_of(device, bf16)
     precision = precision_of(bf16, layout.zero_stage, device)
     costs = layer_costs(model, work, layout, precision, trained=trained, stage1=stage1)
-    loads = layer_loads(costs, layout, machine_of(device, bf16), bf16)
+    loads = layer_loads(costs, layout, machine, bf16)
     return [layer.name for layer in costs], cut_layers(method, loads, layout.pipeline, micro_batches)
 
 

@@ -14,6 +14,7 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.parallel.cost import layer_costs
 from megatron_haplovl.parallel.cost_units import Precision, Speeds
+from megatron_haplovl.parallel.engine_memory import gradient_traffic
 from megatron_haplovl.parallel.estimate import estimate
 from megatron_haplovl.parallel.machine import DataSheet, machine_of
 from megatron_haplovl.parallel.partition import LayerLoad, stage_sums
@@ -89,7 +90,7 @@ def test_frozen_parts_weigh_less() -> None:
     assert cut(trained=frozenset({"post_decoder"}))[1] > cut()[1]
 
 
-def test_recomputation_and_ranks_of_the_layout_are_seen() -> None:
+def test_ranks_of_the_layout_are_seen() -> None:
     alone = names_and_cut(MODEL, WORK, Layout(pipeline=4))[1]
     # Messages of eight tensor ranks weigh more in the narrow pre-decoder.
     split = names_and_cut(MODEL, WORK, Layout(pipeline=4, tensor=8))[1]
@@ -100,6 +101,12 @@ def test_teacher_is_at_work_in_stage_1() -> None:
     seconds = [layer.seconds for layer in loads(STAGE1, stage1=True)]
     # Its forward pass, and the vocabulary's logits.
     assert seconds[-1] > 5 * seconds[1]
+    with_tiles, without = (
+        layer_costs(MODEL, work, Layout(), Precision(), trained=STAGE1, stage1=True)[-1].moved_bytes
+        for work in (WORK, dataclasses.replace(WORK, tiles=0))
+    )
+    # In bf16, 24 blocks: two norms and two sums of the width, three passes of the activation; a class token per tile.
+    assert with_tiles - without == pytest.approx(24 * 2 * (10 * 1024 + 7 * 4096) * 577 * WORK.tiles)
     assert cut(stages=2, trained=STAGE1, stage1=True)[1] > 13
 
 
@@ -164,3 +171,30 @@ def test_seconds_of_a_layer_by_hand() -> None:
     costs = layer_costs(MODEL, WORK, tensor, Precision(), trained=STAGE2, stage1=False)
     narrow = dataclasses.replace(machine, speeds=Speeds(1e30, 1e30, 1e30), intra_node=1e9)
     assert layer_loads(costs, tensor, narrow, bf16=True)[30].seconds == pytest.approx(costs[30].tensor_bytes / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "zero_stage", "per_parameter"),
+    [
+        (False, 0, 4 + 8),
+        (False, 1, 4 + 8),
+        (True, 0, 2 * 6 + 12),  # Casts of autocast, to and fro; a sum in fp32.
+        (True, 1, 2 + 8),
+        (True, 2, 2 * 2 + (2 + 8) / 4),  # A copy, and a quarter of the sum.
+        (True, 3, 2 * 2 + (2 + 8) / 4),
+        (False, 2, 2 * 4 + (4 + 8) / 4),
+    ],
+)
+def test_traffic_of_gradients(bf16: bool, zero_stage: int, per_parameter: float) -> None:
+    moved = gradient_traffic(1000, bf16=bf16, zero_stage=zero_stage, replicas=4)
+    assert moved == pytest.approx(1000 * per_parameter)
+
+
+def test_gradients_of_the_vocabulary_are_moved_whole() -> None:
+    def moved(trained: frozenset[str], index: int) -> float:
+        return layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage1=False)[index].moved_bytes
+
+    matrix = 2 * MODEL.vocab_size * MODEL.post.hidden_size
+    # The head's is multiplied in place; the lookup's is filled with zeros.
+    assert moved(STAGE2, -1) - moved(frozenset({"connector"}), -1) == 2 * matrix
+    assert moved(STAGE2, 0) - 3 * moved(frozenset({"connector"}), 0) == matrix
