@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -180,6 +181,7 @@ def measure(
     stage_counts: Sequence[int],
     repeats: int,
     with_deepspeed: bool,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """One record per stage count and partition."""
     batch = make_batch(config, TEXT_LENGTHS, SEQ_LENGTH, untrained=0 if stage1 else QUESTION).to(device)
@@ -211,7 +213,7 @@ def measure(
     for _ in range(repeats):
         for key, cut in all_cuts.items():
             for stage, (first, end) in enumerate(pairwise((*cut, len(names)))):
-                seconds[key][stage].append(median_seconds(lambda a=first, b=end: ran.run(a, b), 0, 1))  # type: ignore[misc]
+                seconds[key][stage].append(median_seconds(lambda a=first, b=end: ran.run(a, b), 0, 1, clock))  # type: ignore[misc]
     return [
         _record(stage1, *key, [names[first] for first in cut], stage_sums(predicted, cut), seconds[key])
         for key, cut in all_cuts.items()
@@ -254,16 +256,24 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=8, metavar="N", help="1, 2, 4, 8 or 16 (default: 8)")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="(default: 2 4 8)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="times that each stage runs (default: 3)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process's CPU time: for a machine that is shared with other work. Needs one thread",
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config = shrunk(MODELS["haplovl-7b"], arguments.shrink)
+    if arguments.cpu_time and (device.type != "cpu" or torch.get_num_threads() > 1):
+        parser.error("--cpu-time counts the seconds of all threads together; use a CPU and OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     with_deepspeed = deepspeed_is_here()
 
     records: list[dict[str, Any]] = []
     for stage1 in (False, True):
         counts = [stages for stages in arguments.stages if not stage1 or stages <= 4]
-        records += measure(config, stage1, device, dtype, counts, arguments.repeats, with_deepspeed)
+        records += measure(config, stage1, device, dtype, counts, arguments.repeats, with_deepspeed, clock)
     where = machine(device)
     print(f"\n{where}; haplovl-7b, widths / {arguments.shrink}, {dtype}")
     print_table(
@@ -276,7 +286,9 @@ def main() -> None:
         rows = zip(record["predicted_stage_seconds"], record["stage_seconds"], record["first_layers"], strict=True)
         print("  " + ", ".join(f"{p:.3f} / {s:.3f} {name}" for p, s, name in rows))
     if arguments.json:
-        write_json(arguments.json, records, shrink=arguments.shrink, dtype=str(dtype), **where)
+        write_json(
+            arguments.json, records, shrink=arguments.shrink, dtype=str(dtype), cpu_time=arguments.cpu_time, **where
+        )
 
 
 if __name__ == "__main__":
