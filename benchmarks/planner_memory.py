@@ -54,8 +54,9 @@ STAGE2 = frozenset({"embedding", "pre_decoder", "connector", "post_decoder"})
 STAGE1 = frozenset({"embedding", "pre_decoder", "distillation"})
 
 
-def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int) -> Batch:
-    """One sequence of documents, each an image and so many text tokens, then padding."""
+def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int, untrained: int = 0) -> Batch:
+    """One sequence of documents, each an image and so many text tokens of which the first ones are not trained, then
+    padding."""
     random = np.random.default_rng(0)
     size = config.vision.image_size
     layout = image_layout(size, size, config.vision)
@@ -64,10 +65,11 @@ def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int) -> 
         total = layout.num_tokens + text
         is_text = np.arange(total) >= layout.num_tokens
         tokens = np.where(is_text, random.integers(0, config.vocab_size, total), 0)
+        is_target = np.arange(total) >= layout.num_tokens + untrained
         documents.append(
             Document(
                 tokens=tokens,
-                labels=np.append(np.where(is_text, tokens, IGNORE_INDEX)[1:], IGNORE_INDEX),
+                labels=np.append(np.where(is_target, tokens, IGNORE_INDEX)[1:], IGNORE_INDEX),
                 is_text=is_text,
                 kv_end=np.where(is_text, np.arange(1, total + 1), layout.num_tokens),
                 patch_source=layout.patch_source(),

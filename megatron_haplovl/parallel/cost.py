@@ -104,7 +104,9 @@ def _embedding(
         forward=forward + patch_forward,
         backward=backward + patch_backward,
         recomputed=Operations(),
-        moved_bytes=(3.0 if trained else 1.0) * element * (2 * language * factored + 8 * width) * tokens,
+        # A lookup's gradient is a whole matrix, filled with zeros first.
+        moved_bytes=(3.0 if trained else 1.0) * element * (2 * language * factored + 8 * width) * tokens
+        + (element * text if text_trained else 0.0),
         saved_bytes=saved if trained else 0.0,
         table_bytes=0.0,
         # The gradient of the whole matrix is there before it is added to what was accumulated.
@@ -181,8 +183,9 @@ def _head(model: ModelConfig, work: Work, layout: Layout, precision: Precision, 
         forward=forward,
         backward=backward,
         recomputed=Operations(),
-        # Of each chunk: softmax reads and writes the logits a few times.
-        moved_bytes=6.0 * element * words * rows,
+        # Of each chunk: softmax reads and writes the logits a few times. Backward multiplies the head's gradient by a
+        # number.
+        moved_bytes=6.0 * element * words * rows + (2.0 * element * words * width if trained else 0.0),
         # The chunked loss keeps the hidden states' gradient; taking the rows, which ones they were.
         saved_bytes=element * width * rows + tokens if active else 0.0,
         table_bytes=0.0,
@@ -222,7 +225,9 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
         forward=vision_forward + text_forward + logits_forward + teacher,
         backward=vision_backward + text_backward + logits_backward,
         recomputed=Operations(),
-        moved_bytes=6.0 * element * words * rows + 3 * (8 * width * patches + 8 * language * rows) * element,
+        moved_bytes=6.0 * element * words * rows
+        + 3 * (8 * width * patches + 8 * language * rows) * element
+        + _teacher_moved_bytes(model, work, precision),
         saved_bytes=visual_saved + text_saved,
         table_bytes=0.0,
         working_bytes=_logits_bytes(words, rows, precision)
@@ -252,6 +257,12 @@ def _teacher(model: ModelConfig, work: Work) -> Operations:
         products=model.pre.num_layers * 2.0 * decoder.matrices * tokens + patches,
         attention=model.pre.num_layers * 4.0 * decoder.queries * cells * tokens,
     )
+
+
+def _teacher_moved_bytes(model: ModelConfig, work: Work, precision: Precision) -> float:
+    """Forward, as in `cost_block.block_cost`; Transformers' quick-GELU makes three passes (2 + 2 + 3)."""
+    decoder, tokens = pre_decoder_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
+    return model.pre.num_layers * precision.element * (10 * decoder.width + 7 * decoder.ffn) * tokens
 
 
 def _boundary(width: int, tokens: float, layout: Layout, precision: Precision) -> float:

@@ -134,3 +134,23 @@ def _without_offload(parameters: float, trained: float, *, bf16: bool, zero_stag
                 1.0 * element * (REDUCE_BUCKET + live),
                 4 * min(share, _SUB_GROUP),
             )
+
+
+def gradient_traffic(trained: float, *, bf16: bool, zero_stage: int, replicas: int) -> float:
+    """Bytes that a rank reads and writes in every micro-batch to add its gradients to those of the ones before.
+
+    Args:
+        trained: trained parameters on this rank before ZeRO splits them.
+        bf16, zero_stage, replicas: as in :func:`engine_memory`.
+    """
+    element = 2 if bf16 else 4
+    add = element + 2 * 4  # The sum is fp32.
+    match zero_stage:
+        case 0 if bf16:
+            # Autocast makes bf16 copies of the weights, and the copies' gradients fp32.
+            return (2 * (4 + 2) + 3 * 4) * trained
+        case 0 | 1:
+            return add * trained
+        case _:
+            # Copied to a bucket, reduced, and a share of it added.
+            return (2 * element + add / replicas) * trained

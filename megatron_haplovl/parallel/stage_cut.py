@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.parallel.cost import layer_costs
 from megatron_haplovl.parallel.cost_units import LayerCost, precision_of
-from megatron_haplovl.parallel.engine_memory import engine_memory
+from megatron_haplovl.parallel.engine_memory import engine_memory, gradient_traffic
 from megatron_haplovl.parallel.machine import Machine, machine_of
 from megatron_haplovl.parallel.partition import LayerLoad, cut_layers
 from megatron_haplovl.parallel.work import Work
@@ -45,27 +46,29 @@ def stage_cut(
     Raises:
         ValueError: more stages than layers, an explicit cut that does not fit, or an unknown device.
     """
+    machine = machine_of(device, bf16)
     precision = precision_of(bf16, layout.zero_stage, device)
     costs = layer_costs(model, work, layout, precision, trained=trained, stage1=stage1)
-    loads = layer_loads(costs, layout, machine_of(device, bf16), bf16)
+    loads = layer_loads(costs, layout, machine, bf16)
     return [layer.name for layer in costs], cut_layers(method, loads, layout.pipeline, micro_batches)
 
 
 def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf16: bool) -> list[LayerLoad]:
-    """What decides a cut, of every layer."""
+    """What decides a cut, of every layer of one rank."""
+    engine: dict[str, Any] = {"bf16": bf16, "zero_stage": layout.zero_stage, "replicas": layout.replicas}
     return [
         LayerLoad(
             name=layer.name,
-            seconds=layer_seconds(layer, layout, machine),
+            seconds=layer.seconds(machine.speeds)
+            + gradient_traffic(layer.trained_parameters, **engine) / machine.speeds.memory
+            + _message_seconds(layer, layout, machine),
             trained_parameters=layer.trained_parameters,
             static_bytes=engine_memory(
                 layer.parameters,
                 layer.trained_parameters,
-                bf16=bf16,
-                zero_stage=layout.zero_stage,
-                replicas=layout.replicas,
                 offload_optimizer=layout.offload_optimizer,
                 offload_param=layout.offload_param,
+                **engine,
             ).weights,
             saved_bytes=layer.saved_bytes,
         )
@@ -73,11 +76,10 @@ def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf
     ]
 
 
-def layer_seconds(layer: LayerCost, layout: Layout, machine: Machine) -> float:
-    """Arithmetic of one micro-batch, forward and backward, and the messages inside a layer, which nothing hides."""
+def _message_seconds(layer: LayerCost, layout: Layout, machine: Machine) -> float:
+    """Messages inside a layer, which nothing hides."""
     return (
-        layer.seconds(machine.speeds)
-        + layer.tensor_bytes / machine.bandwidth(1, layout.tensor)
+        layer.tensor_bytes / machine.bandwidth(1, layout.tensor)
         + layer.tensor_collectives * 2 * machine.ring_latency(1, layout.tensor)
         + layer.context_bytes / machine.bandwidth(layout.tensor, layout.context)
     )

@@ -1,4 +1,4 @@
-"""Tensor, sequence, pipeline and context parallelism with ZeRO and offload on four and eight ranks against one plain torch process.
+"""Tensor, sequence, pipeline and context parallelism with ZeRO and offload against one plain torch process.
 
 The reference is that of `test_zero.py`, on data with several packed documents, several images, any-resolution images,
 text-only samples and a rank without images: losses, gradient norms, every first gradient, weights after two steps.
@@ -11,11 +11,11 @@ for heads joined in another order; the wrong patches' features for a context ran
 leaves it out, and slices not marked for the norm that DeepSpeed takes on the host.
 
 In the pipeline each of these was planted once, in ten cases: the factor for micro-batches dropped (10 failed), that for
-replicas (4); a mask that is causal only on later stages (10); labels of the batch before (10); losses of the first stage
-only (10); the norm of a stage's own gradients (4), or without the sum over tensor-parallel ranks (2); clipping left out
-(4); hidden states of sequence-parallel ranks shared out by DeepSpeed (2); a parameter written from the wrong stage (9);
-optimizer groups missing on a stage (hangs). Positions that do not travel are not seen here, since RoPE is relative and
-nothing crosses a document; `tests/unit/parallel/test_pipeline.py` compares to the last bit and sees it.
+replicas (4); a mask that is causal only on later stages (10); labels of the batch before (10); losses of the first
+stage only (10); the norm of a stage's own gradients (4), or without the sum over tensor-parallel ranks (2); clipping
+left out (4); hidden states of sequence-parallel ranks shared out by DeepSpeed (2); a parameter written from the wrong
+stage (9); optimizer groups missing on a stage (hangs). Positions that do not travel are not seen here, since RoPE is
+relative and nothing crosses a document; `tests/unit/parallel/test_pipeline.py` compares to the last bit and sees it.
 """
 
 from __future__ import annotations
