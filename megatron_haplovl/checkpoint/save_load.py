@@ -52,7 +52,7 @@ def save_checkpoint(engine: Any, model: ShardedModel, config: Config, iteration:
     _write_weights(model, root / tag)
     if world.rank == 0:
         if model.stages is not None:
-            _write_text(root / tag / _STAGES_FILE, str(model.stages))
+            _write_text(root / tag / _STAGES_FILE, model.stages.partition)
         _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
         _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
         _write_text(root / "latest", tag)
@@ -116,19 +116,30 @@ def _check_layout(folder: Path, model: ShardedModel, config: Config) -> None:
             f"{config.parallel.tensor_model_parallel_size}; resume with the same, or start anew from its weights with "
             "--pretrained-checkpoint"
         )
-    stages_file = folder / _STAGES_FILE
-    stages = stages_file.read_text().strip() if stages_file.is_file() else None
-    ours = None if model.stages is None else str(model.stages)
+    stages = _read_partition(folder)
+    ours = None if model.stages is None else model.stages.partition
     if stages != ours:
         raise ValueError(
-            f"{folder} was saved with {_describe(stages)}, this run has {_describe(ours)}; resume with the same "
-            "--pipeline-model-parallel-size and --pipeline-partition, or start anew from its weights with "
-            "--pretrained-checkpoint"
+            f"{folder} was saved with {_describe(stages)}, this run has {_describe(ours)}; resume with the same, or "
+            "start anew from its weights with --pretrained-checkpoint"
         )
 
 
-def _describe(stages: str | None) -> str:
-    return "no pipeline" if stages is None else f"the stages {stages}"
+def saved_partition(root: str, stages: int) -> str | None:
+    """The explicit `--pipeline-partition` of the newest checkpoint in a --save folder, if it has so many stages."""
+    if not (Path(root) / "latest").is_file():
+        return None
+    partition = _read_partition(resolve_checkpoint(root))
+    return partition if partition is not None and len(partition.split(",")) + 1 == stages else None
+
+
+def _read_partition(folder: Path) -> str | None:
+    path = folder / _STAGES_FILE
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _describe(partition: str | None) -> str:
+    return "no pipeline" if partition is None else f"--pipeline-partition {partition}"
 
 
 def _write_weights(model: ShardedModel, folder: Path) -> None:
@@ -155,7 +166,7 @@ def full_weights(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]:
             with deepspeed.zero.GatheredParameters([parameters[name]]):
                 dim = split_dim(name)
                 mine = parameters[name].detach()
-                whole = (mine if dim is None or tensor.size == 1 else all_gather(mine, tensor, dim)).clone()
+                whole = mine.clone() if dim is None or tensor.size == 1 else all_gather(mine, tensor, dim)
         else:
             whole = any_parameter.new_empty(shape)
         if pipeline.size > 1:

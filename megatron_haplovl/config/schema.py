@@ -234,7 +234,9 @@ class ParallelConfig:
         "from its input",
         choices=("none", "selective", "full"),
     )
-    distributed_timeout_minutes: int = setting(10, "minutes until a stuck collective ends the run")
+    distributed_timeout_minutes: int = setting(
+        10, "minutes until a stuck collective of ours ends the run; a pipeline's messages have the backend's own limit"
+    )
 
 
 @dataclass(frozen=True)

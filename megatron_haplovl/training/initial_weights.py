@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
@@ -40,6 +39,29 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
             inherited and is in no source.
     """
     parameters = dict(model.module.named_parameters())
+    # A file that is missing or broken may be read on one stage only.
+    own_sources, dropped = model.groups.world.together(lambda: _copy_sources(model, config, parameters))
+    stages = model.groups.pipeline.gather_objects(own_sources)
+    merged = {name: source for stage in stages for name, source in stage.items()}
+    source_of = {name: merged[name] for name in model.shapes}
+    if not config.data.mock_data:
+        _refuse_missing(source_of)
+    for name, parameter in parameters.items():
+        if source_of[name] == _NEW:
+            whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
+            with torch.no_grad():
+                parameter.copy_(local_part(name, whole, model.groups.tensor))
+    return _report(source_of, dropped)
+
+
+def _copy_sources(
+    model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter]
+) -> tuple[dict[str, str], list[str]]:
+    """Fill this rank's parameters from files.
+
+    Returns:
+        Where each came from, and what was left out on purpose.
+    """
     source_of = dict.fromkeys(parameters, _NEW)
 
     def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
@@ -74,25 +96,7 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
         dropped = [name for name in reader.names() if name not in model.shapes and _DROPPED.fullmatch(name)]
         ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
         copy(((name, reader.get(name)) for name in ours), str(folder))
-    source_of = _of_all_stages(source_of, model)
-    if not config.data.mock_data:
-        _refuse_missing(source_of)
-    for name, parameter in parameters.items():
-        if source_of[name] == _NEW:
-            whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
-            with torch.no_grad():
-                parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return _report(source_of, dropped)
-
-
-def _of_all_stages(source_of: dict[str, str], model: ShardedModel) -> dict[str, str]:
-    """The same of the whole model, in its order."""
-    if model.groups.pipeline.size == 1:
-        return source_of
-    stages: list[dict[str, str]] = [{}] * model.groups.pipeline.size
-    dist.all_gather_object(stages, source_of, group=model.groups.pipeline.process_group)
-    merged = {name: source for stage in stages for name, source in stage.items()}
-    return {name: merged[name] for name in model.shapes}
+    return source_of, dropped
 
 
 def _check_same_model(folder: Path, model: ModelConfig) -> None:

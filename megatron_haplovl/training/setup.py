@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.save_load import load_checkpoint
+from megatron_haplovl.checkpoint.save_load import load_checkpoint, saved_partition
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
@@ -88,7 +88,7 @@ def setup(config: Config) -> Run:
     train_data, valid_data = _build_streams(config, groups, logger)
     stages = _plan_stages(config, groups, device, train_data)
     if stages is not None:
-        logger.print(f"pipeline stages ({config.parallel.pipeline_partition}): {stages}")
+        logger.print(f"pipeline stages: --pipeline-partition {stages.partition}")
 
     model = build_model(config, groups, stages)
     logger.print(fill_weights(model, config))
@@ -155,6 +155,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         tensor=config.parallel.tensor_model_parallel_size,
         context=config.parallel.context_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
+        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
     )
     return torch.device(accelerator.device_name(local_rank)), groups
 
@@ -205,17 +206,23 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
     if groups.pipeline.size == 1:
         return None
     stage1 = config.recipe.recipe == "distill"
-    work: list[Work | None] = [None]
-    if groups.world.rank == 0:
+
+    def first_packs() -> Work | None:
+        if groups.world.rank != 0:
+            return None
         number = min(schedule.global_batch_size, _PACKS_FOR_CUT)
         batch = data.packs(range(number))
-        work = [work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)]
-    # From one rank, so that a cut that is close to another is the same everywhere.
-    torch.distributed.broadcast_object_list(work, src=0)
-    assert work[0] is not None
+        return work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)
+
+    # Read on one rank, so that a cut that is close to another is the same everywhere.
+    work = groups.world.gather_objects(groups.world.together(first_packs))[0]
+    method = parallel.pipeline_partition
+    if method == "auto" and config.checkpoint.load is not None:
+        # What the cut was computed from may have changed since; the checkpoint has one.
+        method = saved_partition(config.checkpoint.load, groups.pipeline.size) or method
     layers, first = stage_cut(
         config.model,
-        work[0],
+        work,
         Layout(
             tensor=groups.tensor.size,
             pipeline=groups.pipeline.size,
@@ -231,7 +238,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
         bf16=config.precision.bf16,
         trained=trained_parts(config.recipe),
         stage1=stage1,
-        method=parallel.pipeline_partition,
+        method=method,
         micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
     )
     return Stages(tuple(layers), first)

@@ -163,9 +163,11 @@ def test_hand_over_says_what_was_loaded_dropped_and_initialised(chain):
     assert f"connector         1 tensors  {chain.folder}/align/global_step4" in chain.output["full"]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("stage1", 1e-5), ("full", 1e-2)])
-def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, tolerance):
-    """Stage 1 in fp32 from pretrained folders, stage 2 in bf16 from a checkpoint; measured 1.2e-6 and 2.4e-3."""
+@pytest.mark.parametrize(
+    ("name", "tolerance", "weights"), [("stage1", 1e-5, (0.0, 1e-4)), ("full", 1e-2, (2**-7, 5e-3))]
+)
+def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, tolerance, weights):
+    """Stage 1 in fp32 from pretrained folders, stage 2 in bf16 from a checkpoint."""
     direct, pipelined = (
         [json.loads(line) for line in (chain.folder / f"{run}.jsonl").read_text().splitlines()]
         for run in (name, f"{name}_pipelined")
@@ -181,7 +183,7 @@ def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, 
     )
     assert saved.keys() == expected.keys()
     for parameter, weight in expected.items():
-        torch.testing.assert_close(saved[parameter], weight, rtol=2**-7, atol=2e-3, msg=parameter)
+        torch.testing.assert_close(saved[parameter], weight, rtol=weights[0], atol=weights[1], msg=parameter)
 
 
 def test_each_recipe_trained_what_it_says(chain):

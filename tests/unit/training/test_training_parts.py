@@ -141,6 +141,8 @@ def test_deepspeed_json_is_merged(tmp_path):
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, but the flags say 1"),
         ('{"train_batch_size": 7}', "train_batch_size is 7, but the flags say 128"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by flags"),
+        ('{"pipeline": {"activation_checkpoint_interval": 1}}', "'pipeline' is set by flags"),
+        ('{"tensorboard": {"enabled": true}}', "'tensorboard' is set by flags"),
         (
             '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
             "device is 'cpu', but the flags say 'none'",
