@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
-from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
+from megatron_haplovl.checkpoint.pieces import open_checkpoint
+from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
@@ -25,11 +26,16 @@ _MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|con
 _DROPPED = re.compile(r"distillation\..*")
 
 
-def fill_weights(model: ShardedModel, config: Config) -> str:
-    """Give every parameter of this rank its initial value, or its slice of it. Called by every rank.
+def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
+    """Give every parameter of this rank its value, or its slice of it. Called by every rank.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
     starts at random.
+
+    Args:
+        model: this rank's part of it.
+        config: the run's settings.
+        resumed: the checkpoint of a run that goes on; then all weights are in it.
 
     Returns:
         A table that says for every part of the model where its tensors came from, and what was dropped.
@@ -40,11 +46,11 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
     """
     parameters = dict(model.module.named_parameters())
     # A file that is missing or broken may be read on one stage only.
-    own_sources, dropped = model.groups.world.together(lambda: _copy_sources(model, config, parameters))
+    own_sources, dropped = model.groups.world.together(lambda: _copy_sources(model, config, parameters, resumed))
     stages = model.groups.pipeline.gather_objects(own_sources)
     merged = {name: source for stage in stages for name, source in stage.items()}
     source_of = {name: merged[name] for name in model.shapes}
-    if not config.data.mock_data:
+    if not config.data.mock_data or resumed is not None:
         _refuse_missing(source_of)
     for name, parameter in parameters.items():
         if source_of[name] == _NEW:
@@ -55,7 +61,7 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
 
 
 def _copy_sources(
-    model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter]
+    model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter], resumed: Path | None
 ) -> tuple[dict[str, str], list[str]]:
     """Fill this rank's parameters from files.
 
@@ -80,6 +86,13 @@ def _copy_sources(
                 source_of[name] = source
 
     init = config.init
+    if resumed is not None:
+        _check_same_model(resumed, config.model)
+        saved = open_checkpoint(resumed)
+        if missing := sorted(model.shapes.keys() - set(saved.names())):
+            raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
+        copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
+        return source_of, []
     if init.vision_teacher is not None:
         copy(load_vision_model(init.vision_teacher, config.model, only=parameters), init.vision_teacher)
     if init.language_model is not None:
@@ -92,7 +105,7 @@ def _copy_sources(
     if init.pretrained_checkpoint is not None:
         folder = resolve_checkpoint(init.pretrained_checkpoint)
         _check_same_model(folder, config.model)
-        reader = WeightReader(folder)
+        reader = open_checkpoint(folder)
         dropped = [name for name in reader.names() if name not in model.shapes and _DROPPED.fullmatch(name)]
         ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
         copy(((name, reader.get(name)) for name in ours), str(folder))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.save_load import load_checkpoint, saved_partition
+from megatron_haplovl.checkpoint.save_load import CheckpointWriter, find_checkpoint, load_checkpoint
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
@@ -55,6 +55,8 @@ class Run:
     valid_data: DataStream | None
     first_step: int
     """Optimizer steps already done when the run was resumed."""
+    writer: CheckpointWriter | None
+    """None without --save."""
     device: torch.device
     logger: RunLogger
 
@@ -90,8 +92,12 @@ def setup(config: Config) -> Run:
     if stages is not None:
         logger.print(f"pipeline stages: --pipeline-partition {stages.partition}")
 
+    resumed = None
+    if config.checkpoint.load is not None:
+        resumed = find_checkpoint(config, groups.world, logger.print)
+        logger.print(f"{config.checkpoint.load}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
     model = build_model(config, groups, stages)
-    logger.print(fill_weights(model, config))
+    logger.print(fill_weights(model, config, resumed))
     apply_recipe(model.module, config.recipe)
     for module in model.module.modules():
         if isinstance(module, Block):
@@ -105,11 +111,10 @@ def setup(config: Config) -> Run:
     engine, steps = build_engine(model, config, device, head_inputs, terms)
 
     first_step = 0
-    if config.checkpoint.load is not None:
-        first_step = load_checkpoint(engine, model, config, train_data.plan_key)
-        found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
-        logger.print(f"{config.checkpoint.load}: {found}")
-    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, device, logger)
+    if resumed is not None:
+        first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
+    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config, logger.print)
+    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -216,10 +221,6 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
 
     # Read on one rank, so that a cut that is close to another is the same everywhere.
     work = groups.world.gather_objects(groups.world.together(first_packs))[0]
-    method = parallel.pipeline_partition
-    if method == "auto" and config.checkpoint.load is not None:
-        # What the cut was computed from may have changed since; the checkpoint has one.
-        method = saved_partition(config.checkpoint.load, groups.pipeline.size) or method
     layers, first = stage_cut(
         config.model,
         work,
@@ -238,7 +239,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
         bf16=config.precision.bf16,
         trained=trained_parts(config.recipe),
         stage1=stage1,
-        method=method,
+        method=parallel.pipeline_partition,
         micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
     )
     return Stages(tuple(layers), first)

@@ -43,12 +43,6 @@ def main(folder: Path) -> None:
             run = setup(c)
             train(run)
             run.logger.close()
-    for recipe, saved in (("distill", "distill-tensor2-zero1"), ("full", "full-pipeline2-zero1")) if two_ranks else ():
-        deepspeed.utils.groups.mpu = None
-        try:
-            setup(config(recipe, checkpoint__load=str(folder / saved / "whole")))
-        except ValueError as error:
-            (folder / f"{saved}-refused-{dist.get_rank()}.txt").write_text(str(error))
     dist.destroy_process_group()
 
 
