@@ -60,7 +60,7 @@ def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf
             trained_parameters=layer.trained_parameters,
             static_bytes=engine_memory(
                 layer.parameters,
-                layer.trained_parameters,
+                [layer.trained_parameters],
                 bf16=bf16,
                 zero_stage=layout.zero_stage,
                 replicas=layout.replicas,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_haplovl.parallel.engine_memory import REDUCE_BUCKET, engine_memory
+from megatron_haplovl.parallel.engine_memory import DEFAULT_BUCKETS, engine_memory
 from tests.distributed.launch import run_ranks
 
 # As in worker_engine_memory.py, which imports DeepSpeed.
@@ -25,11 +25,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, int], 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_static_memory(records: dict[tuple[bool, int], int], bf16: bool, zero_stage: int) -> None:
     parameters, trained = LAYERS * WIDTH**2, (LAYERS - FROZEN) * WIDTH**2
-    expected = engine_memory(parameters, trained, bf16=bf16, zero_stage=zero_stage, replicas=2)
+    expected = engine_memory(parameters, [trained], bf16=bf16, zero_stage=zero_stage, replicas=2)
     total = expected.weights
     if zero_stage == 3 or (zero_stage == 1 and not bf16):
         # ZeRO 2 has given its bucket back by the end of a backward pass, and ZeRO 3 what it had gathered.
-        total += (2 if bf16 else 4) * REDUCE_BUCKET
+        total += (2 if bf16 else 4) * DEFAULT_BUCKETS.reduce_bucket_size
     if zero_stage == 0 and bf16:
         total -= 2 * parameters  # Autocast's copies live as long as the graph.
     # Measured: 8 bytes apart.
