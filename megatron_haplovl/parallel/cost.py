@@ -99,6 +99,7 @@ def _embedding(
     # Pixels for the patch matrix, and patches where they are copied in; two int64 places for each of them.
     saved = norm_saved(width, precision, layer_norm=True) * tokens
     saved += ((window + width) * element + 16) * patches
+    saved += element * (projector / layout.tensor + window * width) if precision.casts_weights else 0.0
     saved += (element * language * tokens if factored else 0.0) + (8 * tokens if text_trained else 0.0)  # Token ids.
     return LayerCost(
         name="embedding",
@@ -137,7 +138,8 @@ def _connector(
         backward=backward,
         recomputed=Operations(),
         moved_bytes=0.0,
-        saved_bytes=element * width * tokens if trained else 0.0,
+        saved_bytes=(element * width * tokens if trained else 0.0)
+        + (element * parameters if precision.casts_weights and (trained or path) else 0.0),
         table_bytes=0.0,
         working_bytes=element * (width + language) * tokens + (element * width * language if trained else 0.0),
         boundary_bytes=_boundary(language, tokens, layout, precision),
@@ -192,7 +194,10 @@ def _head(model: ModelConfig, work: Work, layout: Layout, precision: Precision, 
         # In forward the hidden states are there, and the rows that were taken; backward spreads the rows over the whole
         # sequence again. The head's gradient waits from forward to backward.
         working_bytes=max(
-            _logits_bytes(words, rows, precision) + element * width * (tokens + rows), 2 * element * width * tokens
+            _logits_bytes(words, rows, precision)
+            + element * width * (tokens + rows)
+            + (element * words * width if precision.casts_weights else 0.0),
+            2 * element * width * tokens,
         )
         + (element * words * width if trained else 0.0),
         boundary_bytes=0.0,
@@ -232,7 +237,8 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
         table_bytes=0.0,
         # In forward the hidden states are there, and of each chunk, softmax or the feature loss and its gradient.
         # Backward spreads the gradients of patches and words over the whole sequence again.
-        working_bytes=element * width * work.tokens / layout.context
+        working_bytes=(element * words * language if precision.casts_weights else 0.0)
+        + element * width * work.tokens / layout.context
         + max(
             _logits_bytes(words, rows, precision),
             (1.0 + _FEATURE_COPIES * 4 * language / (element * words)) * _chunk_bytes(words, rows, precision),

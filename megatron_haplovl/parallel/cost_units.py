@@ -15,6 +15,8 @@ class Precision:
     """Of weights' products and hidden states: 2 in bf16, 4 in fp32."""
     residual: int = 2
     """Of the residual stream: 4 under autocast (bf16 without ZeRO) on a GPU, where norms and sums are fp32."""
+    casts_weights: bool = False
+    """Autocast: every forward pass makes bf16 copies of the matrices, which live as long as its graph."""
     device: str = "cuda"
     """The chunked loss takes larger chunks on a GPU."""
 
@@ -28,8 +30,9 @@ def precision_of(bf16: bool, zero_stage: int, device: str = "cuda") -> Precision
     """Number formats as `training/deepspeed_config.py` chooses them."""
     if not bf16:
         return Precision(element=4, residual=4, device=device)
+    autocast = zero_stage == 0
     # A CPU's autocast leaves norms in bf16.
-    return Precision(element=2, residual=4 if zero_stage == 0 and device == "cuda" else 2, device=device)
+    return Precision(2, residual=4 if autocast and device == "cuda" else 2, casts_weights=autocast, device=device)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Per parameter (all) and per trained parameter, z ranks with the same weights:
 
-    bf16, ZeRO 0   autocast: fp32 weights 4 and their bf16 copies 2; gradients 4; Adam 8
+    bf16, ZeRO 0   autocast: fp32 weights 4; gradients 4; Adam 8. The bf16 copies are made by every forward pass anew
+                   and belong to what it keeps (`parallel/cost.py`)
     bf16, ZeRO 1   BF16_Optimizer: weights 2; gradients 2 of the last micro-batch and 4 accumulated, both whole;
                    (master weights 4 + Adam 8) / z
     bf16, ZeRO 2   weights 2; accumulated gradients 4 / z; (4 + 8) / z
@@ -88,7 +89,7 @@ def engine_memory(
         case 0:
             # Gradients are copied into a buffer that is reduced.
             return EngineMemory(
-                parameters=(6 if bf16 else 4) * parameters,
+                parameters=4 * parameters,
                 gradients=4 * whole,
                 optimizer=8 * whole,
                 buffers=0.0,

@@ -213,7 +213,7 @@ def _stage_memory(
         # Only the step's first backward pass meets as many; the gradients are made by it.
         trained = max(1, sum(layer.trained_parameters for layer in stage))
         first = most_held(stage, engine.made_anew / trained) - engine.made_anew - kept
-        if waiting + first > working:
+        if held == 1 or waiting + first > working:
             working = first
         else:
             held -= 1
