@@ -1,9 +1,9 @@
 """The planner's peak of every rank, against the most bytes that tensors take in a real step of the training.
 
-Each of these was planted in the planner once and made cases fail: copies of two bytes only where ZeRO 1 reduces in bf16;
-its last micro-batch's gradients left out; what ZeRO 3 has gathered left out; one micro-batch in flight on every stage;
-the inputs behind the last losses of a pipeline, autocast's copies of weights, stage 1's teacher or its feature loss
-forgotten; sequence parallelism's gathered inputs taken for the shares that they come from.
+Each of these was planted in the planner once and made cases fail: copies of two bytes only where ZeRO 1 reduces in
+bf16; its last micro-batch's gradients left out; what ZeRO 3 has gathered left out; one micro-batch in flight on every
+stage; the inputs behind the last losses of a pipeline, autocast's copies of weights, stage 1's teacher or its feature
+loss forgotten; sequence parallelism's gathered inputs taken for the shares that they come from.
 """
 
 from __future__ import annotations
