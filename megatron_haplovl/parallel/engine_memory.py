@@ -115,13 +115,14 @@ def engine_memory(
                 made_anew=4 * whole,
             )
         case 2:
-            # The last micro-batch's share in the weights' dtype and in fp32 beside the sum.
+            # Beside the sum, the last micro-batch's share: in the weights' dtype from its backward pass on (a little
+            # more, for parameters that lie on two ranks are copied whole), and then in fp32.
             return EngineMemory(
                 parameters=element * parameters,
                 gradients=4 * share,
                 optimizer=12 * share,
-                buffers=element * reduce,
-                at_step=(element + 4) * share,
+                buffers=element * (reduce + share),
+                at_step=4 * share,
                 made_anew=4 * share,
             )
         case _:
