@@ -328,10 +328,10 @@ def _print_refused(refused: Sequence[tuple[Layout, dict[str, str]]]) -> None:
 def _row(plan: Estimate) -> dict[str, str]:
     layout, memory = plan.layout, plan.memory
     gib = {
-        "param": memory.engine.parameters,
+        "param": memory.engine.parameters + memory.teacher,
         "grad": memory.engine.gradients,
         "optim": memory.engine.optimizer,
-        "buffer": memory.engine.buffers,
+        "buffer": memory.engine.buffers + memory.messages,
         "activ": memory.activations,
         "peak": memory.peak,
     }
@@ -413,7 +413,8 @@ def _write_json(
 
 def _record(plan: Estimate) -> dict[str, Any]:
     record = dataclasses.asdict(plan)
-    record["memory"]["peak"] = plan.memory.peak
+    record["memory"] = {**dataclasses.asdict(plan.memory), "peak": plan.memory.peak}
+    record["fullest_stage"] = plan.fullest_stage
     return record
 
 
