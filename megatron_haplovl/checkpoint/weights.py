@@ -1,8 +1,7 @@
 """Weight files and checkpoint folders: reading one tensor at a time, writing shards.
 
-Hugging Face folders (teachers, language models, exported models) and the `model.safetensors` of training checkpoints
-are read here. Pickled files are read with `weights_only=True`, so that a file cannot run code. The optimizer state that
-`--load` resumes from is DeepSpeed's own and does not go through this module; see `checkpoint.save_load`.
+Hugging Face folders (teachers, language models, exported models) are read here; what a run saves is read by
+`checkpoint.pieces`. Pickled files are read with `weights_only=True`, so that a file cannot run code.
 """
 
 from __future__ import annotations
