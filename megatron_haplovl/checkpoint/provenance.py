@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
 NEW = "newly initialised"
+
+# What no pretrained model holds, so that it may start at random beside pretrained weights.
+MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
 
 
 def provenance_table(title: str, origins: Iterable[tuple[str, str]]) -> str:

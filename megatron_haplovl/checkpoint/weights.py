@@ -15,7 +15,7 @@ import pickle
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -202,11 +202,7 @@ def write_weights(
             shard.path.rename(folder / file_name)
             weight_map.update(dict.fromkeys(shard.names, file_name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        aside = folder / f"unfinished-{INDEX_FILE}"
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2) + "\n")
-            _to_disk(file)
-        aside.rename(folder / INDEX_FILE)
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
     _names_to_disk(folder)
     return total
 
@@ -229,9 +225,15 @@ def _write_shards(pairs: Iterable[tuple[str, torch.Tensor]], folder: Path, max_b
     return shards
 
 
-def _to_disk(file: TextIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that neither a reader nor a crash sees half of it."""
+    aside = path.with_name(f"unfinished-{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    _names_to_disk(path.parent)
 
 
 def _names_to_disk(folder: Path) -> None:

@@ -10,15 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
-from megatron_haplovl.checkpoint.provenance import NEW, provenance_table
+from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-
-# What no pretrained model holds, so that it may start at random beside pretrained weights.
-_MAY_BENEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
 
 # What the other stage does not have. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
 # discarding the heads"), and stage 1 can start from a checkpoint of the whole model.
@@ -121,7 +118,7 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
 
 
 def _refuse_missing(source_of: dict[str, str]) -> None:
-    missing = [name for name, source in source_of.items() if source == NEW and not _MAY_BENEW.fullmatch(name)]
+    missing = [name for name, source in source_of.items() if source == NEW and not MAY_BE_NEW.fullmatch(name)]
     if missing:
         parts = sorted({name.split(".", 1)[0] for name in missing})
         raise ValueError(
