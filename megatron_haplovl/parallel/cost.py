@@ -7,6 +7,7 @@ tests count the same in a real model. Bytes and operations are those of one rank
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
 from dataclasses import replace
 
@@ -240,9 +241,14 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
     )
 
 
+def _teacher_sizes(model: ModelConfig) -> Decoder:
+    """A block of the teacher, which is plain whatever the pre-decoder's are."""
+    return pre_decoder_sizes(dataclasses.replace(model, pre=dataclasses.replace(model.pre, gated_mlp=False)))
+
+
 def _teacher_parameters(model: ModelConfig) -> int:
     """CLIP's vision transformer: patches, positions, class token, three norms, blocks."""
-    decoder, width = pre_decoder_sizes(model), model.pre.hidden_size
+    decoder, width = _teacher_sizes(model), model.pre.hidden_size
     block = decoder.matrices + decoder.split_vectors + decoder.whole_vectors
     embedding = (3 * model.vision.patch_size**2 + model.vision.cells_per_tile + 2) * width
     return model.pre.num_layers * block + embedding + 4 * width
@@ -250,7 +256,7 @@ def _teacher_parameters(model: ModelConfig) -> int:
 
 def _teacher(model: ModelConfig, work: Work) -> Operations:
     """Forward over whole tiles and a class token each."""
-    decoder, cells = pre_decoder_sizes(model), model.vision.cells_per_tile + 1
+    decoder, cells = _teacher_sizes(model), model.vision.cells_per_tile + 1
     tokens = cells * work.tiles
     patches = 2.0 * 3 * model.vision.patch_size**2 * decoder.width * tokens
     return Operations(
@@ -261,7 +267,7 @@ def _teacher(model: ModelConfig, work: Work) -> Operations:
 
 def _teacher_moved_bytes(model: ModelConfig, work: Work, precision: Precision) -> float:
     """Forward, as in `cost_block.block_cost`; Transformers' quick-GELU makes three passes (2 + 2 + 3)."""
-    decoder, tokens = pre_decoder_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
+    decoder, tokens = _teacher_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
     return model.pre.num_layers * precision.element * (10 * decoder.width + 7 * decoder.ffn) * tokens
 
 
