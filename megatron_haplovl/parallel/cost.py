@@ -7,7 +7,6 @@ tests count the same in a real model. Bytes and operations are those of one rank
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Set
 from dataclasses import replace
 
@@ -243,7 +242,7 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
 
 def _teacher_sizes(model: ModelConfig) -> Decoder:
     """A block of the teacher, which is plain whatever the pre-decoder's are."""
-    return pre_decoder_sizes(dataclasses.replace(model, pre=dataclasses.replace(model.pre, gated_mlp=False)))
+    return pre_decoder_sizes(replace(model, pre=replace(model.pre, gated_mlp=False)))
 
 
 def _teacher_parameters(model: ModelConfig) -> int:
