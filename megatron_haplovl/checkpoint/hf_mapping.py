@@ -274,8 +274,11 @@ def _append_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> torch.Tensor:
     """The one matrix `W P^T` [V, D] in fp32, that embeds a token as `projector(W[token])` does."""
     projector_LD = projector_DL.float().T
+    folded_VD = torch.empty(text_VL.shape[0], projector_LD.shape[1])
     # In slices, so that the vocabulary's matrix is never there in fp32 as a whole.
-    return torch.cat([words.float() @ projector_LD for words in text_VL.split(_FOLDED_AT_ONCE)])
+    for words, folded in zip(text_VL.split(_FOLDED_AT_ONCE), folded_VD.split(_FOLDED_AT_ONCE), strict=True):
+        torch.mm(words.float(), projector_LD, out=folded)
+    return folded_VD
 
 
 def resize_positions(position_CD: torch.Tensor, side: int) -> torch.Tensor:
