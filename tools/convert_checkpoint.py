@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
+from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
+from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
 from megatron_haplovl.checkpoint.initial_checkpoint import ImportSummary, write_initial_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
 from megatron_haplovl.config.cli import add_settings, build_config, flags_to_reach
@@ -93,7 +94,9 @@ def _add_import(directions: Any) -> None:
         "--model", choices=sorted(MODELS), required=True, help="preset; the model flags below override parts of it"
     )
     parser.add_argument(
-        "--vision-teacher", metavar="PATH", help="Hugging Face folder of a CLIPVisionModel or CLIPModel: pre-decoder"
+        "--vision-teacher",
+        metavar="PATH",
+        help="Hugging Face folder of a CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel: pre-decoder",
     )
     parser.add_argument(
         "--language-model",
@@ -141,7 +144,8 @@ def run_import(args: argparse.Namespace) -> None:
     elif model.text_embedding == "folded":
         raise ValueError("--text-embedding folded is the form of a released checkpoint (--haplo); leave it out")
     if args.vision_teacher is not None:
-        sources.append(open_vision_model(args.vision_teacher, model))
+        siglip = is_siglip(read_hf_config(args.vision_teacher))
+        sources.append((open_siglip if siglip else open_vision_model)(args.vision_teacher, model))
     if args.language_model is not None:
         sources.append(open_language_model(args.language_model, model, embedding_only=False))
     summary = write_initial_checkpoint(

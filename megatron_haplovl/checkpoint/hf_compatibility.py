@@ -13,6 +13,8 @@ from megatron_haplovl.config.schema import ModelConfig, RopeScalingConfig
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our name of an activation -> Hugging Face's."""
 
+_FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
+
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
     """The configuration of a Hugging Face folder, with the library's defaults for keys that config.json leaves out.
@@ -29,21 +31,32 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path) -> PretrainedConfig:
-    """Compare a CLIP configuration with the pre-decoder and the patch embedding.
+def is_siglip(config: PretrainedConfig) -> bool:
+    """Whether this is the configuration of a SiglipModel or a SiglipVisionModel."""
+    return config.model_type in ("siglip", "siglip_vision_model")
+
+
+def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path, family: str) -> PretrainedConfig:
+    """Compare a vision model's configuration with the pre-decoder and the patch embedding.
 
     The image size may differ: the position embedding is interpolated.
+
+    Args:
+        config: as read.
+        model: what it must fit.
+        where: its file.
+        family: "clip" or "siglip".
 
     Returns:
         The configuration of the vision tower.
 
     Raises:
-        ValueError: not a CLIP vision model, or a setting differs; the message names the flag.
+        ValueError: not such a vision model, or a setting differs; the message names the flag.
     """
-    if config.model_type == "clip":
+    if config.model_type == family:
         config = config.vision_config
-    if config.model_type != "clip_vision_model":
-        raise ValueError(f"{where}: model_type {config.model_type!r} is not a CLIP vision model")
+    if config.model_type != f"{family}_vision_model":
+        raise ValueError(f"{where}: model_type {config.model_type!r} is not a {_FAMILIES[family]} vision model")
     if config.num_channels != 3:
         raise ValueError(f"{where}: num_channels is {config.num_channels}; images here have 3")
     pre, vision = model.pre, model.vision

@@ -41,7 +41,7 @@ class Entry:
     ours: tuple[str, ...]
     """Names in the training model: one; several where `to_theirs` combines them; none for a constant."""
     our_shapes: tuple[Shape, ...]
-    to_ours: Callable[[torch.Tensor], torch.Tensor] | None = None
+    to_ours: Callable[..., torch.Tensor] | None = None
     """None where the foreign tensor does not determine ours."""
     to_theirs: Callable[..., torch.Tensor] | None = None
     """None where our tensors do not determine the foreign one."""
@@ -49,6 +49,8 @@ class Entry:
     """The value of every element at which the foreign part does what ours does without it."""
     kept_by: tuple[str, str] | None = None
     """Of a constant: the section and field of :class:`ModelConfig` that makes the tensor a part of our model, too."""
+    theirs_too: tuple[tuple[str, Shape], ...] = ()
+    """Names and shapes of further foreign tensors that `to_ours` is given behind the first."""
     note: str = ""
     """What `to_ours` does to the values, where it does more than rename and reshape."""
 
@@ -69,8 +71,8 @@ def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
         side: patches along one side of CLIP's image; where the model's tile has another number, the position embedding
             is interpolated.
     """
-    d, ffn, tile = model.pre.hidden_size, model.pre.ffn_hidden_size, model.vision.cells_per_side
-    table = [
+    d, tile = model.pre.hidden_size, model.vision.cells_per_side
+    return [
         _patch("embeddings.patch_embedding.weight", model),
         Entry(
             "embeddings.position_embedding.weight",
@@ -79,10 +81,17 @@ def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
             ((tile**2, d),),
             # Row 0 belongs to the class token.
             lambda position: resize_positions(position[1:], tile),
-            note="" if side == tile else f"interpolated (bicubic) from {side} x {side} to {tile} x {tile} cells",
+            note=resize_note(side, tile),
         ),
         *_norm("embedding.pre_norm", "pre_layrnorm", d),
+        *vision_blocks(model),
     ]
+
+
+def vision_blocks(model: ModelConfig) -> list[Entry]:
+    """The blocks of a vision tower, which CLIP and SigLIP name alike."""
+    d, ffn = model.pre.hidden_size, model.pre.ffn_hidden_size
+    table: list[Entry] = []
     for n in range(model.pre.num_layers):
         ours, theirs = f"pre_decoder.{n}", f"encoder.layers.{n}"
         table += _norm(f"{ours}.attention_norm", f"{theirs}.layer_norm1", d)
@@ -279,6 +288,11 @@ def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> to
     for words, folded in zip(text_VL.split(_FOLDED_AT_ONCE), folded_VD.split(_FOLDED_AT_ONCE), strict=True):
         torch.mm(words.float(), projector_LD, out=folded)
     return folded_VD
+
+
+def resize_note(old: int, new: int) -> str:
+    """Says that :func:`resize_positions` changes something."""
+    return "" if old == new else f"interpolated (bicubic) from {old} x {old} to {new} x {new} cells"
 
 
 def resize_positions(position_CD: torch.Tensor, side: int) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from megatron_haplovl.checkpoint.hf_compatibility import check_language_config, check_vision_config, read_hf_config
 from megatron_haplovl.checkpoint.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
+from megatron_haplovl.checkpoint.siglip_mapping import siglip_vision_table
 from megatron_haplovl.checkpoint.weights import WeightReader, check_shape
 from megatron_haplovl.config.schema import ModelConfig
 
@@ -18,6 +19,9 @@ from megatron_haplovl.config.schema import ModelConfig
 _CLIP_EXTRA = re.compile(
     r"(vision_model\.)?(embeddings\.(class_embedding|position_ids)|post_layernorm\.\w+)"
     r"|text_model\..*|(visual|text)_projection\.weight|logit_scale"
+)
+_SIGLIP_EXTRA = re.compile(
+    r"(vision_model\.)?(embeddings\.position_ids|post_layernorm\.\w+|head\..*)|text_model\..*|logit_(scale|bias)"
 )
 _ROTARY_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _ANYTHING = re.compile(".*")
@@ -43,8 +47,9 @@ class MappedWeights:
         self._prefix = prefix
         left = set(reader.names())
         for entry in table:
-            check_shape(reader, prefix + entry.theirs, entry.their_shape)
-            left.discard(prefix + entry.theirs)
+            for name, shape in ((entry.theirs, entry.their_shape), *entry.theirs_too):
+                check_shape(reader, prefix + name, shape)
+                left.discard(prefix + name)
             if entry.constant is None:
                 (ours,) = entry.ours
                 self._entries[ours] = entry
@@ -72,7 +77,8 @@ class MappedWeights:
         """One tensor in our form, in the number format in which it is stored."""
         entry = self._entries[name]
         assert entry.to_ours is not None, entry
-        return entry.to_ours(self._reader.get(self._prefix + entry.theirs))
+        theirs = (entry.theirs, *(further for further, _ in entry.theirs_too))
+        return entry.to_ours(*(self._reader.get(self._prefix + name) for name in theirs))
 
 
 def open_vision_model(folder: str | Path, model: ModelConfig) -> MappedWeights:
@@ -87,14 +93,28 @@ def open_vision_model(folder: str | Path, model: ModelConfig) -> MappedWeights:
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
     """
-    config = check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json")
+    return _open_vision_tower(folder, model, "clip", clip_vision_table, _CLIP_EXTRA)
+
+
+def open_siglip(folder: str | Path, model: ModelConfig) -> MappedWeights:
+    """The same from a Hugging Face SiglipVisionModel or SiglipModel; `checkpoint.siglip_mapping` has the differences.
+
+    Raises:
+        ValueError: see :func:`open_vision_model`.
+    """
+    return _open_vision_tower(folder, model, "siglip", siglip_vision_table, _SIGLIP_EXTRA)
+
+
+def _open_vision_tower(
+    folder: str | Path, model: ModelConfig, family: str, table: Callable[..., list[Entry]], extra: re.Pattern[str]
+) -> MappedWeights:
+    config = check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json", family)
     reader = WeightReader(folder)
     marker = "embeddings.patch_embedding.weight"
     prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
     if len(prefixes) != 1:
-        raise ValueError(f"{folder}: expected one tensor *{marker} of a CLIP vision model, found {len(prefixes)}")
-    table = clip_vision_table(model, side=config.image_size // config.patch_size)
-    return MappedWeights(reader, table, _CLIP_EXTRA, prefixes[0])
+        raise ValueError(f"{folder}: expected one tensor *{marker} of a vision model, found {len(prefixes)}")
+    return MappedWeights(reader, table(model, side=config.image_size // config.patch_size), extra, prefixes[0])
 
 
 def open_language_model(folder: str | Path, model: ModelConfig, *, embedding_only: bool) -> MappedWeights:

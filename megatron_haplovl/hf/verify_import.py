@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
+from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.context import SequenceContext
@@ -42,34 +44,33 @@ class TowerDifference:
 
 @torch.no_grad()
 def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDifference:
-    """Compare the embedding of patches and the pre-decoder's blocks with CLIP's.
+    """Compare the embedding of patches and the pre-decoder's blocks with CLIP's or SigLIP's.
 
     Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. Where the
-    checkpoint's image size is another one, transformers interpolates its position embedding, too.
+    checkpoint's image size is another one, transformers interpolates its position embedding, too. SigLIP has no norm
+    in front of the blocks, so ours is left out beside it.
 
     Args:
         checkpoint: a `global_stepN` folder.
-        folder: the CLIP folder that it was imported from.
+        folder: the CLIP or SigLIP folder that it was imported from.
     """
     config = read_config(checkpoint).model
     ours = _Parts(checkpoint, config)
-    clip = CLIPVisionModel.from_pretrained(
+    siglip = is_siglip(read_hf_config(folder))
+    tower = (SiglipVisionModel if siglip else CLIPVisionModel).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
-    inner = getattr(clip, "vision_model", clip)  # The names differ between releases of transformers.
+    )
+    inner: Any = getattr(tower.eval(), "vision_model", tower)  # The names differ between releases of transformers.
     side, cells = config.vision.image_size, config.vision.cells_per_tile
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    theirs_BSD = inner.pre_layrnorm(inner.embeddings(pixels, interpolate_pos_encoding=True)[:, 1:])
-    patches_BSD = (
-        cut_patches(pixels, config.vision.patch_size).view(2, cells, -1) @ ours.get("embedding.patch.weight").T
-    )
-    x_BSD = nn.functional.layer_norm(
-        patches_BSD + ours.get("embedding.position"),
-        (config.pre.hidden_size,),
-        ours.get("embedding.pre_norm.weight"),
-        ours.get("embedding.pre_norm.bias"),
-        config.pre.layernorm_epsilon,
-    )
+    colours = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = (colours - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    patches_BSF = cut_patches(pixels, config.vision.patch_size).view(2, cells, -1)
+    x_BSD = patches_BSF @ ours.get("embedding.patch.weight").T + ours.get("embedding.position")
+    if siglip:
+        theirs_BSD = inner.embeddings(2 * colours - 1, interpolate_pos_encoding=True)
+    else:
+        theirs_BSD = inner.pre_layrnorm(inner.embeddings(pixels, interpolate_pos_encoding=True)[:, 1:])
+        x_BSD = ours.part("embedding.pre_norm")(x_BSD)
     everything = torch.full((2, cells), cells, dtype=torch.int32)
     context = SequenceContext(
         MixedMask(torch.zeros_like(everything), everything), torch.zeros(2, cells).long(), "reference"

@@ -99,6 +99,14 @@ def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
         'a "quoted" näme': torch.zeros(1),
     }
     write_weights(state, tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        # Older releases of the library, and whoever maps a file into memory, need it.
+        for name, entry in header.items():
+            assert (start + entry["data_offsets"][0]) % state[name].element_size() == 0, name
     loaded = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert loaded.keys() == state.keys()
     for name, tensor in state.items():

@@ -17,7 +17,9 @@ from megatron_haplovl.config.schema import (
 )
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.kernels.elementwise import rotate
+from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
@@ -112,6 +114,15 @@ def test_rope_is_llamas(theirs, ours):
     ours = rotate(q, *rope_table(positions, 16, 500.0, ours, torch.float32))
     # fp32 angles of up to 700 radians: measured worst case 3.9e-5.
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-4)
+
+
+def test_each_scaling_has_its_own_rotary_table():
+    positions = torch.arange(8)[None]
+    context = SequenceContext(MixedMask(torch.zeros(1, 8), torch.ones(1, 8)), positions)
+    for scaling in (RopeScalingConfig(), RopeScalingConfig("linear", 2.0)):
+        found = context.rope(8, 500.0, scaling, torch.float32)
+        for table, expected in zip(found, rope_table(positions, 8, 500.0, scaling, torch.float32), strict=True):
+            assert torch.equal(table, expected)
 
 
 def test_rope_angles_are_exact_in_bf16_training():

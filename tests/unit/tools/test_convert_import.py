@@ -18,6 +18,10 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from megatron_haplovl.checkpoint.weights import (
@@ -279,3 +283,29 @@ def test_a_vision_tower_alone(tmp_path: Path) -> None:
     found = compare_vision_tower(step, tower)
     assert found.largest_value > 1
     assert max(*found.layers, found.end) < _TOLERANCE
+
+
+@pytest.mark.parametrize("image_size", [8, 12])
+@pytest.mark.parametrize("whole", [False, True])
+def test_siglip(tmp_path: Path, whole: bool, image_size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its differences (no class token, patch bias, other colours, no norm in front) are made up for."""
+    pre = dataclasses.replace(tiny_model().pre, activation="gelu_tanh", layernorm_epsilon=1e-6)
+    model = tiny_model(pre=pre, vision=dataclasses.replace(tiny_model().vision, image_size=image_size))
+    vision = {**_vision_settings(model), "image_size": 8}
+    if whole:
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        network: torch.nn.Module = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+    else:
+        network = SiglipVisionModel(SiglipVisionConfig(**vision))
+    folder = _save(network, tmp_path / "siglip")
+    step = _import(tmp_path / "out", model, "--vision-teacher", str(folder))
+    report = capsys.readouterr().out
+    assert re.search(r"embedding +2 tensors .*SigLIP has none: starts at weight 1 and bias 0", report)
+    assert ("interpolated" in report) == (image_size != 8)
+    assert torch.equal(WeightReader(step).get("embedding.pre_norm.weight"), torch.ones(16))
+    found = compare_vision_tower(step, folder)
+    assert len(found.layers) == 2
+    assert found.largest_value > 1
+    assert max(*found.layers, found.end) < _TOLERANCE
+    with pytest.raises(ValueError, match=r"'siglip(_vision_model)?' is not a CLIP vision model"):
+        _fill(model, InitConfig(vision_teacher=str(folder)))
