@@ -165,7 +165,9 @@ def measure_layers(
             x_BSD, measured["connector"] = saved.of(lambda x=x_BSD: model.connector(x))  # type: ignore[misc]
         for i, block in enumerate(blocks):
             assert isinstance(block, Block)
-            saved.ignore(*context.rope(block.attention.head_width, block.attention.rope_theta, x_BSD.dtype))
+            attention = block.attention
+            tables = context.rope(attention.head_width, attention.rope_theta, attention.rope_scaling, x_BSD.dtype)
+            saved.ignore(*tables)
             x_BSD, measured[f"{part}.{i}"] = saved.of(lambda b=block, x=x_BSD: run_block(b, x, context, recompute))  # type: ignore[misc]
     if isinstance(model, HaploVL):
         x_BSD, measured["final_norm"] = saved.of(lambda: model.final_norm(x_BSD))

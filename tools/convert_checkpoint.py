@@ -1,6 +1,9 @@
 #!/usr/bin/env python
-"""Convert checkpoints between the training format and the released Haplo format.
+"""Convert checkpoints: Hugging Face folders -> training format -> released Haplo format, and back.
 
+    python tools/convert_checkpoint.py import --model haplovl-8b --vision-teacher clip-vit-large-patch14-336 \\
+        --language-model Meta-Llama-3-8B --save runs/initial --verify
+    python tools/convert_checkpoint.py import --model haplovl-7b-pro --haplo Haplo-7B-Pro --save runs/released
     python tools/convert_checkpoint.py export --load runs/finetune --save runs/haplo \\
         --tokenizer-model tokenizer.model --chat-template vicuna_v1 --verify
 """
@@ -8,16 +11,28 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
+from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
+from megatron_haplovl.checkpoint.initial_checkpoint import ImportSummary, write_initial_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
+from megatron_haplovl.config.cli import add_settings, build_config, flags_to_reach
+from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.hf.export import export_checkpoint, training_template
+from megatron_haplovl.hf.released import open_released
 from megatron_haplovl.hf.verify import compare_logits
+from megatron_haplovl.hf.verify_import import compare_language_model, compare_vision_tower
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,10 +40,17 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 def build_parser() -> argparse.ArgumentParser:
     """One subcommand for each direction."""
     parser = argparse.ArgumentParser(
-        description="Convert checkpoints between the training format and the released Haplo format.",
+        description="Convert Hugging Face folders to training checkpoints, and training checkpoints to the released "
+        "Haplo format.",
         allow_abbrev=False,
     )
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    _add_export(directions)
+    _add_import(directions)
+    return parser
+
+
+def _add_export(directions: Any) -> None:
     export = directions.add_parser(
         "export",
         help="training checkpoint (stage 2) -> Hugging Face folder in the released format",
@@ -60,7 +82,105 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="run both models on one batch and print the largest logit difference"
     )
     export.set_defaults(run=run_export)
-    return parser
+
+
+def _add_import(directions: Any) -> None:
+    parser = directions.add_parser(
+        "import",
+        help="CLIP and language model, or a released Haplo model -> training checkpoint for --pretrained-checkpoint",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", choices=sorted(MODELS), required=True, help="preset; the model flags below override parts of it"
+    )
+    parser.add_argument(
+        "--vision-teacher",
+        metavar="PATH",
+        help="Hugging Face folder of a CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel: pre-decoder",
+    )
+    parser.add_argument(
+        "--language-model",
+        metavar="PATH",
+        help="Hugging Face folder of a LlamaForCausalLM or Qwen2ForCausalLM: text embedding and post-decoder",
+    )
+    parser.add_argument("--haplo", metavar="PATH", help="folder in the released Haplo format: the whole model")
+    parser.add_argument("--save", required=True, metavar="PATH", help="folder that receives global_step0 and `latest`")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(_DTYPES),
+        default="auto",
+        help="number format of the checkpoint (default: auto, that of the folders)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run transformers and our model on one batch and print the largest differences",
+    )
+    add_settings(parser, ModelConfig, ("model",))
+    parser.set_defaults(run=run_import)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """Write the checkpoint and say where its tensors came from.
+
+    Raises:
+        ValueError: no folder or contradictory ones are given, or a folder does not fit the model.
+    """
+    if (args.haplo is None) == (args.vision_teacher is None and args.language_model is None):
+        raise ValueError("give --haplo, or --vision-teacher and --language-model (or one of them)")
+    overrides = {tuple(name.split(".")): value for name, value in vars(args).items() if name.startswith("model.")}
+    overrides |= {
+        ("init", name): getattr(args, name)
+        for name in ("vision_teacher", "language_model")
+        if getattr(args, name) is not None
+    }
+    config = build_config("finetune", args.model, overrides)
+    model = config.model
+    validate_model(model)
+    sources: list[MappedWeights] = []
+    if args.haplo is not None:
+        released, model = open_released(args.haplo, model)
+        sources.append(released)
+    elif model.text_embedding == "folded":
+        raise ValueError("--text-embedding folded is the form of a released checkpoint (--haplo); leave it out")
+    if args.vision_teacher is not None:
+        siglip = is_siglip(read_hf_config(args.vision_teacher))
+        sources.append((open_siglip if siglip else open_vision_model)(args.vision_teacher, model))
+    if args.language_model is not None:
+        sources.append(open_language_model(args.language_model, model, embedding_only=False))
+    summary = write_initial_checkpoint(
+        sources, dataclasses.replace(config, model=model), args.save, _DTYPES[args.dtype]
+    )
+    print(summary.table)
+    print(f"wrote {summary.checkpoint} ({summary.bytes / 1e9:.2f} GB); start a run from it with")
+    flags = flags_to_reach(MODELS[args.model], model)
+    print(" ".join(["  --model", args.model, *flags, "--pretrained-checkpoint", str(args.save)]), flush=True)
+    if args.verify:
+        _verify_import(args, summary)
+
+
+def _verify_import(args: argparse.Namespace, summary: ImportSummary) -> None:
+    if args.haplo is not None:
+        _print_logit_difference(summary.checkpoint, args.haplo, "released")
+    for folder, compare, end in (
+        (args.vision_teacher, compare_vision_tower, "last layer"),
+        (args.language_model, compare_language_model, "logits"),
+    ):
+        if folder is not None:
+            found = compare(summary.checkpoint, folder)
+            print(
+                f"largest difference from transformers' {folder}: of a layer {max(found.layers):.3g} (largest value "
+                f"{found.largest_value:.3g}, {len(found.layers)} layers), of the {end} {found.end:.3g} (largest value "
+                f"{found.largest_end:.3g}), all in fp32 arithmetic"
+            )
+
+
+def _print_logit_difference(checkpoint: Path, folder: str | Path, other: str) -> None:
+    result = compare_logits(checkpoint, folder)
+    print(
+        f"largest difference of a logit from the {other} model's: {result.largest_difference:.3g} "
+        f"(largest logit {result.largest_logit:.3g}, {result.tokens} tokens, both in fp32 arithmetic)"
+    )
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -83,11 +203,7 @@ def run_export(args: argparse.Namespace) -> None:
         flush=True,
     )
     if args.verify:
-        result = compare_logits(summary.checkpoint, summary.folder)
-        print(
-            f"largest difference of a logit from the training model's: {result.largest_difference:.3g} "
-            f"(largest logit {result.largest_logit:.3g}, {result.tokens} tokens, both in fp32 arithmetic)"
-        )
+        _print_logit_difference(summary.checkpoint, summary.folder, "training")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

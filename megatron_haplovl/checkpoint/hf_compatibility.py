@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.schema import ModelConfig, RopeScalingConfig
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our name of an activation -> Hugging Face's."""
+
+_FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -28,16 +31,32 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path) -> None:
-    """Compare a CLIP configuration with the pre-decoder and the patch embedding.
+def is_siglip(config: PretrainedConfig) -> bool:
+    """Whether this is the configuration of a SiglipModel or a SiglipVisionModel."""
+    return config.model_type in ("siglip", "siglip_vision_model")
+
+
+def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path, family: str) -> PretrainedConfig:
+    """Compare a vision model's configuration with the pre-decoder and the patch embedding.
+
+    The image size may differ: the position embedding is interpolated.
+
+    Args:
+        config: as read.
+        model: what it must fit.
+        where: its file.
+        family: "clip" or "siglip".
+
+    Returns:
+        The configuration of the vision tower.
 
     Raises:
-        ValueError: not a CLIP vision model, or a setting differs; the message names the flag.
+        ValueError: not such a vision model, or a setting differs; the message names the flag.
     """
-    if config.model_type == "clip":
+    if config.model_type == family:
         config = config.vision_config
-    if config.model_type != "clip_vision_model":
-        raise ValueError(f"{where}: model_type {config.model_type!r} is not a CLIP vision model")
+    if config.model_type != f"{family}_vision_model":
+        raise ValueError(f"{where}: model_type {config.model_type!r} is not a {_FAMILIES[family]} vision model")
     if config.num_channels != 3:
         raise ValueError(f"{where}: num_channels is {config.num_channels}; images here have 3")
     pre, vision = model.pre, model.vision
@@ -52,8 +71,8 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
         activations.get(config.hidden_act, config.hidden_act), pre.activation, "hidden_act", "--pre-activation", where
     )
     _check(config.layer_norm_eps, pre.layernorm_epsilon, "layer_norm_eps", "--pre-layernorm-epsilon", where)
-    _check(config.image_size, vision.image_size, "image_size", "--image-size", where)
     _check(config.patch_size, vision.patch_size, "patch_size", "--patch-size", where)
+    return config
 
 
 def check_language_config(config: PretrainedConfig, model: ModelConfig, where: Path, *, embedding_only: bool) -> None:
@@ -85,9 +104,11 @@ def check_language_config(config: PretrainedConfig, model: ModelConfig, where: P
     )
     _check(config.rms_norm_eps, post.norm_epsilon, "rms_norm_eps", "--post-norm-epsilon", where)
     _check(rope["rope_theta"], post.rope_theta, "rope_theta", "--post-rope-theta", where)
+    check_rope_scaling(rope, post.rope_scaling, where)
     _check(config.model_type == "qwen2", post.qkv_bias, "q/k/v bias", "--[no-]post-qkv-bias", where)
+    if post.linear_bias:
+        raise ValueError(f"{where}: has no biases on o, gate, up and down projections; leave out --post-linear-bias")
     for found, expected, what in (
-        (rope.get("rope_type", "default"), "default", "rope_scaling (rope_type)"),
         (head_dim, config.hidden_size // heads, "head_dim (hidden_size / num_attention_heads)"),
         (config.hidden_act, "silu", "hidden_act"),
         (getattr(config, "attention_bias", False), False, "attention_bias"),
@@ -101,3 +122,59 @@ def check_language_config(config: PretrainedConfig, model: ModelConfig, where: P
 def _check(theirs: Any, ours: Any, name: str, flag: str, where: Path) -> None:
     if theirs != ours:
         raise ValueError(f"{where}: {name} is {theirs!r}, but the model has {ours!r}; change {flag} or the folder")
+
+
+# Our field -> Hugging Face's key, and both kinds of scaling with the fields that they have.
+_ROPE_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
+}
+_ROPE_FIELDS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
+}
+
+
+def rope_scaling_from_hf(settings: Mapping[str, Any] | None, where: Path) -> RopeScalingConfig:
+    """Our form of Hugging Face's `rope_scaling` or `rope_parameters`.
+
+    Raises:
+        ValueError: a kind of scaling, or a setting of one, that the model cannot compute.
+    """
+    values = dict(settings or {})
+    values.pop("rope_theta", None)
+    old_name = values.pop("type", None)
+    kind = values.pop("rope_type", old_name) or "default"
+    kind = "none" if kind == "default" else kind
+    if kind not in _ROPE_FIELDS:
+        raise ValueError(f"{where}: rope_scaling of the type {kind!r} is not supported, only 'linear' and 'llama3'")
+    ours = {name: values.pop(_ROPE_KEYS[name], None) for name in _ROPE_FIELDS[kind]}
+    if missing := [_ROPE_KEYS[name] for name, value in ours.items() if value is None]:
+        raise ValueError(f"{where}: rope_scaling of the type {kind!r} lacks {', '.join(missing)}")
+    if unknown := {name: value for name, value in values.items() if value is not None}:
+        raise ValueError(f"{where}: rope_scaling has settings that are not supported: {unknown}")
+    return RopeScalingConfig(kind, **ours)
+
+
+def rope_scaling_to_hf(scaling: RopeScalingConfig) -> dict[str, Any] | None:
+    """The value of the key `rope_scaling` in config.json."""
+    if scaling.type == "none":
+        return None
+    values = {_ROPE_KEYS[name]: getattr(scaling, name) for name in _ROPE_FIELDS[scaling.type]}
+    return {"rope_type": scaling.type, **values}
+
+
+def check_rope_scaling(settings: Mapping[str, Any] | None, ours: RopeScalingConfig, where: Path) -> None:
+    """Compare Hugging Face's `rope_scaling` or `rope_parameters` with the post-decoder's.
+
+    Raises:
+        ValueError: they differ; the message has the flags to set.
+    """
+    theirs = rope_scaling_from_hf(settings, where)
+    if theirs != ours:
+        values = {name: getattr(theirs, name) for name in ("type", *_ROPE_FIELDS[theirs.type])}
+        flags = " ".join(f"--post-rope-scaling-{name.replace('_', '-')} {value}" for name, value in values.items())
+        raise ValueError(f"{where}: rope_scaling differs from the model's ({ours.type}); give {flags}")

@@ -1,8 +1,8 @@
 """Names and shapes of every tensor: the training model beside CLIP, Llama / Qwen2, and the released Haplo format.
 
 One :class:`Entry` is one tensor (or, for the folded embedding, one product) in both forms; a table is a list of them,
-and reading and writing both walk the same table. Shapes are part of it, so that a wrong file is found by name and not
-by its logits.
+and reading (`checkpoint.hf_sources`) and writing both walk the same table. Shapes are part of it, so that a wrong file
+is found by name and not by its logits.
 
 Shape legend:
 
@@ -12,17 +12,19 @@ Shape legend:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from megatron_haplovl.checkpoint.hf_compatibility import check_language_config, check_vision_config, read_hf_config
-from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader
+from megatron_haplovl.checkpoint.weights import TensorSource, check_shape
 from megatron_haplovl.config.schema import ModelConfig
 
 Shape = tuple[int, ...]
+
+_FOLDED_AT_ONCE = 8192  # words
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,36 +41,57 @@ class Entry:
     ours: tuple[str, ...]
     """Names in the training model: one; several where `to_theirs` combines them; none for a constant."""
     our_shapes: tuple[Shape, ...]
-    to_ours: Callable[[torch.Tensor], torch.Tensor] | None = None
+    to_ours: Callable[..., torch.Tensor] | None = None
     """None where the foreign tensor does not determine ours."""
     to_theirs: Callable[..., torch.Tensor] | None = None
     """None where our tensors do not determine the foreign one."""
     constant: float | None = None
     """The value of every element at which the foreign part does what ours does without it."""
+    kept_by: tuple[str, str] | None = None
+    """Of a constant: the section and field of :class:`ModelConfig` that makes the tensor a part of our model, too."""
+    theirs_too: tuple[tuple[str, Shape], ...] = ()
+    """Names and shapes of further foreign tensors that `to_ours` is given behind the first."""
+    note: str = ""
+    """What `to_ours` does to the values, where it does more than rename and reshape."""
 
 
 def _direct(ours: str, theirs: str, shape: Shape) -> Entry:
     return Entry(theirs, shape, (ours,), (shape,), _same, _same)
 
 
-def _constant(theirs: str, shape: Shape, value: float) -> Entry:
-    return Entry(theirs, shape, (), (), None, None, value)
+def _constant(theirs: str, shape: Shape, value: float, kept_by: tuple[str, str]) -> Entry:
+    return Entry(theirs, shape, (), (), None, None, value, kept_by)
 
 
-def clip_vision_table(model: ModelConfig) -> list[Entry]:
-    """CLIP's vision tower, names relative to it. Its class token and post-LayerNorm have no counterpart."""
-    d, ffn, cells = model.pre.hidden_size, model.pre.ffn_hidden_size, model.vision.cells_per_tile
-    table = [
+def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
+    """CLIP's vision tower, names relative to it. Its class token and post-LayerNorm have no counterpart.
+
+    Args:
+        model: sizes.
+        side: patches along one side of CLIP's image; where the model's tile has another number, the position embedding
+            is interpolated.
+    """
+    d, tile = model.pre.hidden_size, model.vision.cells_per_side
+    return [
         _patch("embeddings.patch_embedding.weight", model),
         Entry(
             "embeddings.position_embedding.weight",
-            (cells + 1, d),
+            (side**2 + 1, d),
             ("embedding.position",),
-            ((cells, d),),
-            lambda position: position[1:],  # row 0 belongs to the class token
+            ((tile**2, d),),
+            # Row 0 belongs to the class token.
+            lambda position: resize_positions(position[1:], tile),
+            note=resize_note(side, tile),
         ),
         *_norm("embedding.pre_norm", "pre_layrnorm", d),
+        *vision_blocks(model),
     ]
+
+
+def vision_blocks(model: ModelConfig) -> list[Entry]:
+    """The blocks of a vision tower, which CLIP and SigLIP name alike."""
+    d, ffn = model.pre.hidden_size, model.pre.ffn_hidden_size
+    table: list[Entry] = []
     for n in range(model.pre.num_layers):
         ours, theirs = f"pre_decoder.{n}", f"encoder.layers.{n}"
         table += _norm(f"{ours}.attention_norm", f"{theirs}.layer_norm1", d)
@@ -80,14 +103,20 @@ def clip_vision_table(model: ModelConfig) -> list[Entry]:
     return table
 
 
-def language_model_table(model: ModelConfig) -> list[Entry]:
-    """LlamaForCausalLM; with `post.qkv_bias`, Qwen2ForCausalLM."""
+def language_model_table(model: ModelConfig, *, tied: bool) -> list[Entry]:
+    """LlamaForCausalLM; with `post.qkv_bias`, Qwen2ForCausalLM.
+
+    Args:
+        model: sizes.
+        tied: whether the embedding matrix is the output head as well.
+    """
     post = model.post
+    embedding = "model.embed_tokens.weight"
     table = [
-        _direct("embedding.text.weight", "model.embed_tokens.weight", (model.vocab_size, post.hidden_size)),
+        _direct("embedding.text.weight", embedding, (model.vocab_size, post.hidden_size)),
         *_post_norms_and_matrices(model, "model.layers.", 0),
         _direct("final_norm.weight", "model.norm.weight", (post.hidden_size,)),
-        _direct("lm_head.weight", "lm_head.weight", (model.vocab_size, post.hidden_size)),
+        _direct("lm_head.weight", embedding if tied else "lm_head.weight", (model.vocab_size, post.hidden_size)),
     ]
     if post.qkv_bias:
         for n in range(post.num_layers):
@@ -100,7 +129,7 @@ def language_model_table(model: ModelConfig) -> list[Entry]:
 def haplo_table(model: ModelConfig, *, rows: int) -> list[Entry]:
     """The released Haplo format.
 
-    Its blocks are biased and gated in both decoders; the parts that our plain blocks lack are constants here.
+    Its blocks are biased and gated in both decoders; the parts that the model's blocks lack are constants here.
 
     Args:
         model: sizes.
@@ -152,10 +181,15 @@ def _haplo_pre_blocks(model: ModelConfig) -> list[Entry]:
         table += _norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", d)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             table += _linear(f"{ours}.attention.{name}", f"{theirs}.self_attn.{name}", d, d)
-        # down(act(gate(x)) * up(x)) is CLIP's MLP when up(x) is 1: CLIP's first layer is the gate.
-        table += _linear(f"{ours}.mlp.up_proj", f"{theirs}.mlp.gate_proj", ffn, d)
-        table.append(_constant(f"{theirs}.mlp.up_proj.weight", (ffn, d), 0.0))
-        table.append(_constant(f"{theirs}.mlp.up_proj.bias", (ffn,), 1.0))
+        if model.pre.gated_mlp:
+            table += _linear(f"{ours}.mlp.gate_proj", f"{theirs}.mlp.gate_proj", ffn, d)
+            table += _linear(f"{ours}.mlp.up_proj", f"{theirs}.mlp.up_proj", ffn, d)
+        else:
+            # down(act(gate(x)) * up(x)) is CLIP's MLP when up(x) is 1: CLIP's first layer is the gate.
+            kept_by = ("pre", "gated_mlp")
+            table += _linear(f"{ours}.mlp.up_proj", f"{theirs}.mlp.gate_proj", ffn, d)
+            table.append(_constant(f"{theirs}.mlp.up_proj.weight", (ffn, d), 0.0, kept_by))
+            table.append(_constant(f"{theirs}.mlp.up_proj.bias", (ffn,), 1.0, kept_by))
         table += _linear(f"{ours}.mlp.down_proj", f"{theirs}.mlp.down_proj", d, ffn)
     return table
 
@@ -166,16 +200,22 @@ def _haplo_post_blocks(model: ModelConfig) -> list[Entry]:
     for n in range(post.num_layers):
         ours, theirs = f"post_decoder.{n}", f"model.layers.{model.pre.num_layers + n}"
         for name, rows in _qkv_rows(model):
-            bias = f"{theirs}.self_attn.{name}.bias"
-            if post.qkv_bias:
-                table.append(_direct(f"{ours}.attention.{name}.bias", bias, (rows,)))
-            else:
-                table.append(_constant(bias, (rows,), 0.0))
-        table.append(_constant(f"{theirs}.self_attn.o_proj.bias", (post.hidden_size,), 0.0))
-        table.append(_constant(f"{theirs}.mlp.gate_proj.bias", (post.ffn_hidden_size,), 0.0))
-        table.append(_constant(f"{theirs}.mlp.up_proj.bias", (post.ffn_hidden_size,), 0.0))
-        table.append(_constant(f"{theirs}.mlp.down_proj.bias", (post.hidden_size,), 0.0))
+            table.append(_bias(f"{ours}.attention.{name}", f"{theirs}.self_attn.{name}", rows, model, "qkv_bias"))
+        for our_name, their_name, rows in (
+            ("attention.o_proj", "self_attn.o_proj", post.hidden_size),
+            ("mlp.gate_proj", "mlp.gate_proj", post.ffn_hidden_size),
+            ("mlp.up_proj", "mlp.up_proj", post.ffn_hidden_size),
+            ("mlp.down_proj", "mlp.down_proj", post.hidden_size),
+        ):
+            table.append(_bias(f"{ours}.{our_name}", f"{theirs}.{their_name}", rows, model, "linear_bias"))
     return table
+
+
+def _bias(ours: str, theirs: str, rows: int, model: ModelConfig, setting: str) -> Entry:
+    """A bias of the post-decoder, which the setting of this name makes a part of our model."""
+    if getattr(model.post, setting):
+        return _direct(f"{ours}.bias", f"{theirs}.bias", (rows,))
+    return _constant(f"{theirs}.bias", (rows,), 0.0, ("post", setting))
 
 
 def _post_norms_and_matrices(model: ModelConfig, prefix: str, first_layer: int) -> list[Entry]:
@@ -237,96 +277,40 @@ def _padded(ours: str, theirs: str, shape: tuple[int, int], padding: int) -> Ent
 
 
 def _append_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.nn.functional.pad(weight, (0, 0, 0, rows))
+    return F.pad(weight, (0, 0, 0, rows)) if rows else weight
 
 
 def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> torch.Tensor:
     """The one matrix `W P^T` [V, D] in fp32, that embeds a token as `projector(W[token])` does."""
-    return text_VL.float() @ projector_DL.float().T
+    projector_LD = projector_DL.float().T
+    folded_VD = torch.empty(text_VL.shape[0], projector_LD.shape[1])
+    # In slices, so that the vocabulary's matrix is never there in fp32 as a whole.
+    for words, folded in zip(text_VL.split(_FOLDED_AT_ONCE), folded_VD.split(_FOLDED_AT_ONCE), strict=True):
+        torch.mm(words.float(), projector_LD, out=folded)
+    return folded_VD
 
 
-def load_vision_model(
-    folder: str | Path, model: ModelConfig, *, only: Container[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Initial weights of patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
-
-    Args:
-        folder: a Hugging Face CLIPVisionModel or CLIPModel.
-        model: the sizes it must have.
-        only: our names of the tensors to read; default all.
-
-    Returns:
-        (our name, tensor in the stored number format), read one at a time.
-
-    Raises:
-        ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
-    """
-    check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json")
-    reader = WeightReader(folder)
-    marker = "embeddings.patch_embedding.weight"
-    prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
-    if len(prefixes) != 1:
-        raise ValueError(f"{folder}: expected one tensor *{marker} of a CLIP vision model, found {len(prefixes)}")
-    return _read(reader, clip_vision_table(model), prefixes[0], only)
+def resize_note(old: int, new: int) -> str:
+    """Says that :func:`resize_positions` changes something."""
+    return "" if old == new else f"interpolated (bicubic) from {old} x {old} to {new} x {new} cells"
 
 
-def load_language_model(
-    folder: str | Path, model: ModelConfig, *, embedding_only: bool, only: Container[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Initial weights of the text embedding and, in stage 2, of the post-decoder from a language model's folder.
+def resize_positions(position_CD: torch.Tensor, side: int) -> torch.Tensor:
+    """A learned position embedding for a square grid of another size, by bicubic interpolation in fp32.
 
     Args:
-        folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM.
-        model: the sizes it must have.
-        embedding_only: read `embedding.text.weight` only (stage 1).
-        only: our names of the tensors to read; default all.
+        position_CD: one row for each cell of a square grid, row-major.
+        side: cells along one side of the new grid.
 
     Returns:
-        (our name, tensor in the stored number format), read one at a time. A tied output head comes as the embedding
-        matrix, behind it.
-
-    Raises:
-        ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
+        [side^2, D] in the given number format; the tensor itself where the size is the same.
     """
-    config = read_hf_config(folder)
-    check_language_config(config, model, Path(folder) / "config.json", embedding_only=embedding_only)
-    reader = WeightReader(folder)
-    table = language_model_table(model)
-    if embedding_only:
-        table = [entry for entry in table if entry.ours == ("embedding.text.weight",)]
-    tied = "lm_head.weight" not in reader and config.tie_word_embeddings
-    if not tied or embedding_only:
-        return _read(reader, table, "", only)
-    table = [entry for entry in table if entry.theirs != "lm_head.weight"]
-    if only is not None and "lm_head.weight" in only:
-        only = {name for entry in table for name in entry.ours if name in only} | {"embedding.text.weight"}
-    return _with_tied_head(_read(reader, table, "", only))
-
-
-def _with_tied_head(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        yield name, tensor
-        if name == "embedding.text.weight":
-            yield "lm_head.weight", tensor
-
-
-def _read(
-    reader: WeightReader, table: list[Entry], prefix: str, only: Container[str] | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a table, one at a time; every shape is checked before the first is read."""
-    for entry in table:
-        assert entry.to_ours is not None and len(entry.ours) == 1, entry
-        _check_shape(reader, prefix + entry.theirs, entry.their_shape)
-    wanted = (entry for entry in table if only is None or entry.ours[0] in only)
-    # `to_ours` is there: asserted above.
-    return ((entry.ours[0], entry.to_ours(reader.get(prefix + entry.theirs))) for entry in wanted if entry.to_ours)
-
-
-def _check_shape(source: TensorSource, name: str, expected: Shape) -> None:
-    shape = tuple(source.shape(name))
-    if shape != expected:
-        where = f"{source.folder}: " if isinstance(source, WeightReader) else ""
-        raise ValueError(f"{where}{name} has the shape {list(shape)}, but the model needs {list(expected)}")
+    old = math.isqrt(position_CD.shape[0])
+    if old == side:
+        return position_CD
+    grid_1DHW = position_CD.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
+    resized_1DHW = F.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
+    return resized_1DHW[0].permute(1, 2, 0).flatten(0, 1).to(position_CD.dtype)
 
 
 def export_to_haplo(
@@ -353,7 +337,7 @@ def export_to_haplo(
     if unknown := sorted(set(source.names()) - set(expected)):
         raise ValueError(f"tensors that the Haplo format cannot hold: {', '.join(unknown[:5])} ({len(unknown)} in all)")
     for name, shape in expected.items():
-        _check_shape(source, name, shape)
+        check_shape(source, name, shape)
     stored = source.get("final_norm.weight").dtype if dtype is None else dtype
     for entry in table:
         if entry.constant is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader, read_json
+from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader, read_json, to_disk, write_text
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +65,7 @@ def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tens
     """
     path = folder / f"rank-{rank:05d}.safetensors"
     save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
-    _to_disk(path)
+    to_disk(path)
     record = {
         "file": path.name,
         "bytes": path.stat().st_size,
@@ -113,9 +112,9 @@ def complete(
     write_text(aside / MANIFEST, json.dumps(manifest))
     for rank in range(ranks):
         (aside / f"rank-{rank:05d}.json").unlink()
-    _to_disk(aside)
+    to_disk(aside)
     aside.rename(folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
 def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
@@ -246,24 +245,6 @@ def open_checkpoint(folder: str | Path) -> TensorSource:
         ValueError: there is neither.
     """
     return PieceReader(folder) if (Path(folder) / MANIFEST).is_file() else WeightReader(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, and not before its content is on the disk."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text + "\n")
-    _to_disk(aside)
-    aside.replace(path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, survives a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> str:

@@ -29,9 +29,8 @@ from megatron_haplovl.checkpoint.pieces import (
     damaged_files,
     mark_failed,
     write_rank,
-    write_text,
 )
-from megatron_haplovl.checkpoint.weights import read_json, resolve_checkpoint
+from megatron_haplovl.checkpoint.weights import read_json, resolve_checkpoint, write_text
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.parallel.sharded_model import ShardedModel

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pickle
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +18,8 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_haplovl.checkpoint.safetensors_stream import SafetensorsFile
 from megatron_haplovl.config.schema import Config
 
 SINGLE_FILE = "model.safetensors"
@@ -101,6 +102,18 @@ class WeightReader:
         return self._pickled[path]
 
 
+def check_shape(source: TensorSource, name: str, expected: tuple[int, ...]) -> None:
+    """Compare a stored tensor's shape with the one that the model needs.
+
+    Raises:
+        ValueError: they differ, or there is no such tensor.
+    """
+    shape = tuple(source.shape(name))
+    if shape != expected:
+        where = f"{source.folder}: " if isinstance(source, WeightReader) else ""
+        raise ValueError(f"{where}{name} has the shape {list(shape)}, but the model needs {list(expected)}")
+
+
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     """Map the name of each tensor in `folder` to the file that holds it."""
     for index_name in (INDEX_FILE, _PICKLED_INDEX):
@@ -153,8 +166,8 @@ def write_weights(
 ) -> int:
     """Write tensors as safetensors, in one file or in shards with an index.
 
-    An iterable is consumed as a stream: no more than one shard is held in memory. Weight files that an earlier call
-    left in the folder are replaced.
+    An iterable is consumed as a stream: no more than one tensor is held in memory. The files get their names when all
+    of them are on the disk, and the index last. Weight files that an earlier call left in the folder are replaced.
 
     Args:
         tensors: name -> tensor, or pairs of them.
@@ -169,62 +182,66 @@ def write_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    shards: list[list[str]] = []
-    seen: set[str] = set()
-    total = 0
-    for shard in _group_by_size(pairs, max_shard_bytes):
-        if repeated := seen.intersection(shard):
-            raise ValueError(f"{folder}: tensors written twice: {sorted(repeated)}")
-        seen.update(shard)
-        total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, _unfinished(folder, len(shards)), metadata={"format": "pt"})
-        shards.append(list(shard))
+    shards = _write_shards(tensors.items() if isinstance(tensors, Mapping) else tensors, folder, max_shard_bytes)
     if not shards:
         raise ValueError(f"{folder}: no tensors to write")
 
     # The old files, and what an interrupted call left, go only now, when the new ones are complete.
-    new = {_unfinished(folder, i) for i in range(len(shards))}
-    stale = {*folder.glob("model-*-of-*.safetensors"), *folder.glob("unfinished-*.safetensors")} - new
+    new = {shard.path for shard in shards}
+    stale = {*folder.glob("model-*-of-*.safetensors"), *folder.glob("unfinished-*")} - new
     for old in (*stale, folder / SINGLE_FILE, folder / INDEX_FILE):
         old.unlink(missing_ok=True)
+    total = sum(shard.size for shard in shards)
     if len(shards) == 1:
-        _unfinished(folder, 0).rename(folder / SINGLE_FILE)
-        return total
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _unfinished(folder, i).rename(folder / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shards[0].path.rename(folder / SINGLE_FILE)
+    else:
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            shard.path.rename(folder / file_name)
+            weight_map.update(dict.fromkeys(shard.names, file_name))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
+    to_disk(folder)
     return total
 
 
-def _unfinished(folder: Path, shard: int) -> Path:
-    return folder / f"unfinished-{shard:05d}.safetensors"
+def _write_shards(pairs: Iterable[tuple[str, torch.Tensor]], folder: Path, max_bytes: int) -> list[SafetensorsFile]:
+    """Write a stream of tensors to files of at most `max_bytes` (or of one larger tensor)."""
+    shards: list[SafetensorsFile] = []
+    seen: set[str] = set()
+    with contextlib.ExitStack() as last:
+        for name, tensor in pairs:
+            if name in seen:
+                raise ValueError(f"{folder}: tensor written twice: {name}")
+            seen.add(name)
+            fits = shards and shards[-1].size + tensor.nbytes <= max_bytes and shards[-1].has_room_for(name, tensor)
+            if not fits:
+                last.close()
+                path = folder / f"unfinished-{len(shards):05d}.safetensors"
+                shards.append(last.enter_context(SafetensorsFile(path)))
+            shards[-1].write(name, tensor)
+    return shards
 
 
-def _group_by_size(pairs: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Cut a stream of tensors into dictionaries of at most `max_bytes` (or of one larger tensor)."""
-    group: dict[str, torch.Tensor] = {}
-    size = 0
-    storages: set[int] = set()
-    for name, tensor in pairs:
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
-            tensor = tensor.clone()  # a safetensors file holds every tensor by itself: tied ones twice, views whole
-        if group and size + tensor.nbytes > max_bytes:
-            yield group
-            group, size, storages = {}, 0, set()
-        if name in group:
-            raise ValueError(f"tensor written twice: {name}")
-        group[name] = tensor
-        size += tensor.nbytes
-        storages.add(tensor.untyped_storage().data_ptr())
-    if group:
-        yield group
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that neither a reader nor a crash sees half of it."""
+    aside = path.with_name(f"unfinished-{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, survives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

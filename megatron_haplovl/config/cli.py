@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS, STAGE_RECIPES
-from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.config.validate import validate
 
 # Spelt with an underscore by every DeepSpeed user.
@@ -166,6 +167,20 @@ def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) 
             f"{stage}_haplovl.py trains --recipe {' or '.join(STAGE_RECIPES[stage])}, not {config.recipe.recipe}"
         )
     return config
+
+
+def flags_to_reach(model: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The model flags, with their values, that turn one model into another."""
+    words: list[str] = []
+    for s in iterate_settings(ModelConfig):
+        value = functools.reduce(getattr, s.path, wanted)
+        if value == functools.reduce(getattr, s.path, model):
+            continue
+        if s.type is bool:
+            words.append(s.flag if value else s.flag.replace("--", "--no-", 1))
+        else:
+            words += [s.flag, str(value)]
+    return words
 
 
 def _replace(section: Any, path: tuple[str, ...], value: Any) -> Any:

@@ -57,6 +57,31 @@ class PreDecoderConfig:
     activation: str = setting("quick_gelu", "MLP activation", choices=("quick_gelu", "gelu", "gelu_tanh"))
     layernorm_epsilon: float = setting(1e-5, "epsilon of the LayerNorms")
     rope_theta: float = setting(10000.0, "base of the rotary embedding")
+    gated_mlp: bool = setting(
+        False,
+        "gate the MLP: down(activation(gate(x)) * up(x)), as a released checkpoint does whose training has moved up(x) "
+        "away from 1, at which the gated MLP is the plain one",
+    )
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary frequencies stretched for contexts longer than the language model was first trained on."""
+
+    type: str = setting(
+        "none",
+        "none; linear: every frequency divided by the factor; llama3: the low ones divided, the high ones kept, those "
+        "between blended (Llama 3.1)",
+        choices=("none", "linear", "llama3"),
+    )
+    factor: float = setting(1.0, "what frequencies are divided by; 1 with type none")
+    low_freq_factor: float = setting(
+        1.0, "llama3: frequencies of fewer turns than this over the original positions are divided"
+    )
+    high_freq_factor: float = setting(
+        4.0, "llama3: frequencies of more turns than this over the original positions are kept"
+    )
+    original_positions: int = setting(8192, "llama3: positions that the language model was first trained on")
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,11 @@ class PostDecoderConfig:
     num_key_value_heads: int = setting(8, "key/value heads; fewer than query heads is grouped-query attention")
     norm_epsilon: float = setting(1e-5, "epsilon of the RMSNorms")
     rope_theta: float = setting(500000.0, "base of the rotary embedding")
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig, metadata={"prefix": "post-rope-scaling"})
     qkv_bias: bool = setting(False, "biases on the q, k and v projections (Qwen2.5)")
+    linear_bias: bool = setting(
+        False, "biases on the o, gate, up and down projections, where a released checkpoint has trained them"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.layout import Layout, Request, check_layout
-from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 
 
 def validate(config: Config) -> None:
@@ -42,6 +42,7 @@ def validate_model(model: ModelConfig) -> None:
                 f"--{name}-hidden-size / --{name}-num-attention-heads = "
                 f"{decoder.hidden_size // decoder.num_attention_heads} is odd; RoPE rotates pairs"
             )
+    _check_rope_scaling(post.rope_scaling)
     if post.num_attention_heads % post.num_key_value_heads:
         raise ValueError(
             f"--post-num-attention-heads {post.num_attention_heads} is not a multiple of "
@@ -49,8 +50,27 @@ def validate_model(model: ModelConfig) -> None:
         )
 
 
+def _check_rope_scaling(scaling: RopeScalingConfig) -> None:
+    flag = "--post-rope-scaling"
+    if scaling.type == "none" and scaling != RopeScalingConfig():
+        raise ValueError(f"{flag}-type none scales nothing; leave the other {flag} flags out, or give a type")
+    if scaling.factor < 1:
+        raise ValueError(f"{flag}-factor must be at least 1, got {scaling.factor}")
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ValueError(
+            f"{flag}-low-freq-factor {scaling.low_freq_factor} must be above 0 and below {flag}-high-freq-factor "
+            f"{scaling.high_freq_factor}"
+        )
+
+
 def _positive_sizes(model: ModelConfig) -> None:
-    for prefix, section in (("", model.vision), ("pre-", model.pre), ("post-", model.post), ("", model)):
+    for prefix, section in (
+        ("", model.vision),
+        ("pre-", model.pre),
+        ("post-", model.post),
+        ("post-rope-scaling-", model.post.rope_scaling),
+        ("", model),
+    ):
         for name, value in vars(section).items():
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"--{prefix}{name.replace('_', '-')} must be at least 1, got {value}")

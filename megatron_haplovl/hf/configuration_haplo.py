@@ -56,7 +56,11 @@ class HaploDecoderConfig:
             raise ValueError(f"norm_mode {self.norm_mode!r} is neither 'layernorm' nor 'rmsnorm'")
         if self.image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"image_attention {self.image_attention!r} is neither 'bidirectional' nor 'causal'")
-        for name, supported in (("rope_scaling", None), ("use_sliding_window", False), ("tie_word_embeddings", False)):
+        if rope_type(self.rope_scaling) not in ("default", "linear", "llama3"):
+            raise ValueError(
+                f"rope_scaling {self.rope_scaling!r} is not supported, only the types 'linear' and 'llama3'"
+            )
+        for name, supported in (("use_sliding_window", False), ("tie_word_embeddings", False)):
             if getattr(self, name) != supported:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not supported, only {supported!r}")
 
@@ -74,6 +78,13 @@ class HaploDecoderConfig:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def rope_type(scaling: dict[str, Any] | None) -> str:
+    """The kind of a `rope_scaling`, which older files call `type`."""
+    if scaling is None:
+        return "default"
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 _PRE_DEFAULTS: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS
+from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_to_hf
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
@@ -24,7 +24,8 @@ from megatron_haplovl.hf.configuration_haplo import HaploConfig
 from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
 from megatron_haplovl.hf.processing_haplo import HaploProcessor
 
-_PRE_NORM_EPSILON = 1e-5  # torch's default, which the released format fixes
+PRE_NORM_EPSILON = 1e-5
+"""Of the norm before the first block: torch's default, which the released format fixes."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ def haplo_config(
         ValueError: the format cannot hold this model.
     """
     vision, pre, post = model.vision, model.pre, model.post
-    if pre.layernorm_epsilon != _PRE_NORM_EPSILON:
+    if pre.layernorm_epsilon != PRE_NORM_EPSILON:
         raise ValueError(
             f"--pre-layernorm-epsilon {pre.layernorm_epsilon}: the Haplo format fixes the epsilon of the first norm "
-            f"at {_PRE_NORM_EPSILON}"
+            f"at {PRE_NORM_EPSILON}"
         )
     anyres = vision.image_aspect_ratio == "anyres"
     common: dict[str, Any] = {
@@ -179,6 +180,7 @@ def haplo_config(
         "hidden_act": "silu",
         "rms_norm_eps": post.norm_epsilon,
         "rope_theta": post.rope_theta,
+        "rope_scaling": rope_scaling_to_hf(post.rope_scaling),
         "norm_mode": "rmsnorm",
         "attention_rope": False,
     }

@@ -8,13 +8,16 @@ T tiles.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from .configuration_haplo import HaploDecoderConfig
+from .configuration_haplo import HaploDecoderConfig, rope_type
 
 
 def mixed_mask(
@@ -41,12 +44,28 @@ def mixed_mask(
 
 
 def rotary_table(
-    position_ids_BS: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+    position_ids_BS: torch.Tensor, config: HaploDecoderConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [B, 1, S, E], from angles in fp32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / head_dim
-    angle_BSE = (position_ids_BS[..., None].float() * theta**-exponent).repeat(1, 1, 2)[:, None]
+    """Cosines and sines [B, 1, S, E] of a decoder, from angles in fp32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids_BS.device) / config.head_dim
+    frequency = scale_frequencies(config.rope_theta**-exponent, config.rope_scaling)
+    angle_BSE = (position_ids_BS[..., None].float() * frequency).repeat(1, 1, 2)[:, None]
     return angle_BSE.cos().to(dtype), angle_BSE.sin().to(dtype)
+
+
+def scale_frequencies(frequency: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
+    """Rotary frequencies stretched for long contexts: divided by the factor ("linear"), or those divided that turn
+    seldom over the original context, those kept that turn often, and those between blended ("llama3")."""
+    if rope_type(scaling) == "default":
+        return frequency
+    assert scaling is not None
+    divided = frequency / scaling["factor"]
+    if rope_type(scaling) == "linear":
+        return divided
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * divided
 
 
 def _rotate(x_BHSE: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

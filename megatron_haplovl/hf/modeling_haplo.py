@@ -131,12 +131,12 @@ class HaploModel(HaploPreTrainedModel):
             x_BSD = self._insert_visual(x_BSD, pixel_values, visual_source)
         x_BSD = self.pre_norm(x_BSD)
 
-        rotary = rotary_table(position_ids, pre.head_dim, pre.rope_theta, x_BSD.dtype)
+        rotary = rotary_table(position_ids, pre, x_BSD.dtype)
         hidden_states = [x_BSD]
         for i, layer in enumerate(self.layers):
             if i == pre.num_hidden_layers:
                 x_BSD = self.pre_connector(x_BSD)
-                rotary = rotary_table(position_ids, post.head_dim, post.rope_theta, x_BSD.dtype)
+                rotary = rotary_table(position_ids, post, x_BSD.dtype)
             x_BSD = layer(x_BSD, mask_B1SK, rotary, past_key_values)
             hidden_states.append(x_BSD)
         x_BSD = self.norm(x_BSD)

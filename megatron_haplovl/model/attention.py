@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_haplovl.config.schema import RopeScalingConfig
 from megatron_haplovl.kernels.elementwise import rotate
 from megatron_haplovl.model.context import SequenceContext
 
@@ -20,6 +21,7 @@ class SelfAttention(nn.Module):
         num_heads: query heads H.
         num_kv_heads: key/value heads G; G divides H.
         rope_theta: base of the rotary embedding.
+        rope_scaling: how its frequencies are stretched for long contexts.
         qkv_bias: biases on q, k and v.
         output_bias: bias on the output projection.
     """
@@ -30,6 +32,7 @@ class SelfAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         rope_theta: float,
+        rope_scaling: RopeScalingConfig,
         *,
         qkv_bias: bool,
         output_bias: bool,
@@ -37,6 +40,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_width = hidden_size // num_heads
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_width, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_width, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_width, bias=qkv_bias)
@@ -48,7 +52,7 @@ class SelfAttention(nn.Module):
             projection(x_BSD).unflatten(-1, (-1, self.head_width))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = context.rope(self.head_width, self.rope_theta, q_BSHK.dtype)
+        cos, sin = context.rope(self.head_width, self.rope_theta, self.rope_scaling, q_BSHK.dtype)
         out_BSHK = context.attend(
             rotate(q_BSHK, cos, sin),
             rotate(k_BSGK, cos, sin),

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_haplovl.config.schema import PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.schema import PostDecoderConfig, PreDecoderConfig, RopeScalingConfig
 from megatron_haplovl.model.attention import SelfAttention
 from megatron_haplovl.model.context import SequenceContext
-from megatron_haplovl.model.mlp import PlainMLP, SwiGLU
+from megatron_haplovl.model.mlp import GatedMLP, PlainMLP, SwiGLU
 from megatron_haplovl.model.norm import RMSNorm
 
 
@@ -53,7 +53,8 @@ def _checkpoint(function: Callable[..., torch.Tensor], *arguments: Any) -> torch
 
 
 def pre_decoder_block(config: PreDecoderConfig) -> Block:
-    """A vision transformer's block plus RoPE (paper Sec. 3.1, "Pre-decoder")."""
+    """A vision transformer's block plus RoPE (paper Sec. 3.1, "Pre-decoder"); with `gated_mlp`, as released."""
+    mlp = GatedMLP if config.gated_mlp else PlainMLP
     return Block(
         nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon),
         SelfAttention(
@@ -61,16 +62,20 @@ def pre_decoder_block(config: PreDecoderConfig) -> Block:
             config.num_attention_heads,
             config.num_attention_heads,
             config.rope_theta,
+            RopeScalingConfig(),
             qkv_bias=True,
             output_bias=True,
         ),
         nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon),
-        PlainMLP(config.hidden_size, config.ffn_hidden_size, config.activation),
+        mlp(config.hidden_size, config.ffn_hidden_size, config.activation),
     )
 
 
 def post_decoder_block(config: PostDecoderConfig) -> Block:
-    """A Llama block (paper Sec. 3.1, "Post-decoder"); with `qkv_bias`, a Qwen2.5 block."""
+    """A Llama block (paper Sec. 3.1, "Post-decoder"); with `qkv_bias`, a Qwen2.5 block.
+
+    With `linear_bias` every projection has a bias, as in released checkpoints.
+    """
     return Block(
         RMSNorm(config.hidden_size, eps=config.norm_epsilon),
         SelfAttention(
@@ -78,9 +83,10 @@ def post_decoder_block(config: PostDecoderConfig) -> Block:
             config.num_attention_heads,
             config.num_key_value_heads,
             config.rope_theta,
+            config.rope_scaling,
             qkv_bias=config.qkv_bias,
-            output_bias=False,
+            output_bias=config.linear_bias,
         ),
         RMSNorm(config.hidden_size, eps=config.norm_epsilon),
-        SwiGLU(config.hidden_size, config.ffn_hidden_size),
+        SwiGLU(config.hidden_size, config.ffn_hidden_size, bias=config.linear_bias),
     )

@@ -1,4 +1,4 @@
-"""The two feed-forward networks: CLIP's two-layer MLP and Llama's SwiGLU."""
+"""The feed-forward networks: CLIP's two-layer MLP, the gated form of it that is released, and Llama's SwiGLU."""
 
 from __future__ import annotations
 
@@ -37,14 +37,29 @@ class PlainMLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x_BSD)))
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases: the post-decoder's."""
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), with biases: the pre-decoder's in released checkpoints."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.down_proj(self.activation(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the post-decoder's, without biases in the language models it comes from."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, ffn_hidden_size, bias=bias)
+        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=bias)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""

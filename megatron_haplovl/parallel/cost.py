@@ -264,9 +264,14 @@ def _text_parameters(model: ModelConfig, layout: Layout) -> int:
     return model.vocab_size * width // layout.tensor
 
 
+def _teacher_sizes(model: ModelConfig) -> Decoder:
+    """A block of the teacher, which is plain whatever the pre-decoder's are."""
+    return pre_decoder_sizes(replace(model, pre=replace(model.pre, gated_mlp=False)))
+
+
 def _teacher_parameters(model: ModelConfig) -> int:
     """CLIP's vision transformer: patches, positions, class token, three norms, blocks."""
-    decoder, width = pre_decoder_sizes(model), model.pre.hidden_size
+    decoder, width = _teacher_sizes(model), model.pre.hidden_size
     block = decoder.matrices + decoder.split_vectors + decoder.whole_vectors
     embedding = (3 * model.vision.patch_size**2 + model.vision.cells_per_tile + 2) * width
     return model.pre.num_layers * block + embedding + 4 * width
@@ -274,7 +279,7 @@ def _teacher_parameters(model: ModelConfig) -> int:
 
 def _teacher(model: ModelConfig, work: Work) -> Operations:
     """Forward over whole tiles and a class token each."""
-    decoder, cells = pre_decoder_sizes(model), model.vision.cells_per_tile + 1
+    decoder, cells = _teacher_sizes(model), model.vision.cells_per_tile + 1
     tokens = cells * work.tiles
     patches = 2.0 * 3 * model.vision.patch_size**2 * decoder.width * tokens
     return Operations(
@@ -285,7 +290,7 @@ def _teacher(model: ModelConfig, work: Work) -> Operations:
 
 def _teacher_moved_bytes(model: ModelConfig, work: Work, precision: Precision) -> float:
     """Forward, as in `cost_block.block_cost`; Transformers' quick-GELU makes three passes (2 + 2 + 3)."""
-    decoder, tokens = pre_decoder_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
+    decoder, tokens = _teacher_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
     return model.pre.num_layers * precision.element * (10 * decoder.width + 7 * decoder.ffn) * tokens
 
 

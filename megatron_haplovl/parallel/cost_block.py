@@ -29,6 +29,9 @@ class Decoder:
     heads: int
     head_width: int
     gated: bool
+    activation_inputs: int
+    """Tensors of the MLP's width that the activation keeps: its inputs, and where it is not fused with the gate's
+    product, its output."""
     biases: bool
     qkv_bias: bool
     layer_norm: bool
@@ -52,7 +55,7 @@ class Decoder:
     def split_vectors(self) -> int:
         """Elements of the biases of column-parallel layers."""
         qkv = self.queries + 2 * self.keys if self.qkv_bias else 0
-        return qkv + (self.ffn if self.biases else 0)
+        return qkv + ((2 if self.gated else 1) * self.ffn if self.biases else 0)
 
     @property
     def whole_vectors(self) -> int:
@@ -71,7 +74,8 @@ def pre_decoder_sizes(model: ModelConfig) -> Decoder:
         keys=pre.hidden_size,
         heads=pre.num_attention_heads,
         head_width=pre.hidden_size // pre.num_attention_heads,
-        gated=False,
+        gated=pre.gated_mlp,
+        activation_inputs=3 if pre.gated_mlp else 1,
         biases=True,
         qkv_bias=True,
         layer_norm=True,
@@ -90,7 +94,8 @@ def post_decoder_sizes(model: ModelConfig) -> Decoder:
         heads=post.num_attention_heads,
         head_width=head_width,
         gated=True,
-        biases=False,
+        activation_inputs=2,
+        biases=post.linear_bias,
         qkv_bias=post.qkv_bias,
         layer_norm=False,
     )
@@ -180,7 +185,7 @@ def _saved_bytes(
     if layout.context > 1 and trained:
         attention += element * decoder.queries * tokens / split
     # The activation's inputs, and its output for the down projection's gradient.
-    mlp = element * decoder.ffn * ((2 if decoder.gated else 1) + trained) * tokens / split
+    mlp = element * decoder.ffn * (decoder.activation_inputs + trained) * tokens / split
     weights = element / split if precision.casts_weights else 0.0
     return {
         "attention": norm + copies["attention"] * column_input + attention + weights * decoder.attention_matrices,

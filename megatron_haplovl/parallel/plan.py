@@ -24,6 +24,7 @@ TENSOR_PARALLEL_PLAN = {
     "pre_decoder.#.attention.k_proj": "column",
     "pre_decoder.#.attention.v_proj": "column",
     "pre_decoder.#.attention.o_proj": "row",
+    "pre_decoder.#.mlp.gate_proj": "column",
     "pre_decoder.#.mlp.up_proj": "column",
     "pre_decoder.#.mlp.down_proj": "row",
     "connector": "gathered column",

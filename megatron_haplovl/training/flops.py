@@ -18,7 +18,8 @@ def training_flops(
         with_post_decoder: stage 2; stage 1 has the pre-decoder only.
     """
     pre, post = model.pre, model.post
-    pre_block = 4 * pre.hidden_size**2 + 2 * pre.hidden_size * pre.ffn_hidden_size
+    mlp_matrices = 3 if pre.gated_mlp else 2
+    pre_block = 4 * pre.hidden_size**2 + mlp_matrices * pre.hidden_size * pre.ffn_hidden_size
     matrices = pre.num_layers * pre_block * tokens + model.vocab_size * post.hidden_size * head_tokens
     # q k^T and the weighted sum of v: 4 per pair and channel forward, twice that backward.
     attention = pre.num_layers * pre.hidden_size * visible_pairs

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from megatron_haplovl.checkpoint.hf_mapping import load_language_model, load_vision_model
+from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
+from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
-_NEW = "newly initialised"
-
-# What no pretrained model holds, so that it may start at random beside pretrained weights.
-_MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
-
-# What stage 1 leaves behind (paper Sec. 3.2: "we keep the pre-decoder, while discarding the heads").
-_DROPPED = re.compile(r"distillation\..*")
+# What the other stage does not have. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
+# discarding the heads"), and stage 1 can start from a checkpoint of the whole model.
+_DROPPED = {
+    re.compile(r"distillation\..*"): "dropped: stage 1 only",
+    re.compile(r"(connector|post_decoder|final_norm|lm_head)\..*"): "dropped: stage 2 only",
+}
 
 
 def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
@@ -53,22 +52,22 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
     if not config.data.mock_data or resumed is not None:
         _refuse_missing(source_of)
     for name, parameter in parameters.items():
-        if source_of[name] == _NEW:
+        if source_of[name] == NEW:
             whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
             with torch.no_grad():
                 parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return _report(source_of, dropped)
+    return provenance_table("initial weights:", [*source_of.items(), *dropped.items()])
 
 
 def _copy_sources(
     model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter], resumed: Path | None
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Fill this rank's parameters from files.
 
     Returns:
-        Where each came from, and what was left out on purpose.
+        Where each came from, and why others were left out.
     """
-    source_of = dict.fromkeys(parameters, _NEW)
+    source_of = dict.fromkeys(parameters, NEW)
 
     def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
         """Copy tensors one at a time, so that no more than one is there whole."""
@@ -85,6 +84,12 @@ def _copy_sources(
                     parameters[name].copy_(local_part(name, tensor, model.groups.tensor))
                 source_of[name] = source
 
+    def copy_mapped(weights: MappedWeights, without: tuple[str, ...] = ()) -> None:
+        """The same from a Hugging Face folder."""
+        wanted = [name for name in weights.names() if name in parameters and name not in without]
+        copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
+        source_of.update((name, f"{weights.folder}, {weights.note(name)}") for name in wanted if weights.note(name))
+
     init = config.init
     if resumed is not None:
         _check_same_model(resumed, config.model)
@@ -92,21 +97,24 @@ def _copy_sources(
         if missing := sorted(model.shapes.keys() - set(saved.names())):
             raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
         copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
-        return source_of, []
+        return source_of, {}
     if init.vision_teacher is not None:
-        copy(load_vision_model(init.vision_teacher, config.model, only=parameters), init.vision_teacher)
+        copy_mapped(open_vision_model(init.vision_teacher, config.model))
     if init.language_model is not None:
         stage1 = not any(name.startswith("post_decoder.") for name in model.shapes)
-        weights = load_language_model(init.language_model, config.model, embedding_only=stage1, only=parameters)
-        if config.model.text_embedding == "folded":
-            weights = ((name, tensor) for name, tensor in weights if name != "embedding.text.weight")
-        copy(weights, init.language_model)
-    dropped: list[str] = []
+        weights = open_language_model(init.language_model, config.model, embedding_only=stage1)
+        copy_mapped(weights, ("embedding.text.weight",) if config.model.text_embedding == "folded" else ())
+    dropped: dict[str, str] = {}
     if init.pretrained_checkpoint is not None:
         folder = resolve_checkpoint(init.pretrained_checkpoint)
         _check_same_model(folder, config.model)
         reader = open_checkpoint(folder)
-        dropped = [name for name in reader.names() if name not in model.shapes and _DROPPED.fullmatch(name)]
+        dropped = {
+            name: why
+            for name in reader.names()
+            for pattern, why in _DROPPED.items()
+            if name not in model.shapes and pattern.fullmatch(name)
+        }
         ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
         copy(((name, reader.get(name)) for name in ours), str(folder))
     return source_of, dropped
@@ -127,7 +135,7 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
 
 
 def _refuse_missing(source_of: dict[str, str]) -> None:
-    missing = [name for name, source in source_of.items() if source == _NEW and not _MAY_BE_NEW.fullmatch(name)]
+    missing = [name for name, source in source_of.items() if source == NEW and not MAY_BE_NEW.fullmatch(name)]
     if missing:
         parts = sorted({name.split(".", 1)[0] for name in missing})
         raise ValueError(
@@ -135,11 +143,3 @@ def _refuse_missing(source_of: dict[str, str]) -> None:
             "--pretrained-checkpoint, --language-model (text embedding, post-decoder, head) or --vision-teacher "
             "(patch embedding, pre-decoder)"
         )
-
-
-def _report(source_of: dict[str, str], dropped: list[str]) -> str:
-    rows = Counter((name.split(".", 1)[0], source) for name, source in source_of.items())
-    rows.update((name.split(".", 1)[0], "dropped: stage 1 only") for name in dropped)
-    width = max(len(part) for part, _ in rows)
-    lines = [f"  {part:<{width}}  {count:>5} tensors  {source}" for (part, source), count in rows.items()]
-    return "\n".join(["initial weights:", *lines])

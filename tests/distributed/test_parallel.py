@@ -31,6 +31,8 @@ from tests.distributed.cases import (
     LARGE_RANKS,
     PARALLEL_LAYOUTS,
     PARALLEL_RANKS,
+    RELEASED_BLOCKS,
+    RELEASED_LAYOUTS,
     SHARED_HEADS,
     config,
     parallel_case,
@@ -57,6 +59,7 @@ def distributed(tmp_path_factory):
     layouts = [*PARALLEL_LAYOUTS, *(f"bf16 {layout}" for layout in BF16_LAYOUTS)]
     cases = [parallel_case(recipe, layout) for layout in layouts for recipe in BOTH_STAGES]
     cases += [parallel_case("align", layout) for layout in ALIGN_LAYOUTS]
+    cases += [parallel_case("full", f"released {layout}") for layout in RELEASED_LAYOUTS]
     run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
     return folder
 
@@ -146,6 +149,12 @@ def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
 @pytest.mark.parametrize("layout", ALIGN_LAYOUTS)
 def test_the_connector_alone_equals_one_plain_process(distributed, serial, layout):
     compare(read(distributed, layout, "align"), serial["align"])
+
+
+def test_released_blocks_equal_one_plain_process(distributed):
+    serial = train_serially(config("full", **SHARED_HEADS, **RELEASED_BLOCKS))
+    for layout in RELEASED_LAYOUTS:
+        compare(read(distributed, f"released {layout}", "full"), serial)
 
 
 @pytest.mark.slow

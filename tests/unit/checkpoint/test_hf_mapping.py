@@ -20,8 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_haplovl.checkpoint import hf_mapping
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table
+from megatron_haplovl.checkpoint.hf_sources import open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.weights import WeightReader, write_weights
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.kernels.mask import MixedMask
@@ -35,11 +35,13 @@ _TOLERANCE = 1e-5
 
 
 def load_vision_model(*arguments):
-    return dict(hf_mapping.load_vision_model(*arguments))
+    weights = open_vision_model(*arguments)
+    return {name: weights.get(name) for name in weights.names()}
 
 
 def load_language_model(*arguments, **settings):
-    return dict(hf_mapping.load_language_model(*arguments, **settings))
+    weights = open_language_model(*arguments, **settings)
+    return {name: weights.get(name) for name in weights.names()}
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +258,6 @@ def test_rope_settings_of_transformers_4(llama_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("image_size", 16, "image_size is 16, but the model has 8; change --image-size"),
         ("patch_size", 2, "--patch-size"),
         ("hidden_act", "gelu", "hidden_act is 'gelu', but the model has 'quick_gelu'; change --pre-activation"),
         ("layer_norm_eps", 1e-6, "--pre-layernorm-epsilon"),

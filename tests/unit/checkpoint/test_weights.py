@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.measure import peak_mib
 from megatron_haplovl.checkpoint.weights import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -56,16 +59,72 @@ def test_rewriting_leaves_no_file_of_the_earlier_call(tmp_path: Path) -> None:
     assert WeightReader(tmp_path).names() == ["d"]
 
 
-def test_a_stream_is_written_shard_by_shard(tmp_path: Path) -> None:
+def test_a_stream_is_written_tensor_by_tensor(tmp_path: Path) -> None:
+    """Of 96 MiB no more than one MiB is ever held, though one shard takes them all."""
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(96):
+            yield f"t{i:02}", torch.full((2**18,), float(i))
+
+    write_weights(stream(), tmp_path)
+    shutil.rmtree(tmp_path)
+    assert peak_mib(lambda: write_weights(stream(), tmp_path), "cpu") < 8
+    reader = WeightReader(tmp_path)
+    assert all(torch.equal(reader.get(name), tensor) for name, tensor in stream())
+    assert sum(float(reader.get(name)[-1]) for name in reader.names()) == 96 * 95 / 2
+
+
+def test_a_folder_is_replaced_at_the_end(tmp_path: Path) -> None:
+    """A call that fails half-way leaves the earlier files as they were."""
+    write_weights(_state(), tmp_path)
+
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         yield "first", torch.zeros(4)
-        yield "second", torch.zeros(4)
-        # By now the first shard is complete, so it is no longer in memory.
-        assert (tmp_path / "unfinished-00000.safetensors").is_file()
-        yield "third", torch.zeros(4)
+        raise OSError(errno.ENOSPC, "disk full")
 
-    write_weights(stream(), tmp_path, max_shard_bytes=16)
-    assert WeightReader(tmp_path).names() == ["first", "second", "third"]
+    with pytest.raises(OSError, match="disk full"):
+        write_weights(stream(), tmp_path)
+    _assert_reads_back(WeightReader(tmp_path), _state())
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    """The library reads ours, formats of other widths beside each other included."""
+    state = {
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "float": torch.tensor([1.5]),  # cannot begin at the third byte of a file
+        "half": torch.ones(3, dtype=torch.float16),
+        "flags": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "long": torch.arange(2),
+        'a "quoted" näme': torch.zeros(1),
+    }
+    write_weights(state, tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        # Older releases of the library, and whoever maps a file into memory, need it.
+        for name, entry in header.items():
+            assert (start + entry["data_offsets"][0]) % state[name].element_size() == 0, name
+    loaded = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    _assert_reads_back(WeightReader(tmp_path), state)
+
+
+def test_more_tensors_than_one_header_holds(tmp_path: Path) -> None:
+    state = {f"model.layers.{i}.a_rather_long_name_of_a_weight": torch.full((1,), float(i)) for i in range(1500)}
+    write_weights(state, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-00002.safetensors"))) == 2
+    _assert_reads_back(WeightReader(tmp_path), state)
+
+
+def test_a_number_format_without_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a has the number format torch\.complex64, which cannot be written"):
+        write_weights({"a": torch.zeros(1, dtype=torch.complex64)}, tmp_path)
 
 
 def test_views_and_tied_tensors_are_written_whole(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@ import dataclasses
 
 import pytest
 
-from megatron_haplovl.config.cli import build_config, build_parser, iterate_settings, parse_args
+from megatron_haplovl.config.cli import build_config, build_parser, flags_to_reach, iterate_settings, parse_args
 from megatron_haplovl.config.schema import Config
 
 MOCK = ["--model", "haplovl-debug", "--mock-data"]
+LINEAR = ["--post-rope-scaling-type", "linear"]
 WIDE = ["--post-hidden-size", "128", "--post-num-attention-heads", "4", "--post-num-key-value-heads", "4"]
 
 
@@ -56,6 +57,13 @@ def test_the_launchers_local_rank_is_accepted():
         ([*MOCK, "--patch-size", "7"], "--image-size 64 is not a multiple of --patch-size 7"),
         ([*MOCK, "--post-num-key-value-heads", "4"], "not a multiple of --post-num-key-value-heads 4"),
         ([*MOCK, "--pre-num-layers", "0"], "--pre-num-layers must be at least 1"),
+        ([*MOCK, "--post-rope-scaling-factor", "8"], "--post-rope-scaling-type none scales nothing"),
+        ([*MOCK, *LINEAR, "--post-rope-scaling-factor", "0.5"], "--post-rope-scaling-factor must be at least 1"),
+        (
+            [*MOCK, *LINEAR, "--post-rope-scaling-low-freq-factor", "4"],
+            "below --post-rope-scaling-high-freq-factor 4.0",
+        ),
+        ([*MOCK, *LINEAR, "--post-rope-scaling-original-positions", "0"], "-original-positions must be at least 1"),
         ([*MOCK, "--lr-warmup-iters", "9", "--train-iters", "9"], "less than the 9 steps"),
         ([*MOCK, "--min-lr", "1"], "larger than --lr"),
         ([*MOCK, "--save-interval", "3"], "--save-interval needs --save"),
@@ -132,3 +140,12 @@ def test_configuration_is_frozen():
     config = parse_args("finetune", argv=MOCK)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.run.seed = 1  # type: ignore[misc]
+
+
+def test_flags_that_turn_a_preset_into_a_model():
+    words = ["--vocab-size", "600", "--image-newline", *LINEAR, "--post-rope-scaling-factor", "2.0", "--pre-gated-mlp"]
+    preset, wanted = parse_args("finetune", argv=MOCK).model, parse_args("finetune", argv=[*MOCK, *words]).model
+    flags = flags_to_reach(preset, wanted)
+    assert sorted(flags) == sorted(words)
+    assert parse_args("finetune", argv=[*MOCK, *flags]).model == wanted
+    assert flags_to_reach(wanted, preset)[:3] == ["--vocab-size", "512", "--no-image-newline"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_haplovl.config.schema import RopeScalingConfig
 from megatron_haplovl.kernels.elementwise import quick_gelu, rms_norm, rotate, silu_product
 from megatron_haplovl.model.rope import rope_table
 
@@ -18,7 +19,7 @@ def plain_rms_norm(x, weight):
 
 
 def tables(dtype):
-    return rope_table(torch.tensor([[0, 1, 2, 900, 5]]), 8, 10000.0, dtype)
+    return rope_table(torch.tensor([[0, 1, 2, 900, 5]]), 8, 10000.0, RopeScalingConfig(), dtype)
 
 
 CASES = {

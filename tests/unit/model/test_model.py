@@ -8,10 +8,18 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.config.schema import (
+    ModelConfig,
+    PostDecoderConfig,
+    PreDecoderConfig,
+    RopeScalingConfig,
+    VisionConfig,
+)
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.kernels.elementwise import rotate
+from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
@@ -78,19 +86,47 @@ def make_batch(documents, seq_length, seed=0):
     )
 
 
-def test_rope_is_llamas():
-    config = LlamaConfig(hidden_size=32, num_attention_heads=4, rope_theta=500.0)
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"rope_type": "default"}, RopeScalingConfig()),
+        ({"rope_type": "linear", "factor": 3.0}, RopeScalingConfig("linear", 3.0)),
+        # Turns over 512 positions: 81.5, 37.5, 17.2, 7.9, 3.6, 1.7, 0.8, 0.4: some kept, some blended, some divided.
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 512,
+            },
+            RopeScalingConfig("llama3", 8.0, 1.5, 6.0, 512),
+        ),
+    ],
+)
+def test_rope_is_llamas(theirs, ours):
+    rope = {"rope_theta": 500.0, **theirs}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope, max_position_embeddings=4096)
     positions = torch.tensor([[0, 1, 2, 700, 5, 5]])
-    q = torch.randn(1, 6, 4, 8)
+    q = torch.randn(1, 6, 4, 16)
     their_cos, their_sin = LlamaRotaryEmbedding(config)(q, positions)
     expected, _ = apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), their_cos, their_sin)
-    ours = rotate(q, *rope_table(positions, 8, 500.0, torch.float32))
+    ours = rotate(q, *rope_table(positions, 16, 500.0, ours, torch.float32))
     # fp32 angles of up to 700 radians: measured worst case 3.9e-5.
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-4)
 
 
+def test_each_scaling_has_its_own_rotary_table():
+    positions = torch.arange(8)[None]
+    context = SequenceContext(MixedMask(torch.zeros(1, 8), torch.ones(1, 8)), positions)
+    for scaling in (RopeScalingConfig(), RopeScalingConfig("linear", 2.0)):
+        found = context.rope(8, 500.0, scaling, torch.float32)
+        for table, expected in zip(found, rope_table(positions, 8, 500.0, scaling, torch.float32), strict=True):
+            assert torch.equal(table, expected)
+
+
 def test_rope_angles_are_exact_in_bf16_training():
-    cos, _ = rope_table(torch.tensor([[6143]]), 2, 10000.0, torch.bfloat16)
+    cos, _ = rope_table(torch.tensor([[6143]]), 2, 10000.0, RopeScalingConfig(), torch.bfloat16)
     assert float(cos[0, 0, 0, 0]) == pytest.approx(float(torch.tensor(6143.0).cos()), abs=2**-8)
 
 

@@ -46,6 +46,11 @@ SMALL = ModelConfig(
     ),
 )
 FOLDED = dataclasses.replace(SMALL, text_embedding="folded")
+RELEASED = dataclasses.replace(
+    FOLDED,
+    pre=dataclasses.replace(SMALL.pre, gated_mlp=True),
+    post=dataclasses.replace(SMALL.post, linear_bias=True),
+)
 BATCH = make_batch(SMALL, (40, 50, 70), 230)
 RECIPES = {
     "full": STAGE2,
@@ -92,9 +97,10 @@ def test_saved_bytes_of_stage_1(dtype: torch.dtype) -> None:
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
-def test_saved_bytes_of_a_folded_embedding() -> None:
-    _, measured = measure_layers(build(FOLDED, torch.bfloat16, False, STAGE2), BATCH, "none")
-    predicted = predict_layers(FOLDED, BATCH, torch.bfloat16, "none", False, STAGE2)
+@pytest.mark.parametrize("config", [FOLDED, RELEASED])
+def test_saved_bytes_of_released_forms(config: ModelConfig) -> None:
+    _, measured = measure_layers(build(config, torch.bfloat16, False, STAGE2), BATCH, "none")
+    predicted = predict_layers(config, BATCH, torch.bfloat16, "none", False, STAGE2)
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
@@ -110,7 +116,7 @@ def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, FOLDED, *(MODELS[name] for name in ("haplovl-7b", "haplovl-8b", "haplovl-7b-pro"))]
+    "config", [SMALL, FOLDED, RELEASED, *(MODELS[name] for name in ("haplovl-7b", "haplovl-8b", "haplovl-7b-pro"))]
 )
 @pytest.mark.parametrize("stage1", [False, True])
 def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
@@ -236,12 +242,13 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
             assert layer.forward.total + layer.backward.total + layer.recomputed.total == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(RELEASED, text_embedding="factored")])
 @pytest.mark.parametrize("stage1", [False, True])
-def test_the_logged_operations_agree(stage1: bool) -> None:
+def test_the_logged_operations_agree(config: ModelConfig, stage1: bool) -> None:
     """`training.flops` leaves out what is small: patch embedding, text projector, stage 1's vision and text heads."""
     work = work_of_batch(BATCH, stage1)
     logged = training_flops(
-        SMALL,
+        config,
         tokens=int(work.tokens),
         head_tokens=int(work.head_tokens),
         visible_pairs=int(work.pairs),
@@ -250,7 +257,7 @@ def test_the_logged_operations_agree(stage1: bool) -> None:
     left_out = work.tokens * 128 * 64 + work.patches * 48 * 64
     if stage1:
         left_out += work.patches * 64 * 64 + work.head_tokens * 64 * 128
-    assert model_operations(SMALL, work, stage1) == pytest.approx(logged + 6 * left_out, rel=1e-12)
+    assert model_operations(config, work, stage1) == pytest.approx(logged + 6 * left_out, rel=1e-12)
 
 
 def test_work_of_a_batch() -> None:

@@ -1,0 +1,26 @@
+"""Where every tensor of a model came from, as a table."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+NEW = "newly initialised"
+
+# What no pretrained model holds, so that it may start at random beside pretrained weights.
+MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
+
+
+def provenance_table(title: str, origins: Iterable[tuple[str, str]]) -> str:
+    """Count tensors by part of the model and origin.
+
+    Args:
+        title: first line.
+        origins: for every tensor its name and where it came from, or what became of it.
+    """
+    rows = Counter((name.split(".", 1)[0], origin) for name, origin in origins)
+    width = max(len(part) for part, _ in rows)
+    return "\n".join(
+        [title, *(f"  {part:<{width}}  {count:>5} tensors  {origin}" for (part, origin), count in rows.items())]
+    )
