@@ -13,5 +13,9 @@ if [ "${1:-}" = "--full" ]; then
   shift
 fi
 EXTRAS=test source tools/environment.sh
+# A run that was killed while it compiled leaves a lock behind, for which the next one would wait for ever.
+if [ -d "$TORCH_EXTENSIONS_DIR" ]; then
+  find "$TORCH_EXTENSIONS_DIR" -name lock -delete
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest "${selection[@]}" "$@"

@@ -21,3 +21,5 @@ if [ ! -f ".venv/installed-$_wanted" ]; then
   touch ".venv/installed-$_wanted"
 fi
 unset _wanted
+# What DeepSpeed compiles at first use belongs to this environment: two environments would compile over each other.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
