@@ -248,7 +248,8 @@ def test_newlines_need_a_newline() -> None:
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling .*'yarn'.* is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling .* lacks low_freq_factor, high_freq"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"norm_mode": "batchnorm"}, "norm_mode"),
