@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-
 # Kind of rope_scaling -> the settings that it needs.
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
