@@ -63,7 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for layout in _layouts(arguments, request):
         reasons = _refusals(layout, request, cluster)
         if not reasons:
-            plan = estimate(request, work, layout, cluster, trained=trained_parts(config.recipe), bf16=arguments.bf16)
+            try:
+                plan = estimate(
+                    request,
+                    work,
+                    layout,
+                    cluster,
+                    trained=trained_parts(config.recipe),
+                    bf16=arguments.bf16,
+                    partition=arguments.pipeline_partition,
+                )
+            except ValueError as error:  # An explicit partition is for one number of stages.
+                refused.append((layout, {"partition": str(error)}))
+                continue
             if plan.memory.peak <= cluster.memory:
                 plans.append(plan)
                 continue
@@ -149,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         "--offload-optimizer", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)"
     )
     layout.add_argument("--offload-param", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)")
+    layout.add_argument(
+        "--pipeline-partition",
+        default="auto",
+        metavar="auto|parameters|uniform|LAYER,...",
+        help="where stages begin, as for the training (default: auto)",
+    )
     layout.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
@@ -328,10 +346,10 @@ def _print_refused(refused: Sequence[tuple[Layout, dict[str, str]]]) -> None:
 def _row(plan: Estimate) -> dict[str, str]:
     layout, memory = plan.layout, plan.memory
     gib = {
-        "param": memory.engine.parameters,
+        "param": memory.engine.parameters + memory.teacher,
         "grad": memory.engine.gradients,
         "optim": memory.engine.optimizer,
-        "buffer": memory.engine.buffers,
+        "buffer": memory.engine.buffers + memory.messages,
         "activ": memory.activations,
         "peak": memory.peak,
     }
@@ -413,7 +431,8 @@ def _write_json(
 
 def _record(plan: Estimate) -> dict[str, Any]:
     record = dataclasses.asdict(plan)
-    record["memory"]["peak"] = plan.memory.peak
+    record["memory"] = {**dataclasses.asdict(plan.memory), "peak": plan.memory.peak}
+    record["fullest_stage"] = plan.fullest_stage
     return record
 
 

@@ -1,99 +1,227 @@
-"""Saving and resuming a run: DeepSpeed's own files, plus weights and settings that anything can read.
+"""Saving and resuming a run, on any arrangement of ranks.
 
-SAVE/global_step100/            DeepSpeed's optimizer and engine state
-SAVE/global_step100/model.safetensors, config.json
-SAVE/global_step100/pipeline_stages.txt   of a pipelined run, what each stage held
-SAVE/latest                     "global_step100", written last
+SAVE/global_step100/               a complete checkpoint; there is none under such a name that is not
+    manifest.json, rank-*.safetensors    weights and optimizer state; see `checkpoint.pieces`
+    config.json                    settings, and the iteration
+    training_state.json            the position in the data
+SAVE/latest                        "global_step100", written last
 SAVE/latest_checkpointed_iteration.txt
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
+from megatron_haplovl.checkpoint.engine_state import local_pieces, make_optimizer_state
+from megatron_haplovl.checkpoint.pieces import (
+    MANIFEST,
+    PieceReader,
+    complete,
+    damaged_files,
+    mark_failed,
+    write_rank,
+)
+from megatron_haplovl.checkpoint.weights import read_json, resolve_checkpoint, write_text
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.parallel.collectives import all_gather
-from megatron_haplovl.parallel.plan import split_dim
+from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
-_STAGES_FILE = "pipeline_stages.txt"
+_STATE_FILE = "training_state.json"
+_STEP_FOLDER = re.compile(r"global_step(\d+)")
 
 
-def save_checkpoint(engine: Any, model: ShardedModel, config: Config, iteration: int, plan_key: str) -> Path:
-    """Write everything that a resumed run needs. Called by every rank.
+class CheckpointWriter:
+    """Writes checkpoints of a run, at once or beside the training (--async-save).
+
+    A full disk or another error of the file system is reported and does not end the run; what was saved before stays.
 
     Args:
         engine: the DeepSpeed engine.
-        model: what the engine trains.
-        config: the run's settings; `config.checkpoint.save` is the folder.
-        iteration: optimizer steps done.
-        plan_key: the training data's `DataStream.plan_key`; together with the iteration, the position in the data.
-
-    Returns:
-        The folder of this checkpoint.
+        model: what it trains.
+        config: `config.checkpoint` says where and how.
+        log: receives lines for the user.
     """
-    assert config.checkpoint.save is not None
-    root = Path(config.checkpoint.save)
-    tag = f"global_step{iteration}"
-    state = {
-        "iteration": iteration,
-        "global_batch_size": config.schedule.global_batch_size,
-        "plan_key": plan_key,
-    }
-    world = model.groups.world
-    engine.save_checkpoint(str(root), tag=tag, client_state=state, save_latest=False)
-    _write_weights(model, root / tag)
-    if world.rank == 0:
-        if model.stages is not None:
-            _write_text(root / tag / _STAGES_FILE, str(model.stages))
-        _write_text(root / tag / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
-        _write_text(root / "latest_checkpointed_iteration.txt", str(iteration))
-        _write_text(root / "latest", tag)
-    world.barrier()
-    return root / tag
+
+    def __init__(self, engine: Any, model: ShardedModel, config: Config, log: Callable[[str], None]) -> None:
+        self._engine, self._model, self._config, self._log = engine, model, config, log
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._done = ""
+
+    def save(self, iteration: int, plan_key: str) -> None:
+        """Write everything that a resumed run needs. Called by every rank.
+
+        Args:
+            iteration: optimizer steps done.
+            plan_key: the training data's `DataStream.plan_key`; with the iteration, the position in the data.
+        """
+        self.finish()
+        started = time.perf_counter()
+        settings, world = self._config.checkpoint, self._model.groups.world
+        assert settings.save is not None
+        folder = Path(settings.save) / f"global_step{iteration}"
+        aside = folder.with_name(f".{folder.name}.unfinished")
+        if self._agree(self._attempt(lambda: self._prepare(aside, iteration, plan_key) if world.rank == 0 else None)):
+            return
+        # A copy, for the training goes on.
+        make_optimizer_state(self._engine, None)
+        pieces = [
+            (local.piece, local.values.to("cpu", copy=True))
+            for local in local_pieces(self._engine, self._model)
+            if local.is_written
+        ]
+        stalled = time.perf_counter() - started
+
+        def write() -> None:
+            self._error = self._attempt(lambda: self._write(aside, folder, pieces, started, stalled))
+
+        if settings.async_save:
+            self._thread = threading.Thread(target=write, name="checkpoint")
+            self._thread.start()
+            return
+        write()
+        self._report()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is still being written. Called by every rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._report()
+
+    def _report(self) -> None:
+        if not self._agree(self._error):
+            self._log(self._done)
+        self._error = None
+
+    def _agree(self, error: str | None) -> bool:
+        """Whether any rank has failed; says so once, on every rank the same."""
+        errors = [text for text in self._model.groups.world.gather_objects(error) if text is not None]
+        if errors:
+            self._log(f"saving failed, the run goes on: {'; '.join(dict.fromkeys(errors))}")
+        return bool(errors)
+
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        try:
+            action()
+        except OSError as error:
+            return f"rank {self._model.groups.world.rank}: {error}"
+        return None
+
+    def _prepare(self, aside: Path, iteration: int, plan_key: str) -> None:
+        for stale in aside.parent.glob(".global_step*.unfinished"):
+            shutil.rmtree(stale)
+        aside.mkdir(parents=True)
+        state = {"global_batch_size": self._config.schedule.global_batch_size, "plan_key": plan_key}
+        write_text(aside / "config.json", json.dumps({**self._config.to_dict(), "iteration": iteration}, indent=2))
+        write_text(aside / _STATE_FILE, json.dumps({"iteration": iteration, **state}))
+
+    def _write(self, aside: Path, folder: Path, pieces: list[Any], started: float, stalled: float) -> None:
+        world = self._model.groups.world
+        try:
+            write_rank(aside, world.rank, pieces)
+        except OSError:
+            mark_failed(aside, world.rank)
+            raise
+        if world.rank == 0:
+            try:
+                self._publish(aside, folder)
+            except OSError:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        seconds = time.perf_counter() - started
+        waited = stalled if self._config.checkpoint.async_save else seconds
+        self._done = f"saved {folder} ({seconds:.1f} s, of which training waited {waited:.1f} s)"
+
+    def _publish(self, aside: Path, folder: Path) -> None:
+        root, settings = folder.parent, self._config.checkpoint
+        replaced = root / f".{folder.name}.unfinished.replaced"
+        if folder.exists():
+            folder.rename(replaced)
+        dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        patience = 60.0 * self._config.parallel.distributed_timeout_minutes
+        complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_text(root / "latest_checkpointed_iteration.txt", folder.name.removeprefix("global_step"))
+        write_text(root / "latest", folder.name)
+        if settings.keep_last is not None:
+            for old in _complete_checkpoints(root)[settings.keep_last :]:
+                shutil.rmtree(old)
 
 
-def load_checkpoint(engine: Any, model: ShardedModel, config: Config, plan_key: str) -> int:
-    """Resume from the newest checkpoint in `--load`. Called by every rank.
-
-    DeepSpeed unpickles its files, so the folder must come from a source that may run code here. What the optimizer is
-    set to (rates, decay, betas, clipping) is taken from the flags, not from the checkpoint.
-
-    Args:
-        engine: a fresh DeepSpeed engine.
-        model: what the engine trains.
-        config: the run's settings; `config.checkpoint.load` is the folder.
-        plan_key: the training data's `DataStream.plan_key`.
+def find_checkpoint(config: Config, world: Group, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint in `--load` to resume from, its checksums verified. Called by every rank.
 
     Returns:
-        Optimizer steps already done; 0 if the folder holds no checkpoint yet.
+        The newest one; None if the folder holds none yet.
 
     Raises:
-        ValueError: `latest` names a folder that is missing, the tensor-parallel size or the pipeline's stages have
-            changed, or the global batch size or the data has changed, so that the position in the data would be lost.
+        ValueError: `latest` names a folder that is missing, or the newest checkpoint is damaged; with
+            `--allow-fallback`, all of them are.
     """
     assert config.checkpoint.load is not None
     root = Path(config.checkpoint.load)
     if not (root / "latest").is_file():
-        return 0
-    folder = resolve_checkpoint(root)
-    _check_layout(folder, model, config)
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-    clip_grad = getattr(engine.optimizer, "clip_grad", None)
-    path, state = engine.load_checkpoint(str(root), tag=folder.name)
-    if path is None:
-        raise ValueError(f"{folder}: DeepSpeed found no checkpoint to load here")
-    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(ours)
-    if clip_grad is not None:
-        engine.optimizer.clip_grad = clip_grad
+        return None
+    newest = resolve_checkpoint(root)
+    candidates = [newest]
+    if config.checkpoint.allow_fallback:
+        candidates += [folder for folder in _complete_checkpoints(root) if folder != newest]
+    for folder in candidates:
+        shares = world.gather_objects(_damage(folder, world))
+        damage = [sentence for share in shares for sentence in share]
+        if not damage:
+            return folder
+        log(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
+    raise ValueError(
+        f"{newest} is damaged ({damage[0]}); --allow-fallback resumes from the newest one before it that is whole, if "
+        "there is one"
+    )
+
+
+def _damage(folder: Path, world: Group) -> list[str]:
+    try:
+        return damaged_files(folder, world.rank, world.size)
+    except ValueError as error:
+        return [str(error)]
+
+
+def _complete_checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
+    return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).is_file()]
+
+
+def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Config, plan_key: str) -> int:
+    """Give the engine the optimizer's state, and what it computes weights from. Called by every rank.
+
+    The number of ranks, their arrangement and the ZeRO stage may be others than when it was saved. What the optimizer
+    is set to (rates, decay, betas, clipping) is taken from the flags, not from the checkpoint.
+
+    Args:
+        engine: a fresh DeepSpeed engine, whose weights come from the same checkpoint.
+        model: what the engine trains.
+        folder: see :func:`find_checkpoint`.
+        config: the run's settings.
+        plan_key: the training data's `DataStream.plan_key`.
+
+    Returns:
+        Optimizer steps already done.
+
+    Raises:
+        ValueError: the global batch size or the data has changed, so that the position in the data would be lost, or
+            other parameters are trained than before.
+    """
+    state = read_json(folder / _STATE_FILE)
     if state["global_batch_size"] != config.schedule.global_batch_size:
         raise ValueError(
             f"{folder} was saved with --global-batch-size {state['global_batch_size']}, this run has "
@@ -105,66 +233,18 @@ def load_checkpoint(engine: Any, model: ShardedModel, config: Config, plan_key: 
             "data, --data-path with its weights, --aux-data-path, --seed, --seq-length, --packing and the image flags; "
             "to start anew from its weights, give it as --pretrained-checkpoint instead of --load"
         )
+    reader = PieceReader(folder)
+    make_optimizer_state(engine, state["iteration"])
+    model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
+    engine.global_steps = state["iteration"]
     return int(state["iteration"])
 
 
-def _check_layout(folder: Path, model: ShardedModel, config: Config) -> None:
-    was = read_config(folder).parallel.tensor_model_parallel_size
-    if was != config.parallel.tensor_model_parallel_size:
-        raise ValueError(
-            f"{folder} was saved with --tensor-model-parallel-size {was}, this run has "
-            f"{config.parallel.tensor_model_parallel_size}; resume with the same, or start anew from its weights with "
-            "--pretrained-checkpoint"
-        )
-    stages_file = folder / _STAGES_FILE
-    stages = stages_file.read_text().strip() if stages_file.is_file() else None
-    ours = None if model.stages is None else str(model.stages)
-    if stages != ours:
-        raise ValueError(
-            f"{folder} was saved with {_describe(stages)}, this run has {_describe(ours)}; resume with the same "
-            "--pipeline-model-parallel-size and --pipeline-partition, or start anew from its weights with "
-            "--pretrained-checkpoint"
-        )
-
-
-def _describe(stages: str | None) -> str:
-    return "no pipeline" if stages is None else f"the stages {stages}"
-
-
-def _write_weights(model: ShardedModel, folder: Path) -> None:
-    """Gather the weights one by one, in which every rank takes part, and write them on one."""
-    tensors = full_weights(model)
-    if model.groups.world.rank == 0:
-        write_weights(tensors, folder)
-    else:
-        for _ in tensors:
-            pass
-
-
-def full_weights(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, whole and on the CPU, one at a time. Called by every rank, which must read to the end."""
-    import deepspeed
-
-    tensor, pipeline = model.groups.tensor, model.groups.pipeline
-    parameters = dict(model.module.named_parameters())
-    any_parameter = next(iter(parameters.values()))
-    for name, shape in model.shapes.items():
-        owner = model.owner(name)
-        if owner == pipeline.rank:
-            # Outside ZeRO-3 a parameter is in one piece already and this gathers nothing.
-            with deepspeed.zero.GatheredParameters([parameters[name]]):
-                dim = split_dim(name)
-                mine = parameters[name].detach()
-                whole = (mine if dim is None or tensor.size == 1 else all_gather(mine, tensor, dim)).clone()
-        else:
-            whole = any_parameter.new_empty(shape)
-        if pipeline.size > 1:
-            dist.broadcast(whole, src=pipeline.ranks[owner], group=pipeline.process_group)
-        yield name, whole.cpu()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that a reader never sees half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text + "\n")
-    aside.replace(path)
+def _copy_pieces(engine: Any, model: ShardedModel, reader: PieceReader) -> None:
+    for local in local_pieces(engine, model):
+        if not reader.has(local.piece.name, local.piece.kind):
+            raise ValueError(
+                f"{reader.folder} has no {local.piece.kind} of {local.piece.name}, which was not trained there; to "
+                "train other parts than before, give it as --pretrained-checkpoint instead of --load"
+            )
+        local.values.copy_(reader.read(local.piece))

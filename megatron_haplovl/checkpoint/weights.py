@@ -1,8 +1,7 @@
 """Weight files and checkpoint folders: reading one tensor at a time, writing shards.
 
-Hugging Face folders (teachers, language models, exported models) and the `model.safetensors` of training checkpoints
-are read here. Pickled files are read with `weights_only=True`, so that a file cannot run code. The optimizer state that
-`--load` resumes from is DeepSpeed's own and does not go through this module; see `checkpoint.save_load`.
+Hugging Face folders (teachers, language models, exported models) are read here; what a run saves is read by
+`checkpoint.pieces`. Pickled files are read with `weights_only=True`, so that a file cannot run code.
 """
 
 from __future__ import annotations
@@ -203,7 +202,7 @@ def write_weights(
             weight_map.update(dict.fromkeys(shard.names, file_name))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
-    _names_to_disk(folder)
+    to_disk(folder)
     return total
 
 
@@ -233,12 +232,12 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
-    _names_to_disk(path.parent)
+    to_disk(path.parent)
 
 
-def _names_to_disk(folder: Path) -> None:
-    """Make renames in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, survives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -263,7 +263,9 @@ class ParallelConfig:
         "from its input",
         choices=("none", "selective", "full"),
     )
-    distributed_timeout_minutes: int = setting(10, "minutes until a stuck collective ends the run")
+    distributed_timeout_minutes: int = setting(
+        10, "minutes until a stuck collective of ours ends the run; a pipeline's messages have the backend's own limit"
+    )
 
 
 @dataclass(frozen=True)
@@ -301,10 +303,14 @@ class CheckpointConfig:
     save: str | None = setting(None, "folder that receives checkpoints")
     load: str | None = setting(
         None,
-        "resume everything from the newest checkpoint in this folder, if there is one; DeepSpeed unpickles it, so it "
-        "must be your own",
+        "resume everything from the newest checkpoint in this folder, if there is one, on any arrangement of ranks",
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
+    keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
+    async_save: bool = setting(False, "write checkpoints beside the training, which waits for a copy in the host only")
+    allow_fallback: bool = setting(
+        False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
+    )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
 
 

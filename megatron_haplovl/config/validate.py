@@ -104,6 +104,7 @@ def _validate_schedule(config: Config) -> None:
     for section, name in (
         (config.checkpoint, "save_interval"),
         (config.checkpoint, "exit_interval"),
+        (config.checkpoint, "keep_last"),
         (config.logging, "log_interval"),
         (config.logging, "eval_interval"),
         (config.logging, "eval_iters"),
@@ -123,6 +124,10 @@ def _validate_data(config: Config) -> None:
         raise ValueError("--aux-data-path joins samples for stage 1 only (pretrain_haplovl.py); blend with --data-path")
     if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
         raise ValueError("--save-interval needs --save")
+    if (config.checkpoint.keep_last is not None or config.checkpoint.async_save) and config.checkpoint.save is None:
+        raise ValueError("--keep-last and --async-save need --save")
+    if config.checkpoint.allow_fallback and config.checkpoint.load is None:
+        raise ValueError("--allow-fallback needs --load")
     if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
         raise ValueError("--exit-interval saves before it leaves, so it needs --save")
     if config.logging.eval_interval is not None and not data.valid_data_path:

@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_to_hf
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo
-from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint, write_weights
+from megatron_haplovl.checkpoint.pieces import open_checkpoint
+from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ChatTemplate, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.image_geometry import grid_pinpoints
@@ -75,7 +76,7 @@ def export_checkpoint(
         rows=rows,
         max_position_embeddings=config.data.seq_length,
     )
-    reader = WeightReader(checkpoint)
+    reader = open_checkpoint(checkpoint)
     dtype = reader.get("final_norm.weight").dtype if dtype is None else dtype
     hf_config.dtype = dtype
     hf_config.architectures = ["HaploForConditionalGeneration"]

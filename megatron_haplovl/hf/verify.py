@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_haplovl.checkpoint.weights import WeightReader, read_config
+from megatron_haplovl.checkpoint.pieces import open_checkpoint
+from megatron_haplovl.checkpoint.weights import read_config
 from megatron_haplovl.config.schema import VisionConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.dataset import collate, lay_out_document
@@ -53,7 +54,7 @@ def compare_logits(
     inputs = processor(text=texts, images=images, padding_side="right")
     batch = training_batch(texts, images, tokenizer, config.model.vision)
 
-    reader = WeightReader(checkpoint)
+    reader = open_checkpoint(checkpoint)
     # Built without memory, then filled: initialising billions of weights only to replace them takes minutes.
     with torch.device("meta"):
         ours = HaploVL(config.model, attention_backend="reference")

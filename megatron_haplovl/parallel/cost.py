@@ -27,6 +27,9 @@ from megatron_haplovl.parallel.work import Work
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 _MOST_ROUNDINGS = 16
+# fp32 tensors of a chunk's tokens x language width at the feature loss's worst moment: student, teacher, difference
+# and five of autograd.
+_FEATURE_COPIES = 8
 
 
 def layer_costs(
@@ -91,11 +94,12 @@ def _embedding(
 
     forward, backward = linear(projector / layout.tensor, tokens, trained, text_trained)
     patch_forward, patch_backward = linear(window * width, patches, trained, False)
-    text = model.vocab_size * (language if factored else width) // layout.tensor
+    text = _text_parameters(model, layout)
     small = window * width + vision.cells_per_tile * width + (width if vision.image_newline else 0) + 2 * width
     # Pixels for the patch matrix, and patches where they are copied in; two int64 places for each of them.
     saved = norm_saved(width, precision, layer_norm=True) * tokens
     saved += ((window + width) * element + 16) * patches
+    saved += element * (projector / layout.tensor + window * width) if precision.casts_weights else 0.0
     saved += (element * language * tokens if factored else 0.0) + (8 * tokens if text_trained else 0.0)  # Token ids.
     return LayerCost(
         name="embedding",
@@ -136,7 +140,8 @@ def _connector(
         backward=backward,
         recomputed=Operations(),
         moved_bytes=0.0,
-        saved_bytes=element * width * tokens if trained else 0.0,
+        saved_bytes=(element * width * tokens if trained else 0.0)
+        + (element * parameters if precision.casts_weights and (trained or path) else 0.0),
         table_bytes=0.0,
         working_bytes=element * (width + language) * tokens + (element * width * language if trained else 0.0),
         boundary_bytes=_boundary(language, tokens, layout, precision),
@@ -189,9 +194,14 @@ def _head(model: ModelConfig, work: Work, layout: Layout, precision: Precision, 
         # The chunked loss keeps the hidden states' gradient; taking the rows, which ones they were.
         saved_bytes=element * width * rows + tokens if active else 0.0,
         table_bytes=0.0,
-        # Backward spreads the rows over the whole sequence again; the head's gradient waits from forward to backward.
-        working_bytes=_logits_bytes(words, rows, precision)
-        + 2 * element * width * tokens
+        # In forward the hidden states are there, and the rows that were taken; backward spreads the rows over the whole
+        # sequence again. The head's gradient waits from forward to backward.
+        working_bytes=max(
+            _logits_bytes(words, rows, precision)
+            + element * width * (tokens + rows)
+            + (element * words * width if precision.casts_weights else 0.0),
+            2 * element * width * tokens,
+        )
         + (element * words * width if trained else 0.0),
         boundary_bytes=0.0,
         tensor_collectives=int(layout.tensor > 1 and active),
@@ -220,7 +230,7 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
     text_saved = (element * width + 4 * language + 2 * element * language) * rows
     return LayerCost(
         name="distillation",
-        parameters=heads + _teacher_parameters(model),
+        parameters=heads,
         trained_parameters=heads,
         forward=vision_forward + text_forward + logits_forward + teacher,
         backward=vision_backward + text_backward + logits_backward,
@@ -230,14 +240,28 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
         + _teacher_moved_bytes(model, work, precision),
         saved_bytes=visual_saved + text_saved,
         table_bytes=0.0,
-        working_bytes=_logits_bytes(words, rows, precision)
-        + 3 * 4 * language * rows
-        + 2 * element * width * work.tokens,
+        # In forward the hidden states are there, and of each chunk, softmax or the feature loss and its gradient.
+        # Backward spreads the gradients of patches and words over the whole sequence again.
+        working_bytes=(element * words * language if precision.casts_weights else 0.0)
+        + element * width * work.tokens / layout.context
+        + max(
+            _logits_bytes(words, rows, precision),
+            (1.0 + _FEATURE_COPIES * 4 * language / (element * words)) * _chunk_bytes(words, rows, precision),
+            element * width * work.tokens / layout.context,
+        ),
         boundary_bytes=0.0,
         tensor_collectives=3 * (layout.tensor > 1),
         tensor_bytes=all_reduce_bytes(element * (width * patches + 2 * language * rows), layout),
         context_bytes=0.0,
+        teacher_bytes=element * _teacher_parameters(model),
+        copied_parameters=_text_parameters(model, layout),
     )
+
+
+def _text_parameters(model: ModelConfig, layout: Layout) -> int:
+    """This rank's part of the text embedding, without the projector."""
+    width = model.post.hidden_size if model.text_embedding == "factored" else model.pre.hidden_size
+    return model.vocab_size * width // layout.tensor
 
 
 def _teacher_sizes(model: ModelConfig) -> Decoder:
@@ -274,8 +298,13 @@ def _boundary(width: int, tokens: float, layout: Layout, precision: Precision) -
     return precision.residual * width * tokens / (layout.tensor if layout.sequence_parallel else 1)
 
 
-def _logits_bytes(words: int, rows: float, precision: Precision) -> float:
-    """The chunk of logits, and its fp32 block with two temporaries."""
+def _chunk_bytes(words: int, rows: float, precision: Precision) -> float:
+    """The chunk of logits that the loss works on."""
     logits = precision.element * words * rows
-    chunk = max(min(logits, _CHUNK_BYTES[precision.device]), logits / _MOST_ROUNDINGS if precision.element < 4 else 0.0)
-    return chunk + 3 * min(4 * words * rows, _BLOCK_BYTES[precision.device])
+    return max(min(logits, _CHUNK_BYTES[precision.device]), logits / _MOST_ROUNDINGS if precision.element < 4 else 0.0)
+
+
+def _logits_bytes(words: int, rows: float, precision: Precision) -> float:
+    """The chunk, and softmax's fp32 block: a copy of bf16 logits, and a temporary."""
+    block = min(4 * words * rows, _BLOCK_BYTES[precision.device])
+    return _chunk_bytes(words, rows, precision) + (2 if precision.element < 4 else 1) * block

@@ -186,9 +186,10 @@ def _saved_bytes(
         attention += element * decoder.queries * tokens / split
     # The activation's inputs, and its output for the down projection's gradient.
     mlp = element * decoder.ffn * (decoder.activation_inputs + trained) * tokens / split
+    weights = element / split if precision.casts_weights else 0.0
     return {
-        "attention": norm + copies["attention"] * column_input + attention,
-        "mlp": norm + copies["mlp"] * column_input + mlp,
+        "attention": norm + copies["attention"] * column_input + attention + weights * decoder.attention_matrices,
+        "mlp": norm + copies["mlp"] * column_input + mlp + weights * decoder.mlp_matrices,
     }
 
 

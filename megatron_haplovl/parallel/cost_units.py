@@ -14,7 +14,9 @@ class Precision:
     element: int = 2
     """Of weights' products and hidden states: 2 in bf16, 4 in fp32."""
     residual: int = 2
-    """Of the residual stream: 4 under autocast (bf16 without ZeRO), where norms and sums are fp32."""
+    """Of the residual stream: 4 under autocast (bf16 without ZeRO) on a GPU, where norms and sums are fp32."""
+    casts_weights: bool = False
+    """Autocast: every forward pass makes bf16 copies of the matrices, which live as long as its graph."""
     device: str = "cuda"
     """The chunked loss takes larger chunks on a GPU."""
 
@@ -28,7 +30,9 @@ def precision_of(bf16: bool, zero_stage: int, device: str = "cuda") -> Precision
     """Number formats as `training/deepspeed_config.py` chooses them."""
     if not bf16:
         return Precision(element=4, residual=4, device=device)
-    return Precision(element=2, residual=4 if zero_stage == 0 else 2, device=device)
+    autocast = zero_stage == 0
+    # A CPU's autocast leaves norms in bf16.
+    return Precision(2, residual=4 if autocast and device == "cuda" else 2, casts_weights=autocast, device=device)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class LayerCost:
     """Path of the module: embedding, pre_decoder.0, ..., connector, post_decoder.0, ..., final_norm, lm_head; stage 1
     ends in distillation."""
     parameters: int
-    """On this rank, frozen ones and a teacher's included."""
+    """On this rank, frozen ones included."""
     trained_parameters: int
     forward: Operations
     backward: Operations
@@ -91,6 +95,10 @@ class LayerCost:
     """What they send from this rank."""
     context_bytes: float
     """Sent by this rank to context-parallel ranks, forward and backward."""
+    teacher_bytes: float = 0.0
+    """Weights that DeepSpeed does not know: whole on every rank, in the dtype of the products."""
+    copied_parameters: int = 0
+    """The embedding's, frozen, that a pipeline stage with this layer and without the embedding has, too."""
 
     def seconds(self, speeds: Speeds) -> float:
         """Forward and backward on one device, messages not counted.

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from megatron_haplovl.config.layout import Layout, Request
 from megatron_haplovl.parallel.cost import layer_costs, model_operations
 from megatron_haplovl.parallel.cost_units import LayerCost, precision_of
-from megatron_haplovl.parallel.engine_memory import REDUCE_BUCKET, EngineMemory, engine_memory
+from megatron_haplovl.parallel.engine_memory import DEFAULT_BUCKETS, Buckets, EngineMemory, engine_memory
 from megatron_haplovl.parallel.machine import Cluster
 from megatron_haplovl.parallel.partition import cut_layers, in_flight, stage_sums
 from megatron_haplovl.parallel.stage_cut import layer_loads
 from megatron_haplovl.parallel.work import Work
+
+# What trains, in the order of the optimizer's groups.
+_PARTS = ("distillation", "post_decoder", "connector", "pre_decoder", "embedding")
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,18 @@ class RankMemory:
     activations: float
     """Kept for backward, of all micro-batches in flight."""
     working: float
-    """What the worst moment of a backward pass holds beyond that."""
+    """What the worst moment of a backward pass holds beyond that; less the gradients that are not there yet, if that is
+    the step's first pass."""
+    teacher: float
+    """Stage 1's vision teacher."""
+    messages: float
+    """What DeepSpeed's pipeline receives into, and what it forgets to give back."""
 
     @property
     def peak(self) -> float:
         """The most there ever is: in a backward pass, or in the optimizer step."""
-        return self.engine.total + max(self.activations + self.working, self.engine.at_step)
+        always = self.engine.total + self.teacher + self.messages
+        return always + max(self.activations + self.working, self.engine.at_step)
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,7 @@ class Estimate:
     stage_seconds: tuple[float, ...]
     """Forward and backward of one micro-batch, messages included."""
     micro_batches: int
-    memory: RankMemory
-    """Of the fullest stage."""
-    fullest_stage: int
+    stage_memories: tuple[RankMemory, ...]
     bubble: float
     """Share of the pipelined part of the step in which the mean stage waits, for others to fill, drain or catch up."""
     imbalance: float
@@ -61,6 +68,16 @@ class Estimate:
     step_seconds: float
     mfu: float
 
+    @property
+    def fullest_stage(self) -> int:
+        """The stage whose ranks need most memory."""
+        return max(range(len(self.stage_memories)), key=lambda stage: self.stage_memories[stage].peak)
+
+    @property
+    def memory(self) -> RankMemory:
+        """Of the fullest stage."""
+        return self.stage_memories[self.fullest_stage]
+
 
 def estimate(
     request: Request,
@@ -71,6 +88,8 @@ def estimate(
     trained: Set[str],
     bf16: bool,
     partition: str = "auto",
+    device: str = "cuda",
+    buckets: Buckets = DEFAULT_BUCKETS,
 ) -> Estimate:
     """Estimate one layout that `config.layout.check_layout` allows.
 
@@ -82,12 +101,14 @@ def estimate(
         trained: parts that are trained.
         bf16: bf16 with fp32 master weights; otherwise fp32.
         partition: see `parallel.partition.cut_layers`.
+        device: `cuda` or `cpu`; the chunked loss takes larger chunks on a GPU.
+        buckets: sizes of ZeRO's buffers.
     """
     costs = layer_costs(
         request.model,
         work * layout.micro_batch_size,
         layout,
-        precision_of(bf16, layout.zero_stage),
+        precision_of(bf16, layout.zero_stage, device),
         trained=trained,
         stage1=request.stage1,
     )
@@ -111,8 +132,6 @@ def estimate(
     host = max(_host_seconds(stage, layout, cluster, bf16, micro_batches) for stage in stages)
     step = pipelined + exposed + host + max(_update_seconds(stage, layout, cluster) for stage in stages)
 
-    memories = [_stage_memory(stages, i, layout, bf16, micro_batches) for i in range(layout.pipeline)]
-    fullest = max(range(layout.pipeline), key=lambda i: memories[i].peak)
     mean = sum(busy) / layout.pipeline
     operations = model_operations(request.model, work, request.stage1) * request.global_batch_size
     return Estimate(
@@ -121,8 +140,9 @@ def estimate(
         first_layers=tuple(costs[first].name for first in cut),
         stage_seconds=tuple(busy),
         micro_batches=micro_batches,
-        memory=memories[fullest],
-        fullest_stage=fullest,
+        stage_memories=tuple(
+            _stage_memory(stages, i, layout, bf16, micro_batches, trained, buckets) for i in range(layout.pipeline)
+        ),
         bubble=1.0 - micro_batches * mean / pipelined,
         imbalance=max(busy) / mean - 1.0,
         tensor_bytes=micro_batches * max(sum(layer.tensor_bytes for layer in stage) for stage in stages),
@@ -140,14 +160,22 @@ def pipeline_seconds(stage_seconds: Sequence[float], micro_batches: int) -> floa
     return (micro_batches - 1) * max(stage_seconds) + sum(stage_seconds)
 
 
-def most_held(stage: Sequence[LayerCost]) -> float:
+def most_held(stage: Sequence[LayerCost], gradient_bytes: float = 0.0) -> float:
     """Bytes that one micro-batch holds at the worst moment of its backward pass through a stage.
 
     In backward of a layer everything before it is still kept, what came after it is gone.
+
+    Args:
+        stage: its layers.
+        gradient_bytes: per trained parameter, of the gradients that this backward pass leaves behind.
     """
     tables = {layer.name.partition(".")[0]: layer.table_bytes for layer in stage}
-    kept = accumulate(layer.saved_bytes for layer in stage)
-    return sum(tables.values()) + max(size + layer.working_bytes for size, layer in zip(kept, stage, strict=True))
+    kept, most, behind = sum(layer.saved_bytes for layer in stage), 0.0, 0.0
+    for layer in reversed(stage):
+        most = max(most, kept + layer.working_bytes + behind)
+        kept -= layer.saved_bytes
+        behind += gradient_bytes * layer.trained_parameters
+    return sum(tables.values()) + most
 
 
 def kept_bytes(stage: Sequence[LayerCost]) -> float:
@@ -156,32 +184,65 @@ def kept_bytes(stage: Sequence[LayerCost]) -> float:
     return sum(layer.saved_bytes for layer in stage) + sum(tables.values())
 
 
-def _engine(parameters: float, trained: float, layout: Layout, bf16: bool) -> EngineMemory:
-    return engine_memory(
-        parameters,
-        trained,
+def _stage_memory(
+    stages: Sequence[Sequence[LayerCost]],
+    index: int,
+    layout: Layout,
+    bf16: bool,
+    micro_batches: int,
+    parts: Set[str],
+    buckets: Buckets,
+) -> RankMemory:
+    stage = stages[index]
+    alone = all(layer.name != "embedding" for layer in stage)
+    engine = engine_memory(
+        sum(layer.parameters + layer.copied_parameters * alone for layer in stage),
+        _optimizer_groups(stage, parts),
         bf16=bf16,
         zero_stage=layout.zero_stage,
         replicas=layout.replicas,
         offload_optimizer=layout.offload_optimizer,
         offload_param=layout.offload_param,
+        buckets=buckets,
     )
-
-
-def _stage_memory(
-    stages: Sequence[Sequence[LayerCost]], index: int, layout: Layout, bf16: bool, micro_batches: int
-) -> RankMemory:
-    stage = stages[index]
-    # DeepSpeed's pipeline keeps what a stage sent until its gradient is back.
+    # DeepSpeed's pipeline keeps what a stage received, beside a copy to work on, and what it sent, until the gradient
+    # is back. It receives into buffers of its own.
+    received = stages[index - 1][-1].boundary_bytes if index > 0 else 0.0
     sent = stage[-1].boundary_bytes if index + 1 < len(stages) else 0.0
     kept = kept_bytes(stage)
+    held, waiting = in_flight(index, len(stages), micro_batches), kept + received + sent
+    working = most_held(stage) - kept
+    if held == micro_batches:
+        # Only the step's first backward pass meets as many; the gradients are made by it.
+        trained = max(1, sum(layer.trained_parameters for layer in stage))
+        first = most_held(stage, engine.made_anew / trained) - engine.made_anew - kept
+        if held == 1 or waiting + first > working:
+            working = first
+        else:
+            held -= 1
+    messages = received + sent
+    if index + 1 == len(stages):
+        # The losses of the last two micro-batches are kept with their graphs, which hold the hidden states that were
+        # received and their gradients.
+        messages += 2 * min(2, micro_batches) * received
     return RankMemory(
-        engine=_engine(
-            sum(layer.parameters for layer in stage), sum(layer.trained_parameters for layer in stage), layout, bf16
-        ),
-        activations=in_flight(index, len(stages), micro_batches) * (kept + sent),
-        working=most_held(stage) - kept,
+        engine=engine,
+        activations=held * waiting,
+        working=working,
+        teacher=sum(layer.teacher_bytes for layer in stage),
+        messages=messages,
     )
+
+
+def _optimizer_groups(stage: Sequence[LayerCost], parts: Set[str]) -> list[float]:
+    """Trained parameters of each of the optimizer's groups, in the order of `training.recipe.parameter_groups`; the
+    vectors' groups count as empty. Every stage has every group."""
+    sizes = dict.fromkeys((part for part in _PARTS if part in parts), 0.0)
+    for layer in stage:
+        part = layer.name.partition(".")[0]
+        if layer.trained_parameters:
+            sizes["post_decoder" if part in ("final_norm", "lm_head") else part] += layer.trained_parameters
+    return [*sizes.values(), *(0.0 for part in sizes if part != "connector")]
 
 
 def _replica_bandwidth(layout: Layout, cluster: Cluster) -> float:
@@ -231,7 +292,7 @@ def _data_seconds(
         case 0 | 1:
             passes = 3.0
         case 2:
-            buckets = 1 + sum(layer.trained_parameters for layer in stage) // REDUCE_BUCKET
+            buckets = 1 + sum(layer.trained_parameters for layer in stage) // DEFAULT_BUCKETS.reduce_bucket_size
             passes = 1.0 + 2 * micro_batches * buckets
         case _:
             passes = 3.0 * micro_batches * len(stage)  # Every layer is gathered twice and reduced once.

@@ -6,10 +6,15 @@ neighbours, and so on one node.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,33 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """Every rank's (picklable) object, by rank, on every rank."""
+        found = [mine]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, mine, group=self.process_group)
+        return found
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Run something that may fail on some ranks only; then all fail, and none waits for the others.
+
+        Raises:
+            ValueError: this rank's, or that of the first rank that had one.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except ValueError as own:
+            error = own
+        errors = self.gather_objects(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, message in zip(self.ranks, errors, strict=True):
+            if message is not None:
+                raise ValueError(f"rank {rank}: {message}")
+        return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for every rank of the group."""
@@ -55,13 +87,16 @@ class ParallelGroups:
     """The replicas of every stage: all ranks but for the tensor-parallel ones, which compute the same losses."""
 
 
-def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> ParallelGroups:
+def build_groups(
+    *, tensor: int = 1, context: int = 1, pipeline: int = 1, timeout: timedelta | None = None
+) -> ParallelGroups:
     """Make every process group. Called by every rank, after the processes have been joined.
 
     Args:
         tensor: tensor-parallel size.
         context: context-parallel size.
         pipeline: pipeline-parallel size. What remains of the ranks is data-parallel.
+        timeout: after which a collective gives up; default: the backend's.
 
     Raises:
         ValueError: the number of ranks is not a multiple of the three sizes.
@@ -90,7 +125,7 @@ def build_groups(*, tensor: int = 1, context: int = 1, pipeline: int = 1) -> Par
             if size == world and world > 1:
                 process_group = dist.group.WORLD
             elif size > 1 or (even_alone and world > 1):
-                process_group = dist.new_group(ranks)
+                process_group = dist.new_group(ranks, timeout=timeout)
             if this_rank in ranks:
                 mine = Group(ranks.index(this_rank), size, tuple(ranks), process_group)
         assert mine is not None

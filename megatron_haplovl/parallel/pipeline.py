@@ -2,13 +2,12 @@
 
 DeepSpeed has the schedule, the messages and the engine. To it a stage is one layer: a module that turns the tensors of
 the stage before into those for the next. Between stages travel the hidden state, the mask's two vectors and the
-positions; images, tokens and labels do not. They are read where they are used, on the first and on the last stage.
+positions. Whole batches are read on the first stage, which embeds them, and on the last, which has the loss.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, run_layers
 from megatron_haplovl.parallel.groups import ParallelGroups
 
-_OUTER = ("embedding", "lm_head", "distillation")
-"""Layers that need more than the hidden state and the context."""
+_HEADS = ("lm_head", "distillation")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Stages:
 
     def of(self, stage: int) -> tuple[str, ...]:
         """Names of a stage's layers."""
-        return self.layers[slice(*(*self.first, len(self.layers))[stage : stage + 2])]
+        end = self.first[stage + 1] if stage + 1 < len(self.first) else len(self.layers)
+        return self.layers[self.first[stage] : end]
 
     def of_parameter(self, name: str) -> int:
         """The stage that holds a parameter."""
@@ -44,15 +43,17 @@ class Stages:
         place = self.layers.index(f"{layer}.{number}" if number.isdecimal() else layer)
         return sum(first <= place for first in self.first) - 1
 
-    def __str__(self) -> str:
-        stages = (self.of(stage) for stage in range(len(self.first)))
-        return " | ".join(names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}" for names in stages)
+    @property
+    def partition(self) -> str:
+        """The cut as `--pipeline-partition` takes it."""
+        return ",".join(self.layers[first] for first in self.first[1:])
 
 
 def keep_stage(model: HaploVL | HaploVLForDistillation, layers: Sequence[str]) -> None:
     """Drop every layer of the model but these, on the meta device. What stays keeps its name.
 
-    The heads of stage 1 read the frozen matrix of the embedding, so the last stage keeps a copy of it.
+    The heads of stage 1 read the frozen matrix of the embedding, so the last stage keeps a copy of it, in an
+    `embedding` that is no layer of that stage.
     """
     words = model.embedding.text
     for name, child in list(model.named_children()):
@@ -67,13 +68,32 @@ def keep_stage(model: HaploVL | HaploVLForDistillation, layers: Sequence[str]) -
         model.embedding = copy  # type: ignore[assignment]
 
 
+class MicroBatchSlot:
+    """The micro-batch that DeepSpeed has loaded on this rank, which is the one that comes next."""
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+
+    def put(self, batch: Batch) -> None:
+        """Called when DeepSpeed loads."""
+        assert self._batch is None
+        self._batch = batch
+
+    def take(self) -> Batch:
+        """Called by the forward pass that follows."""
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        return batch
+
+
 class PipelineStage(nn.Module):
     """What DeepSpeed's pipeline engine runs on this rank.
 
     Args:
         model: with the layers of this stage only.
         layers: their names.
-        loss: what the last stage ends in: what the head reads -> loss.
+        slot: where the first and the last stage find the whole micro-batch.
+        loss: what the last stage ends in: (what the head reads, micro-batch) -> loss.
         placeholders: of optimizer groups that have no parameter here.
     """
 
@@ -81,44 +101,40 @@ class PipelineStage(nn.Module):
         self,
         model: HaploVL | HaploVLForDistillation,
         layers: Sequence[str],
-        loss: Callable[[torch.Tensor], torch.Tensor],
+        slot: MicroBatchSlot,
+        loss: Callable[[torch.Tensor, Batch], torch.Tensor],
         placeholders: nn.ParameterList,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.loss = loss
+        self.model, self.slot, self.loss = model, slot, loss
         self.placeholders = placeholders
-        self.is_first = "embedding" in layers
-        self.is_last = layers[-1] in _OUTER[1:]
-        self.inner = [name for name in layers if name not in _OUTER]
+        self.is_first, self.is_last = layers[0] == "embedding", layers[-1] in _HEADS
+        self.inner = [name for name in layers if name != "embedding" and name not in _HEADS]
 
     def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | torch.Tensor:
         """One micro-batch.
 
         Args:
-            tensors: on the first stage the fields of a `Batch` in order (see :func:`first_stage_tensors`), else what
-                the stage before returned.
+            tensors: hidden state [B, S, D] (not on the first stage), `kv_start_BS`, `kv_end_BS`, `position_ids_BS`.
 
         Returns:
-            Hidden state [B, S, D], `kv_start_BS`, `kv_end_BS`, `position_ids_BS`; on the last stage the loss.
+            The same for the next stage; on the last stage the loss.
         """
-        if self.is_first:
-            batch = Batch(*tensors)
-            x_BSD = self.model.embedding(batch)
-            vectors = (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+        *before, kv_start_BS, kv_end_BS, position_ids_BS = tensors
+        if self.is_first or self.is_last:
+            batch = self.slot.take()
+            mask_vectors = (batch.kv_start_BS, batch.kv_end_BS)
         else:
-            x_BSD, *vectors = tensors  # type: ignore[assignment]
-        kv_start_BS, kv_end_BS, position_ids_BS = vectors
-        # Attention plans its work on the host.
-        context = self.model.context(kv_start_BS.cpu(), kv_end_BS.cpu(), position_ids_BS)
+            # Attention plans its work on the host, which waits for the device here.
+            mask_vectors = (kv_start_BS.cpu(), kv_end_BS.cpu())
+        context = self.model.context(*mask_vectors, position_ids_BS)
+        x_BSD = self.model.embedding(batch.to(position_ids_BS.device)) if self.is_first else before[0]
         layers = self.model.layers()
         x_BSD = run_layers((layers[name] for name in self.inner), x_BSD, context)
-        return self.loss(x_BSD) if self.is_last else (x_BSD, *vectors)
-
-
-def first_stage_tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """A batch as the tuple of tensors that DeepSpeed wants to be given."""
-    return tuple(getattr(batch, field.name) for field in dataclasses.fields(batch))
+        if self.is_last:
+            return self.loss(x_BSD, batch)
+        # Of a view on part of a sequence a message cannot be made.
+        return (x_BSD.contiguous(), kv_start_BS, kv_end_BS, position_ids_BS)
 
 
 def pipeline_module(stage: PipelineStage, groups: ParallelGroups) -> Any:

@@ -65,7 +65,7 @@ def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf
             trained_parameters=layer.trained_parameters,
             static_bytes=engine_memory(
                 layer.parameters,
-                layer.trained_parameters,
+                [layer.trained_parameters],
                 offload_optimizer=layout.offload_optimizer,
                 offload_param=layout.offload_param,
                 **engine,

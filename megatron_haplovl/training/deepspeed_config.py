@@ -9,6 +9,9 @@ from typing import Any
 from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 
+_SET_BY_FLAGS = ("optimizer", "scheduler", "fp16", "pipeline", "tensorboard", "wandb", "csv_monitor", "comet")
+"""Sections of a DeepSpeed JSON that would do what flags do here, differently."""
+
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
@@ -56,11 +59,11 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     if config.parallel.deepspeed_config is None:
         return _as_engine_wants({**quiet, **ours}, config)
     theirs = _read(config.parallel.deepspeed_config)
-    for forbidden in ("optimizer", "scheduler", "fp16", "pipeline"):
+    for forbidden in _SET_BY_FLAGS:
         if forbidden in theirs and theirs[forbidden] != {"enabled": False}:
             raise ValueError(
                 f"{config.parallel.deepspeed_config}: {forbidden!r} is set by flags here (--lr, --lr-decay-style, "
-                "--bf16, --pipeline-partition, ...); remove it from the JSON"
+                "--bf16, --pipeline-partition, --tensorboard-dir, ...); remove it from the JSON"
             )
     merged = _merge(ours, theirs, config.parallel.deepspeed_config)
     _check_offload(merged["zero_optimization"], config.parallel.deepspeed_config)

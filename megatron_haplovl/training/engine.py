@@ -15,7 +15,7 @@ from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
 from megatron_haplovl.model.haplovl import HaploVLForDistillation
 from megatron_haplovl.parallel.groups import DeepSpeedTopology, Group
-from megatron_haplovl.parallel.pipeline import PipelineStage, pipeline_module
+from megatron_haplovl.parallel.pipeline import MicroBatchSlot, PipelineStage, pipeline_module
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.clipping import GradientClipping
 from megatron_haplovl.training.deepspeed_config import deepspeed_config
@@ -94,10 +94,13 @@ def build_engine(
         scale=settings["gradient_accumulation_steps"] * groups.replicas.size,
         device=device,
     )
-    stage = PipelineStage(model.module, model.stages.of(groups.pipeline.rank), loss, placeholders)
+    slot = MicroBatchSlot()
+    stage = PipelineStage(model.module, model.stages.of(groups.pipeline.rank), slot, loss, placeholders)
     engine, *_ = initialize(model=pipeline_module(stage, groups))
+    # DeepSpeed would receive gradients in the buffer of activations, whatever their number formats.
+    engine._allocate_or_extend_buffers = lambda _index, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
     reads_data = stage.is_first or stage.is_last
-    return engine, PipelinedSteps(engine, loss, grad_norm, optimizer, reads_data=reads_data)
+    return engine, PipelinedSteps(engine, slot, loss, grad_norm, optimizer, reads_data=reads_data)
 
 
 def _groups_of_all_stages(model: ShardedModel, config: Config) -> tuple[list[dict[str, Any]], torch.nn.ParameterList]:

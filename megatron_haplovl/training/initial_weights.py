@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
+from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
-from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint
+from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
@@ -25,11 +25,16 @@ _DROPPED = {
 }
 
 
-def fill_weights(model: ShardedModel, config: Config) -> str:
-    """Give every parameter of this rank its initial value, or its slice of it. Called by every rank.
+def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
+    """Give every parameter of this rank its value, or its slice of it. Called by every rank.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
     starts at random.
+
+    Args:
+        model: this rank's part of it.
+        config: the run's settings.
+        resumed: the checkpoint of a run that goes on; then all weights are in it.
 
     Returns:
         A table that says for every part of the model where its tensors came from, and what was dropped.
@@ -39,6 +44,29 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
             inherited and is in no source.
     """
     parameters = dict(model.module.named_parameters())
+    # A file that is missing or broken may be read on one stage only.
+    own_sources, dropped = model.groups.world.together(lambda: _copy_sources(model, config, parameters, resumed))
+    stages = model.groups.pipeline.gather_objects(own_sources)
+    merged = {name: source for stage in stages for name, source in stage.items()}
+    source_of = {name: merged[name] for name in model.shapes}
+    if not config.data.mock_data or resumed is not None:
+        _refuse_missing(source_of)
+    for name, parameter in parameters.items():
+        if source_of[name] == NEW:
+            whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
+            with torch.no_grad():
+                parameter.copy_(local_part(name, whole, model.groups.tensor))
+    return provenance_table("initial weights:", [*source_of.items(), *dropped.items()])
+
+
+def _copy_sources(
+    model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter], resumed: Path | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Fill this rank's parameters from files.
+
+    Returns:
+        Where each came from, and why others were left out.
+    """
     source_of = dict.fromkeys(parameters, NEW)
 
     def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
@@ -63,6 +91,13 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
         source_of.update((name, f"{weights.folder}, {weights.note(name)}") for name in wanted if weights.note(name))
 
     init = config.init
+    if resumed is not None:
+        _check_same_model(resumed, config.model)
+        saved = open_checkpoint(resumed)
+        if missing := sorted(model.shapes.keys() - set(saved.names())):
+            raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
+        copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
+        return source_of, {}
     if init.vision_teacher is not None:
         copy_mapped(open_vision_model(init.vision_teacher, config.model))
     if init.language_model is not None:
@@ -73,7 +108,7 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
     if init.pretrained_checkpoint is not None:
         folder = resolve_checkpoint(init.pretrained_checkpoint)
         _check_same_model(folder, config.model)
-        reader = WeightReader(folder)
+        reader = open_checkpoint(folder)
         dropped = {
             name: why
             for name in reader.names()
@@ -82,25 +117,7 @@ def fill_weights(model: ShardedModel, config: Config) -> str:
         }
         ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
         copy(((name, reader.get(name)) for name in ours), str(folder))
-    source_of = _of_all_stages(source_of, model)
-    if not config.data.mock_data:
-        _refuse_missing(source_of)
-    for name, parameter in parameters.items():
-        if source_of[name] == NEW:
-            whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
-            with torch.no_grad():
-                parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return provenance_table("initial weights:", [*source_of.items(), *dropped.items()])
-
-
-def _of_all_stages(source_of: dict[str, str], model: ShardedModel) -> dict[str, str]:
-    """The same of the whole model, in its order."""
-    if model.groups.pipeline.size == 1:
-        return source_of
-    stages: list[dict[str, str]] = [{}] * model.groups.pipeline.size
-    dist.all_gather_object(stages, source_of, group=model.groups.pipeline.process_group)
-    merged = {name: source for stage in stages for name, source in stage.items()}
-    return {name: merged[name] for name in model.shapes}
+    return source_of, dropped
 
 
 def _check_same_model(folder: Path, model: ModelConfig) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_haplovl.checkpoint.save_load import save_checkpoint
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.model.haplovl import attention_mask
 from megatron_haplovl.training.flops import training_flops
@@ -52,14 +51,13 @@ def train(run: Run) -> None:
         if _is_due(config.logging.eval_interval, step) or step == last_step:
             evaluate(run, step)
         leave = _is_due(config.checkpoint.exit_interval, step)
-        if config.checkpoint.save is not None and (
-            _is_due(config.checkpoint.save_interval, step) or step == last_step or leave
-        ):
-            saved = save_checkpoint(run.engine, run.model, config, step, run.train_data.plan_key)
-            run.logger.print(f"saved {saved}")
+        if run.writer is not None and (_is_due(config.checkpoint.save_interval, step) or step == last_step or leave):
+            run.writer.save(step, run.train_data.plan_key)
         if leave and step < last_step:
             run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
+    if run.writer is not None:
+        run.writer.finish()
 
 
 def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dict[str, float], int]:

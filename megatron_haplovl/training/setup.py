@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.save_load import load_checkpoint
+from megatron_haplovl.checkpoint.save_load import CheckpointWriter, find_checkpoint, load_checkpoint
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
@@ -55,6 +55,8 @@ class Run:
     valid_data: DataStream | None
     first_step: int
     """Optimizer steps already done when the run was resumed."""
+    writer: CheckpointWriter | None
+    """None without --save."""
     device: torch.device
     logger: RunLogger
 
@@ -88,10 +90,14 @@ def setup(config: Config) -> Run:
     train_data, valid_data = _build_streams(config, groups, logger)
     stages = _plan_stages(config, groups, device, train_data)
     if stages is not None:
-        logger.print(f"pipeline stages ({config.parallel.pipeline_partition}): {stages}")
+        logger.print(f"pipeline stages: --pipeline-partition {stages.partition}")
 
+    resumed = None
+    if config.checkpoint.load is not None:
+        resumed = find_checkpoint(config, groups.world, logger.print)
+        logger.print(f"{config.checkpoint.load}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
     model = build_model(config, groups, stages)
-    logger.print(fill_weights(model, config))
+    logger.print(fill_weights(model, config, resumed))
     apply_recipe(model.module, config.recipe)
     for module in model.module.modules():
         if isinstance(module, Block):
@@ -105,11 +111,10 @@ def setup(config: Config) -> Run:
     engine, steps = build_engine(model, config, device, head_inputs, terms)
 
     first_step = 0
-    if config.checkpoint.load is not None:
-        first_step = load_checkpoint(engine, model, config, train_data.plan_key)
-        found = f"resumed after step {first_step}" if first_step else "no checkpoint yet, starting from step 0"
-        logger.print(f"{config.checkpoint.load}: {found}")
-    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, device, logger)
+    if resumed is not None:
+        first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
+    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config, logger.print)
+    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -155,6 +160,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         tensor=config.parallel.tensor_model_parallel_size,
         context=config.parallel.context_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
+        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
     )
     return torch.device(accelerator.device_name(local_rank)), groups
 
@@ -205,17 +211,19 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
     if groups.pipeline.size == 1:
         return None
     stage1 = config.recipe.recipe == "distill"
-    work: list[Work | None] = [None]
-    if groups.world.rank == 0:
+
+    def first_packs() -> Work | None:
+        if groups.world.rank != 0:
+            return None
         number = min(schedule.global_batch_size, _PACKS_FOR_CUT)
         batch = data.packs(range(number))
-        work = [work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)]
-    # From one rank, so that a cut that is close to another is the same everywhere.
-    torch.distributed.broadcast_object_list(work, src=0)
-    assert work[0] is not None
+        return work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)
+
+    # Read on one rank, so that a cut that is close to another is the same everywhere.
+    work = groups.world.gather_objects(groups.world.together(first_packs))[0]
     layers, first = stage_cut(
         config.model,
-        work[0],
+        work,
         Layout(
             tensor=groups.tensor.size,
             pipeline=groups.pipeline.size,

@@ -12,7 +12,7 @@ import torch
 
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.losses.terms import LossTerm
-from megatron_haplovl.parallel.pipeline import first_stage_tensors
+from megatron_haplovl.parallel.pipeline import MicroBatchSlot
 from megatron_haplovl.training.metrics import total_loss
 
 Sums = dict[str, torch.Tensor]
@@ -84,7 +84,10 @@ class DirectSteps:
 
 
 class PipelineLoss:
-    """The end of the last stage: from what the head reads to the loss of a micro-batch. Keeps the sums.
+    """What the last stage ends in: from what the head reads to the loss of a micro-batch. Keeps the sums.
+
+    It is part of the stage's forward pass. A loss function beside it, as DeepSpeed takes one, would lose the head's
+    bf16 gradients: DeepSpeed clears what it finds when backward reaches the forward pass's output.
 
     Args:
         losses: (what the head reads, micro-batch) -> sums of the losses.
@@ -102,16 +105,12 @@ class PipelineLoss:
         device: torch.device,
     ) -> None:
         self._losses, self._terms, self._scale, self._device = losses, terms, scale, device
-        self.batch: Batch | None = None
-        """The micro-batch that DeepSpeed has loaded last, which is the one that comes next."""
         self.counts = StepCounts(0, 0, 0, 0, 0)
         """Valid tokens of the whole global batch that is under way."""
         self.sums = _zeros(terms, device)
 
-    def __call__(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        assert self.batch is not None
-        found = self._losses(hidden_BSD, self.batch.to(self._device))
-        self.batch = None
+    def __call__(self, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        found = self._losses(hidden_BSD, batch.to(self._device))
         _add(self.sums, found)
         return total_loss(found, self._terms, self.counts) * self._scale
 
@@ -121,20 +120,14 @@ class PipelineLoss:
         if counts is not None:
             self.counts = counts
 
-    def for_schedule(self, micro_batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[()]]]:
-        """What DeepSpeed loads on the first stage, and nothing as labels: a loss that is computed outside of its
-        forward pass, where it would give them, loses the head's bf16 gradients."""
-        for batch in micro_batches:
-            self.batch = batch
-            yield first_stage_tensors(batch), ()
-
 
 class PipelinedSteps:
     """Every rank runs its stage; DeepSpeed's schedule calls forward, backward and the optimizer.
 
     Args:
         engine: DeepSpeed's pipeline engine.
-        loss: what the engine's last stage ends in.
+        slot: where the stage looks for whole micro-batches.
+        loss: what the last stage ends in.
         grad_norm: as for :class:`DirectSteps`.
         optimizer: the optimizer that is behind the engine's.
         reads_data: whether this is the first or the last stage.
@@ -143,13 +136,14 @@ class PipelinedSteps:
     def __init__(
         self,
         engine: Any,
+        slot: MicroBatchSlot,
         loss: PipelineLoss,
         grad_norm: Callable[[], float],
         optimizer: torch.optim.Optimizer,
         *,
         reads_data: bool,
     ) -> None:
-        self._engine, self._loss, self._grad_norm = engine, loss, grad_norm
+        self._engine, self._slot, self._loss, self._grad_norm = engine, slot, loss, grad_norm
         self.reads_data = reads_data
         self._before_update: Callable[[Sums], None] | None = None
         # The schedule ends in the optimizer's step, so that what comes before it must be hooked in.
@@ -159,7 +153,7 @@ class PipelinedSteps:
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
         self._loss.start(counts)
         self._before_update = before_update
-        self._engine.train_batch(self._loss.for_schedule(micro_batches))
+        self._engine.train_batch(self._for_schedule(micro_batches))
         self._call_before_update()
         return self._grad_norm()
 
@@ -167,9 +161,15 @@ class PipelinedSteps:
         """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
         self._loss.start()
         self._engine.eval_batch(
-            self._loss.for_schedule(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=number
+            self._for_schedule(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=number
         )
         return self._loss.sums
+
+    def _for_schedule(self, micro_batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[()]]]:
+        """What DeepSpeed hands to the first stage, and no labels; the rest of a batch goes by the slot."""
+        for batch in micro_batches:
+            self._slot.put(batch)
+            yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
     def _call_before_update(self) -> None:
         # ZeRO steps group by group, and not at all where gradients are not finite.

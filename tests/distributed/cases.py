@@ -105,6 +105,11 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"zero_stage": 1, "pipeline_partition": "parameters"},
     },
     "CP 2 x PP 2, ZeRO 1": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
+    # Two sequences per micro-batch, and a first stage that ends in a view on part of each.
+    "CP 2 x PP 2, ZeRO 1, micro-batch 2": {
+        **{"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
+        **{"pipeline_partition": "pre_decoder.0", "micro_batch_size": 2},
+    },
     "full, PP 2 x DP 2, ZeRO 1": {
         **{"pipeline_model_parallel_size": 2, "zero_stage": 1},
         "recompute_granularity": "full",
@@ -112,7 +117,7 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
     **{
         f"optimizer on the host, {name}": {**layout, "offload_optimizer": "cpu"}
         for name, layout in {
-            "DP 4, ZeRO 1": {"zero_stage": 1},
+            "selective, DP 4, ZeRO 1": {"zero_stage": 1, "recompute_granularity": "selective"},
             "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
             "TP 2 x CP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 1},
             "TP 2 x DP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "zero_stage": 2},
@@ -123,8 +128,8 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"tensor_model_parallel_size": 4, "sequence_parallel": True},
         **{"offload_param": "cpu", "zero_stage": 3, "recompute_granularity": "full"},
     },
-    "optimizer and parameters on the host, TP 2 x CP 2, ZeRO 3": {
-        **{"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 3},
+    "optimizer and parameters on the host, CP 2 x DP 2, ZeRO 3": {
+        **{"context_parallel_size": 2, "zero_stage": 3},
         **{"offload_optimizer": "cpu", "offload_param": "cpu"},
     },
 }
@@ -186,7 +191,9 @@ def parallel_config(case: str, adamw: str) -> Config:
     """
     recipe, _, layout = case.partition(": ")
     name = layout.removeprefix("bf16 ").removeprefix("compiled ").removeprefix("released ")
-    settings = {f"parallel__{key}": value for key, value in {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name].items()}
+    values = {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name]
+    settings: dict[str, Any] = {f"parallel__{key}": value for key, value in values.items() if key != "micro_batch_size"}
+    settings["schedule__micro_batch_size"] = values.get("micro_batch_size", 1)
     settings |= {"precision__bf16": layout.startswith("bf16 "), "precision__compile": layout.startswith("compiled ")}
     settings["optimizer__adamw_implementation"] = adamw
     settings |= RELEASED_BLOCKS if layout.startswith("released ") else {}

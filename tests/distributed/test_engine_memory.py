@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_haplovl.parallel.engine_memory import REDUCE_BUCKET, engine_memory
+from megatron_haplovl.parallel.engine_memory import DEFAULT_BUCKETS, engine_memory
 from tests.distributed.launch import run_ranks
 
 # As in worker_engine_memory.py, which imports DeepSpeed.
@@ -32,13 +32,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, int, t
 @pytest.mark.parametrize("bf16", [False, True])
 def test_static_memory(records: dict[tuple[bool, int, tuple[str, ...]], int], bf16: bool, zero_stage: int) -> None:
     parameters, trained = LAYERS * WIDTH**2, (LAYERS - FROZEN) * WIDTH**2
-    expected = engine_memory(parameters, trained, bf16=bf16, zero_stage=zero_stage, replicas=2)
+    expected = engine_memory(parameters, [trained], bf16=bf16, zero_stage=zero_stage, replicas=2)
     total = expected.weights
     if zero_stage == 3 or (zero_stage == 1 and not bf16):
         # ZeRO 2 has given its bucket back by the end of a backward pass, and ZeRO 3 what it had gathered.
-        total += (2 if bf16 else 4) * REDUCE_BUCKET
-    if zero_stage == 0 and bf16:
-        total -= 2 * parameters  # Autocast's copies live as long as the graph.
+        total += (2 if bf16 else 4) * DEFAULT_BUCKETS.reduce_bucket_size
     # Measured: 8 bytes apart.
     assert records[bf16, zero_stage, ()] == pytest.approx(total, abs=0.001 * parameters)
 
@@ -50,12 +48,12 @@ def test_offloaded_memory(
 ) -> None:
     parameters, trained = LAYERS * WIDTH**2, (LAYERS - FROZEN) * WIDTH**2
     expected = engine_memory(
-        parameters, trained, bf16=bf16, zero_stage=zero_stage, replicas=2, **dict.fromkeys(offload, True)
+        parameters, [trained], bf16=bf16, zero_stage=zero_stage, replicas=2, **dict.fromkeys(offload, True)
     )
     total = expected.weights + expected.host
     element, share = 2 if bf16 else 4, trained / 2
     if zero_stage != 2:
-        total += (4 if zero_stage == 1 else element) * REDUCE_BUCKET
+        total += (4 if zero_stage == 1 else element) * DEFAULT_BUCKETS.reduce_bucket_size
     if zero_stage < 3:
         total += 2 * element * WIDTH**2  # Two buffers of the largest parameter's size.
     if (bf16, zero_stage) in ((True, 1), (False, 2)):

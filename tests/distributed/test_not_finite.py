@@ -11,7 +11,7 @@ def test_every_rank_stops_before_the_update(tmp_path):
     run_ranks("worker_not_finite.py", 2, str(tmp_path))
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(found) == 4
+        assert len(found) == 6
         for case, (message, changed) in found.items():
             assert "step 1: a loss is not finite" in message, (case, message)
             assert changed == [], case

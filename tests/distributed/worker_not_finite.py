@@ -18,10 +18,10 @@ from tests.distributed.cases import config
 def main(folder: Path) -> None:
     found = {}
     for pipeline in (1, 2):
-        for zero_stage in (0, 1):
+        for zero_stage, bf16 in ((0, False), (1, False), (1, True)):
             deepspeed.utils.groups.mpu = None
             layout = {"parallel__pipeline_model_parallel_size": pipeline, "parallel__zero_stage": zero_stage}
-            run = setup(config("full", **layout))
+            run = setup(config("full", **layout, precision__bf16=bf16))
             parameters = dict(run.model.module.named_parameters())
             with torch.no_grad():
                 if "lm_head.weight" in parameters:
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
             except FloatingPointError as error:
                 message = str(error)
             changed = [n for n, p in parameters.items() if n != "lm_head.weight" and not torch.equal(p, before[n])]
-            found[f"pipeline {pipeline}, ZeRO {zero_stage}"] = (message, changed)
+            found[f"pipeline {pipeline}, ZeRO {zero_stage}, bf16 {bf16}"] = (message, changed)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 
-from megatron_haplovl.checkpoint.save_load import full_weights
 from megatron_haplovl.parallel.collectives import all_gather
 from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.cases import STEPS, parallel_config
+from tests.distributed.gather import full_weights
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:

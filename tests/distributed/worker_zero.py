@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_haplovl.checkpoint.save_load import full_weights
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import STEPS, config, result_file
+from tests.distributed.gather import full_weights
 
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import make_llava_dataset
 
@@ -140,6 +140,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
     return Chain(folder, out)
 
 
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = open_checkpoint(folder / "global_step4")
+    return {name: reader.get(name) for name in reader.names()}
+
+
 def test_stage_1_reports_three_losses_and_a_held_out_evaluation(chain):
     lines = [json.loads(line) for line in (chain.folder / "stage1.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
@@ -163,9 +168,11 @@ def test_hand_over_says_what_was_loaded_dropped_and_initialised(chain):
     assert f"connector         1 tensors  {chain.folder}/align/global_step4" in chain.output["full"]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("stage1", 1e-5), ("full", 1e-2)])
-def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, tolerance):
-    """Stage 1 in fp32 from pretrained folders, stage 2 in bf16 from a checkpoint; measured 1.2e-6 and 2.4e-3."""
+@pytest.mark.parametrize(
+    ("name", "tolerance", "weights"), [("stage1", 1e-5, (0.0, 1e-4)), ("full", 1e-2, (2**-7, 5e-3))]
+)
+def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, tolerance, weights):
+    """Stage 1 in fp32 from pretrained folders, stage 2 in bf16 from a checkpoint."""
     direct, pipelined = (
         [json.loads(line) for line in (chain.folder / f"{run}.jsonl").read_text().splitlines()]
         for run in (name, f"{name}_pipelined")
@@ -176,18 +183,14 @@ def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, 
                 assert theirs[key] == pytest.approx(ours[key], rel=tolerance), key
     table = "initial weights:" + chain.output[{"stage1": "stage 1", "full": "full"}[name]].split("initial weights:")[1]
     assert table.split("parameters:")[0] in chain.output[{"stage1": "stage 1", "full": "full"}[name] + ", pipelined"]
-    saved, expected = (
-        load_file(chain.folder / run / "global_step4" / "model.safetensors") for run in (f"{name}_pipelined", name)
-    )
+    saved, expected = (saved_weights(chain.folder / run) for run in (f"{name}_pipelined", name))
     assert saved.keys() == expected.keys()
     for parameter, weight in expected.items():
-        torch.testing.assert_close(saved[parameter], weight, rtol=2**-7, atol=2e-3, msg=parameter)
+        torch.testing.assert_close(saved[parameter], weight, rtol=weights[0], atol=weights[1], msg=parameter)
 
 
 def test_each_recipe_trained_what_it_says(chain):
-    stage1, align, full = (
-        load_file(chain.folder / stage / "global_step4" / "model.safetensors") for stage in ("stage1", "align", "full")
-    )
+    stage1, align, full = (saved_weights(chain.folder / stage) for stage in ("stage1", "align", "full"))
     llama = LlamaForCausalLM.from_pretrained(chain.folder / "llama").state_dict()
     assert torch.equal(stage1["embedding.text.weight"], llama["model.embed_tokens.weight"])
     assert torch.equal(align["post_decoder.0.mlp.up_proj.weight"], llama["model.layers.0.mlp.up_proj.weight"])

@@ -111,8 +111,8 @@ def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
     assert isinstance(model, HaploVL)
     measured = measure_peak(model, BATCH, recompute)
     predicted = predict_peak(predict_layers(SMALL, BATCH, dtype, recompute, False, STAGE2), dtype)
-    # Measured: 1.1 to 7.9 % too much.
-    assert -0.02 < predicted / measured - 1.0 < 0.1
+    # Measured: 1.7 % too little to 1.1 % too much.
+    assert predicted == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,13 @@ def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
     for layer in layers:
         mine = {n: p for n, p in model.named_parameters() if n == layer.name or n.startswith(layer.name + ".")}
         count = sum(p.numel() for p in mine.values())
-        frozen = 0
-        if stage1 and layer.name == "embedding":
-            frozen = model.embedding.text.weight.numel()
-        if layer.name == "distillation":
-            frozen = sum(p.numel() for p in teacher.parameters())
-            count += frozen
+        frozen = model.embedding.text.weight.numel() if stage1 and layer.name == "embedding" else 0
         assert (layer.parameters, layer.trained_parameters) == (count, count - frozen), layer.name
-    total = sum(p.numel() for p in model.parameters()) + (sum(p.numel() for p in teacher.parameters()) if stage1 else 0)
-    assert sum(layer.parameters for layer in layers) == total
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
+    # In bf16, beside the engine; and what a last stage of a pipeline copies.
+    beside = 2 * sum(p.numel() for p in teacher.parameters()) if stage1 else 0
+    assert sum(layer.teacher_bytes for layer in layers) == beside
+    assert layers[-1].copied_parameters == (model.embedding.text.weight.numel() if stage1 else 0)
 
 
 @pytest.mark.parametrize("stage1", [False, True])

@@ -12,7 +12,7 @@ from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
-from megatron_haplovl.parallel.pipeline import PipelineStage, Stages, first_stage_tensors, keep_stage
+from megatron_haplovl.parallel.pipeline import MicroBatchSlot, PipelineStage, Stages, keep_stage
 from tests.unit.model.test_model import TINY, make_batch
 
 BATCH = make_batch(["tItt", "IttI", "ttt"], 60)
@@ -34,13 +34,20 @@ def losses(model, stage1, hidden):
 
 
 def run_stages(model, stages, stage1):
-    tensors = first_stage_tensors(BATCH)
+    tensors = (BATCH.kv_start_BS, BATCH.kv_end_BS, BATCH.position_ids_BS)
     for number in range(len(stages.first)):
         part = copy.deepcopy(model)
         keep_stage(part, stages.of(number))
+        slot = MicroBatchSlot()
         stage = PipelineStage(
-            part, stages.of(number), lambda x, part=part: losses(part, stage1, x), torch.nn.ParameterList()
+            part,
+            stages.of(number),
+            slot,
+            lambda x, batch, part=part: losses(part, stage1, x),
+            torch.nn.ParameterList(),
         )
+        if stage.is_first or stage.is_last:
+            slot.put(BATCH)
         tensors = stage(tensors)
     return tensors
 
@@ -81,7 +88,7 @@ def test_the_flat_list_and_its_stages():
     )
     stages = Stages(layers, (0, 3, 7))
     assert [stages.of(number) for number in range(3)] == [layers[:3], layers[3:7], layers[7:]]
-    assert str(stages) == "embedding ... pre_decoder.1 | connector ... final_norm | lm_head"
+    assert stages.partition == "connector,lm_head"
     assert stages.of_parameter("pre_decoder.1.mlp.up_proj.weight") == 0
     assert stages.of_parameter("connector.weight") == 1
     assert stages.of_parameter("lm_head.weight") == 2

@@ -120,3 +120,18 @@ def test_flags_that_make_no_sense(words: tuple[str, ...], message: str, capsys: 
     with pytest.raises(SystemExit):
         plan_parallelism.main(["--model", "haplovl-8b", *words])
     assert message in capsys.readouterr().err
+
+
+def test_a_partition_is_planned_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def first_layers(partition: str) -> list[list[str]]:
+        path = tmp_path / "plan.json"
+        words = ("--pipeline-model-parallel-size", "2", "4", "--zero-stage", "1", "--pipeline-partition", partition)
+        plan(capsys, *SMALL, "--tensor-model-parallel-size", "2", *words, "--json", str(path))
+        content = json.loads(path.read_text())
+        refused = [record["constraints"].get("partition", "") for record in content["refused"]]
+        assert ("make 2 stages, not 4" in "".join(refused)) == ("," not in partition and "." in partition)
+        return [record["first_layers"] for record in content["possible"]]
+
+    assert {tuple(layers) for layers in first_layers("post_decoder.9")} == {("embedding", "post_decoder.9")}
+    auto, uniform = ({tuple(layers) for layers in first_layers(method)} for method in ("auto", "uniform"))
+    assert auto and uniform and not auto & uniform

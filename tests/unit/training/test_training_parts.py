@@ -73,6 +73,10 @@ def test_parameter_groups_have_their_rates_and_no_decay_on_vectors():
     c = config(optimizer={"lr": 1e-3, "connector_lr": 4e-3, "weight_decay": 0.1})
     apply_recipe(model, c.recipe)
     groups = parameter_groups(model, c.optimizer)
+    # What is largest comes first and alone: DeepSpeed joins the small groups behind it to reduce their gradients.
+    matrices = ["post_decoder", "connector", "pre_decoder", "embedding"]
+    vectors = [f"{part} (no decay)" for part in matrices if part != "connector"]
+    assert [group["name"] for group in groups] == [*matrices, *vectors]
     names = {p: n for n, p in model.named_parameters()}
     assert sorted(names[p] for g in groups for p in g["params"]) == sorted(names.values())
     for group in groups:
@@ -141,6 +145,8 @@ def test_deepspeed_json_is_merged(tmp_path):
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, but the flags say 1"),
         ('{"train_batch_size": 7}', "train_batch_size is 7, but the flags say 128"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by flags"),
+        ('{"pipeline": {"activation_checkpoint_interval": 1}}', "'pipeline' is set by flags"),
+        ('{"tensorboard": {"enabled": true}}', "'tensorboard' is set by flags"),
         (
             '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
             "device is 'cpu', but the flags say 'none'",

@@ -1,0 +1,252 @@
+"""Storage of a run's tensors: every rank writes the pieces that it holds, and any arrangement of ranks reads them.
+
+A piece is a run of elements of one flattened tensor, or of one tensor-parallel part of it. It is stored under the
+parameter's name in the serial model, so that no layout has to be known to read it. Nothing is pickled.
+
+    rank-00000.safetensors    one rank's pieces
+    rank-00000.json           what they are pieces of, and the file's size and SHA-256
+    manifest.json             the same of all ranks, and every parameter's shape; written last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader, read_json, to_disk, write_text
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by the names that torch and DeepSpeed give them."""
+MANIFEST = "manifest.json"
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What some elements in a file are."""
+
+    name: str
+    """Of the parameter."""
+    kind: str
+    """WEIGHT or one of MOMENTS."""
+    dim: int | None
+    """Along which tensor-parallel ranks share the tensor; None for one that all hold whole."""
+    part: int
+    parts: int
+    start: int
+    """Place of the first element in the flattened part."""
+    length: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    piece: Piece
+    file: str
+    key: str
+
+
+def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> None:
+    """Write one rank's pieces (flat, on the CPU). Its JSON file appears when they are on the disk.
+
+    Raises:
+        OSError: there is no room, or the folder cannot be written.
+    """
+    path = folder / f"rank-{rank:05d}.safetensors"
+    save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
+    to_disk(path)
+    record = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": _digest(path),
+        "pieces": [dataclasses.asdict(piece) for piece, _ in pieces],
+    }
+    write_text(path.with_suffix(".json"), json.dumps(record))
+
+
+def mark_failed(folder: Path, rank: int) -> None:
+    """Tell the rank that completes the checkpoint not to wait for this one."""
+    (folder / f"rank-{rank:05d}.failed").touch()
+
+
+def complete(
+    aside: Path, folder: Path, ranks: int, parameters: Mapping[str, torch.Size], dtype: torch.dtype, patience: float
+) -> None:
+    """Wait for every rank's files, write the manifest, and give the folder its name. Called by one rank.
+
+    Args:
+        aside: where the ranks write.
+        folder: the name.
+        ranks: number of ranks that write.
+        parameters: shapes in the serial model.
+        dtype: of the weights that the model computes with.
+        patience: seconds until a rank that has not written is given up.
+
+    Raises:
+        OSError: a rank failed, or took too long.
+    """
+    records = []
+    end = time.monotonic() + patience
+    for rank in range(ranks):
+        record = aside / f"rank-{rank:05d}.json"
+        while not record.is_file():
+            if (aside / f"rank-{rank:05d}.failed").exists():
+                raise OSError(f"rank {rank} could not write its part of {folder.name}")
+            if time.monotonic() > end:
+                raise OSError(f"rank {rank} did not write its part of {folder.name} in {patience:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        records.append(read_json(record))
+    shapes = {name: list(shape) for name, shape in parameters.items()}
+    manifest = {"dtype": str(dtype).removeprefix("torch."), "parameters": shapes, "files": records}
+    write_text(aside / MANIFEST, json.dumps(manifest))
+    for rank in range(ranks):
+        (aside / f"rank-{rank:05d}.json").unlink()
+    to_disk(aside)
+    aside.rename(folder)
+    to_disk(folder.parent)
+
+
+def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint; every rank may look at a share of them.
+
+    Raises:
+        ValueError: there is no readable manifest.
+    """
+    found = []
+    for record in read_json(folder / MANIFEST)["files"][share::shares]:
+        path = folder / record["file"]
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != record["bytes"]:
+            found.append(f"{path} has {path.stat().st_size} bytes instead of {record['bytes']}")
+        elif _digest(path) != record["sha256"]:
+            found.append(f"{path} has changed since it was written (its SHA-256 is another)")
+    return found
+
+
+class PieceReader:
+    """Reads the tensors of a checkpoint, whole or in parts, whatever the ranks were that wrote it.
+
+    Args:
+        folder: of one checkpoint.
+
+    Raises:
+        ValueError: there is no readable manifest.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        manifest = read_json(self.folder / MANIFEST)
+        self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self._shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
+        self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
+        for record in manifest["files"]:
+            for i, values in enumerate(record["pieces"]):
+                piece = Piece(**values)
+                self._stored[piece.name, piece.kind].append(_Stored(piece, record["file"], str(i)))
+        self._open: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """Names of all parameters, sorted."""
+        return sorted(self._shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter of the serial model.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self._shapes:
+            raise ValueError(f"{self.folder}: there is no tensor {name!r} among its {len(self._shapes)}")
+        return tuple(self._shapes[name])
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether there is such a tensor: frozen parameters have no moments."""
+        return (name, kind) in self._stored
+
+    def get(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
+        """A whole tensor; a weight as the model computed with it, a moment as it is stored."""
+        shape = torch.Size(self.shape(name))
+        stored = self._stored_of(name, kind)
+        dim, parts = stored[0].piece.dim, stored[0].piece.parts
+        slices = []
+        for part in range(parts):
+            part_shape = torch.Size(n // parts if i == dim else n for i, n in enumerate(shape))
+            slices.append(self._read(stored, part, 0, part_shape.numel()).view(part_shape))
+        whole = slices[0] if dim is None else torch.cat(slices, dim)
+        return whole.to(self._dtype) if kind == WEIGHT else whole
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """The elements that a piece names, flat, as they are stored."""
+        stored = self._stored_of(piece.name, piece.kind)
+        if (stored[0].piece.dim, stored[0].piece.parts) == (piece.dim, piece.parts):
+            return self._read(stored, piece.part, piece.start, piece.length)
+        # Tensor-parallel ranks have become more or fewer.
+        shape = torch.Size(self.shape(piece.name))
+        dim, parts = stored[0].piece.dim, stored[0].piece.parts
+        slices = [
+            self._read(stored, part, 0, shape.numel() // parts).view(
+                torch.Size(n // parts if i == dim else n for i, n in enumerate(shape))
+            )
+            for part in range(parts)
+        ]
+        whole = slices[0] if dim is None else torch.cat(slices, dim)
+        mine = whole if piece.dim is None else whole.chunk(piece.parts, piece.dim)[piece.part]
+        return mine.reshape(-1)[piece.start : piece.start + piece.length]
+
+    def _stored_of(self, name: str, kind: str) -> list[_Stored]:
+        if (name, kind) not in self._stored:
+            raise ValueError(f"{self.folder}: has no {kind} of {name}")
+        return self._stored[name, kind]
+
+    def _read(self, stored: Iterable[_Stored], part: int, start: int, length: int) -> torch.Tensor:
+        """Elements of a flattened part, put together from the pieces that hold some of them."""
+        result: torch.Tensor | None = None
+        found = 0
+        for item in stored:
+            piece = item.piece
+            first, end = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if piece.part != part or first >= end:
+                continue
+            values = self._file(item.file).get_slice(item.key)[first - piece.start : end - piece.start]
+            if result is None:
+                result = torch.empty(length, dtype=values.dtype)
+            result[first - start : end - start] = values
+            found += end - first
+        if result is None or found != length:
+            name = next(iter(stored)).piece.name
+            raise ValueError(f"{self.folder}: {found} of {length} elements of {name} are there")
+        return result
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+
+def open_checkpoint(folder: str | Path) -> TensorSource:
+    """The weights of a checkpoint: of one that a run has saved, or of one that holds plain safetensors.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    return PieceReader(folder) if (Path(folder) / MANIFEST).is_file() else WeightReader(folder)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

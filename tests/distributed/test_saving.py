@@ -1,0 +1,54 @@
+"""Checkpoints that are kept, written beside the training, refused by a full disk, or damaged; on two ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving")
+    return folder, run_ranks("worker_saving.py", 2, str(folder))
+
+
+def losses(folder, name):
+    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["loss"], line["grad norm"]) for line in lines]
+
+
+def steps(folder, name):
+    return sorted(path.name for path in (folder / name).iterdir() if path.is_dir())
+
+
+def test_only_the_last_ones_are_kept(launch):
+    assert steps(launch[0], "whole") == ["global_step5", "global_step6"]
+
+
+def test_saved_beside_the_training(launch):
+    folder, output = launch
+    assert losses(folder, "beside") + losses(folder, "beside resumed") == losses(folder, "whole")
+    assert steps(folder, "beside") == [f"global_step{step}" for step in range(1, 7)]
+    assert "of which training waited" in output
+
+
+@pytest.mark.parametrize("name", ["full disk", "full disk beside"])
+def test_a_full_disk_does_not_end_the_run(launch, name):
+    folder, output = launch
+    assert losses(folder, name) == losses(folder, "whole")
+    assert steps(folder, name) == [f"global_step{step}" for step in range(1, 6)]
+    assert (folder / name / "latest").read_text().strip() == "global_step5"
+    assert output.count("saving failed, the run goes on: ") == 2 and "No space left on device" in output
+
+
+def test_damage_is_reported_and_the_one_before_is_taken_only_if_asked(launch):
+    folder, output = launch
+    for rank in range(2):
+        message = json.loads((folder / f"{rank}.json").read_text())["damaged"]
+        assert "global_step6 is damaged" in message and "rank-00001.safetensors" in message
+        assert "--allow-fallback" in message
+    assert losses(folder, "fallback") == losses(folder, "whole")[5:]
+    assert "resuming" in output and "global_step5" in output

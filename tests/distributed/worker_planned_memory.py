@@ -1,0 +1,64 @@
+"""Rank program: the most bytes that tensors take in one optimizer step, in every layout, on every rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from megatron_haplovl.parallel.work import work_of_batch
+from megatron_haplovl.training.loop import train_step
+from megatron_haplovl.training.setup import Run, setup
+from tests.distributed.live_bytes import LiveBytes, all_tensors
+from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS, memory_config
+
+
+def main(path: Path) -> None:
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    settings = path.with_suffix(f".deepspeed{dist.get_rank()}.json")
+    settings.write_text(json.dumps({"zero_optimization": vars(BUCKETS)}))
+    records = []
+    for case in CASES:
+        others = list(all_tensors())
+        # DeepSpeed keeps the last engine's topology in a global.
+        deepspeed.utils.groups.mpu = None
+        run = setup(memory_config(case, str(settings)))
+        mine = measure(run, others)
+        run.engine.destroy()
+        del run, others
+        ranks: list[Any] = [None] * RANKS
+        dist.all_gather_object(ranks, mine)
+        records.append({"case": case, "ranks": ranks})
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(records))
+    dist.destroy_process_group()
+
+
+def measure(run: Run, others: list[Any]) -> dict[str, Any]:
+    """Peak of a step, where the optimizer's state is there already; and what its micro-batches brought."""
+    accumulated = run.engine.gradient_accumulation_steps()
+    stages = run.model.stages
+    work = [
+        vars(work_of_batch(batch, run.config.recipe.recipe == "distill"))
+        for batch in islice(run.train_data.micro_batches(MEASURED_STEP), accumulated)
+    ]
+    batches = run.train_data.micro_batches()
+    for step in range(MEASURED_STEP):
+        train_step(run, step, batches)
+    with LiveBytes(others) as live:
+        train_step(run, MEASURED_STEP, batches)
+    return {
+        "stage": run.groups.pipeline.rank,
+        "partition": "auto" if stages is None else ",".join(stages.layers[first] for first in stages.first[1:]),
+        "peak": live.peak,
+        "work": work,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,75 @@
+"""Rank program: runs that keep some checkpoints, save beside the training, meet a full disk, or find damage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_haplovl.checkpoint import save_load
+from megatron_haplovl.training.loop import train
+from megatron_haplovl.training.setup import setup
+from tests.distributed.cases import config
+
+
+def run(folder: Path, name: str, save: str, **flags: Any) -> None:
+    made = setup(
+        config(
+            "full",
+            schedule__train_iters=6,
+            checkpoint__save=str(folder / save),
+            checkpoint__save_interval=1,
+            logging__log_interval=1,
+            logging__metrics_file=str(folder / f"{name}.jsonl"),
+            **flags,
+        )
+    )
+    train(made)
+    made.logger.close()
+
+
+def full_disk_at(step: int) -> Any:
+    """Rank 1 cannot write this step's checkpoint."""
+    write_rank = save_load.write_rank
+
+    def write(folder: Path, rank: int, pieces: Any) -> None:
+        if rank == 1 and folder.name == f".global_step{step}.unfinished":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_rank(folder, rank, pieces)
+
+    save_load.write_rank = write
+    return write_rank
+
+
+def main(folder: Path) -> None:
+    run(folder, "whole", "whole", checkpoint__keep_last=2)
+    run(folder, "beside", "beside", checkpoint__async_save=True, checkpoint__exit_interval=4)
+    run(folder, "beside resumed", "beside", checkpoint__load=str(folder / "beside"))
+    for name, flags in (("full disk", {}), ("full disk beside", {"checkpoint__async_save": True})):
+        original = full_disk_at(6)
+        run(folder, name, name, **flags)
+        save_load.write_rank = original
+    dist.barrier()
+    if dist.get_rank() == 0:
+        damaged = folder / "whole" / "global_step6" / "rank-00001.safetensors"
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
+    dist.barrier()
+    found = {}
+    try:
+        run(folder, "damaged", "other", checkpoint__load=str(folder / "whole"))
+    except ValueError as error:
+        found["damaged"] = str(error)
+    fallback = {"checkpoint__load": str(folder / "whole"), "checkpoint__allow_fallback": True}
+    run(folder, "fallback", "other", **fallback)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
