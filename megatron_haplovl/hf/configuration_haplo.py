@@ -9,6 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Kind of rope_scaling -> the settings that it needs.
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass(frozen=True)
 class HaploDecoderConfig:
@@ -56,10 +63,11 @@ class HaploDecoderConfig:
             raise ValueError(f"norm_mode {self.norm_mode!r} is neither 'layernorm' nor 'rmsnorm'")
         if self.image_attention not in ("bidirectional", "causal"):
             raise ValueError(f"image_attention {self.image_attention!r} is neither 'bidirectional' nor 'causal'")
-        if rope_type(self.rope_scaling) not in ("default", "linear", "llama3"):
-            raise ValueError(
-                f"rope_scaling {self.rope_scaling!r} is not supported, only the types 'linear' and 'llama3'"
-            )
+        kind = rope_type(self.rope_scaling)
+        if kind not in _ROPE_KEYS:
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} is not supported, only types 'linear' and 'llama3'")
+        if missing := [key for key in _ROPE_KEYS[kind] if key not in (self.rope_scaling or {})]:
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} lacks {', '.join(missing)}")
         for name, supported in (("use_sliding_window", False), ("tie_word_embeddings", False)):
             if getattr(self, name) != supported:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not supported, only {supported!r}")
