@@ -74,6 +74,7 @@ def planned(case: tuple[str, int, str, str, str], rank: dict[str, Any]) -> RankM
     return max((plan.stage_memories[rank["stage"]] for plan in plans), key=lambda memory: memory.peak)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
 def test_peak_of_every_rank(records: Any, case: tuple[str, int, str, str, str]) -> None:
     for rank in records[case]:
