@@ -180,14 +180,7 @@ class PieceReader:
 
     def get(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
         """A whole tensor; a weight as the model computed with it, a moment as it is stored."""
-        shape = torch.Size(self.shape(name))
-        stored = self._stored_of(name, kind)
-        dim, parts = stored[0].piece.dim, stored[0].piece.parts
-        slices = []
-        for part in range(parts):
-            part_shape = torch.Size(n // parts if i == dim else n for i, n in enumerate(shape))
-            slices.append(self._read(stored, part, 0, part_shape.numel()).view(part_shape))
-        whole = slices[0] if dim is None else torch.cat(slices, dim)
+        whole = self._whole(name, kind)
         return whole.to(self._dtype) if kind == WEIGHT else whole
 
     def read(self, piece: Piece) -> torch.Tensor:
@@ -196,17 +189,18 @@ class PieceReader:
         if (stored[0].piece.dim, stored[0].piece.parts) == (piece.dim, piece.parts):
             return self._read(stored, piece.part, piece.start, piece.length)
         # Tensor-parallel ranks have become more or fewer.
-        shape = torch.Size(self.shape(piece.name))
-        dim, parts = stored[0].piece.dim, stored[0].piece.parts
-        slices = [
-            self._read(stored, part, 0, shape.numel() // parts).view(
-                torch.Size(n // parts if i == dim else n for i, n in enumerate(shape))
-            )
-            for part in range(parts)
-        ]
-        whole = slices[0] if dim is None else torch.cat(slices, dim)
+        whole = self._whole(piece.name, piece.kind)
         mine = whole if piece.dim is None else whole.chunk(piece.parts, piece.dim)[piece.part]
         return mine.reshape(-1)[piece.start : piece.start + piece.length]
+
+    def _whole(self, name: str, kind: str) -> torch.Tensor:
+        """Put together from the parts of all tensor-parallel ranks, as it is stored."""
+        shape = self.shape(name)
+        stored = self._stored_of(name, kind)
+        dim, parts = stored[0].piece.dim, stored[0].piece.parts
+        part_shape = torch.Size(n // parts if i == dim else n for i, n in enumerate(shape))
+        slices = [self._read(stored, part, 0, part_shape.numel()).view(part_shape) for part in range(parts)]
+        return slices[0] if dim is None else torch.cat(slices, dim)
 
     def _stored_of(self, name: str, kind: str) -> list[_Stored]:
         if (name, kind) not in self._stored:
