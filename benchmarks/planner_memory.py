@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import MIB, machine, print_table, write_json
 from megatron_haplovl.config.layout import Layout
-from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate
 from megatron_haplovl.data.image_geometry import image_layout

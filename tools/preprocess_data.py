@@ -28,8 +28,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_haplovl.config.cli import add_settings, build_config
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import VisionConfig
 from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
 from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS
 from megatron_haplovl.data.manifest import REPORT_SUFFIX, Manifest

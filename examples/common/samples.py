@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.records import Record, check_record, read_records
 

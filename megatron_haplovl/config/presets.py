@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.vision import VisionConfig
 
 _CLIP_VIT_L = PreDecoderConfig(
     num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, activation="quick_gelu"

@@ -9,41 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-_T = TypeVar("_T")
-
-
-def setting(default: _T, help: str, *, choices: tuple[Any, ...] | None = None, metavar: str | None = None) -> _T:
-    """Declare one field: its default, its documentation, and (optionally) the values it may take."""
-    metadata = {"help": help, "choices": choices, "metavar": metavar}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """How an image becomes tokens (paper Sec. 3.1, "multi-modal embedding layers")."""
-
-    patch_size: int = setting(14, "side of the square pixel window that one token embeds")
-    image_size: int = setting(336, "side of one tile in pixels; a multiple of --patch-size")
-    image_aspect_ratio: str = setting(
-        "pad",
-        "pad: one tile, the image padded to a square; resize: one tile, the image stretched; "
-        "anyres: as many tiles as the best of the grid pinpoints holds",
-        choices=("pad", "resize", "anyres"),
-    )
-    max_tiles: int = setting(6, "anyres: choose among all grids of at most this many tiles, the single tile included")
-    image_newline: bool = setting(False, "append a learned newline token to every row of patches")
-
-    @property
-    def cells_per_side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
-    @property
-    def cells_per_tile(self) -> int:
-        """Patches in one tile, which is also the length of the position embedding."""
-        return self.cells_per_side**2
+from megatron_haplovl.config.setting import setting
+from megatron_haplovl.config.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -142,6 +111,18 @@ class InitConfig:
     )
     pretrained_checkpoint: str | None = setting(
         None, "start from the weights of this training checkpoint (a --save folder, or one global_stepN in it)"
+    )
+    allow_missing: tuple[str, ...] = setting(
+        (),
+        "parameters that may start at random though they should be inherited; regular expressions of whole names, such "
+        "as lm_head.weight",
+        metavar="REGEX",
+    )
+    allow_unexpected: tuple[str, ...] = setting(
+        (),
+        "tensors of a folder or checkpoint that may be skipped though the model has no place for them; regular "
+        "expressions of whole names",
+        metavar="REGEX",
     )
 
 
@@ -305,6 +286,9 @@ class CheckpointConfig:
         None,
         "resume everything from the newest checkpoint in this folder, if there is one, on any arrangement of ranks",
     )
+    finetune: bool = setting(
+        False, "take only the weights from --load; moments, schedule and position in the data start anew"
+    )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
     async_save: bool = setting(False, "write checkpoints beside the training, which waits for a copy in the host only")
@@ -354,6 +338,16 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def resume_from(self) -> str | None:
+        """The folder whose newest checkpoint the run goes on from, if there is one."""
+        return None if self.checkpoint.finetune else self.checkpoint.load
+
+    @property
+    def weights_from(self) -> str | None:
+        """The checkpoint whose weights a run begins with that does not go on from one."""
+        return self.checkpoint.load if self.checkpoint.finetune else self.init.pretrained_checkpoint
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, ready for JSON."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import StepCounts
 from megatron_haplovl.data.pack_plan import COUNT_NAMES, BlendedSource, EpochPlan, PlanSettings, build_epoch
 from megatron_haplovl.data.sources import Source

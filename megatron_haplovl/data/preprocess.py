@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template

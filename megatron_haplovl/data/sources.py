@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.image_geometry import count_image_tokens
 from megatron_haplovl.data.indexed_dataset import IndexedDataset

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_to_hf
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo
-from megatron_haplovl.checkpoint.pieces import open_checkpoint
+from megatron_haplovl.checkpoint.pieces import MANIFEST, damaged_files, open_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ChatTemplate, ConversationEncoder, load_chat_template
@@ -23,6 +23,7 @@ from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenize
 from megatron_haplovl.hf.configuration_haplo import HaploConfig
 from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
 from megatron_haplovl.hf.processing_haplo import HaploProcessor
+from megatron_haplovl.hf.remote_code import MODEL_AUTO_MAP, write_remote_code
 
 PRE_NORM_EPSILON = 1e-5
 """Of the norm before the first block: torch's default, which the released format fixes."""
@@ -58,9 +59,12 @@ def export_checkpoint(
         dtype: number format of the weights; default: that of the checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint, it is one of stage 1, or the format or the tokenizer cannot hold the model.
+        ValueError: there is no checkpoint, it is damaged or one of stage 1, or the format or the tokenizer cannot
+            hold the model.
     """
     checkpoint, folder = resolve_checkpoint(load), Path(save)
+    if (checkpoint / MANIFEST).is_file() and (damage := damaged_files(checkpoint)):
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
     config = read_config(checkpoint)
     if config.recipe.recipe == "distill":
         raise ValueError(
@@ -80,12 +84,14 @@ def export_checkpoint(
     dtype = reader.get("final_norm.weight").dtype if dtype is None else dtype
     hf_config.dtype = dtype
     hf_config.architectures = ["HaploForConditionalGeneration"]
+    hf_config.auto_map = MODEL_AUTO_MAP
     processor = haplo_processor(config.model, tokenizer, template)
     # Weights first: a folder with a config.json is complete.
     written = write_weights(export_to_haplo(reader, config.model, rows=rows, dtype=dtype), folder)
     processor.save_pretrained(folder)
     _name_portable_tokenizer(folder)
     generation_config(encoder, model=config.model, rows=rows).save_pretrained(folder)
+    write_remote_code(folder)
     hf_config.save_pretrained(folder)
     return ExportSummary(checkpoint, folder, written // dtype.itemsize, written, dtype, rows)
 
@@ -237,9 +243,12 @@ def generation_config(encoder: ConversationEncoder, *, model: ModelConfig, rows:
 
 
 def _name_portable_tokenizer(folder: Path) -> None:
-    """Give the tokenizer the class name that transformers 4 knows as well; it stands for the same class in both."""
+    """Let transformers 4 load the tokenizer as well."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings["tokenizer_class"] == "TokenizersBackend":
+        # The older name of the same class.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Else it also gives token types, with which transformers 4 would call the model.
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import grid_pinpoints
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, image_to_tiles
 

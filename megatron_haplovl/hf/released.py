@@ -8,16 +8,18 @@ from pathlib import Path
 
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_from_hf
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_haplo
+from megatron_haplovl.checkpoint.provenance import STRICT, Allowed
 from megatron_haplovl.checkpoint.weights import read_json
 from megatron_haplovl.config.cli import flags_to_reach
-from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import grid_pinpoints
 from megatron_haplovl.hf.configuration_haplo import HaploConfig
 from megatron_haplovl.hf.export import PRE_NORM_EPSILON
 
 
-def open_released(folder: str | Path, model: ModelConfig) -> tuple[MappedWeights, ModelConfig]:
+def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> tuple[MappedWeights, ModelConfig]:
     """The weights of a released folder, and the model that holds them.
 
     Args:
@@ -25,6 +27,7 @@ def open_released(folder: str | Path, model: ModelConfig) -> tuple[MappedWeights
         model: preset and flags. The text embedding becomes `folded`, and gated blocks and biases are switched on where
             the weights need them; everything else must agree with the folder. The vocabulary may be smaller than the
             folder's where the rows beyond it are zero, as an export pads them.
+        allow: what may be missing or left over.
 
     Raises:
         ValueError: the folder is none, or its settings, shapes or tensors contradict the model.
@@ -40,7 +43,7 @@ def open_released(folder: str | Path, model: ModelConfig) -> tuple[MappedWeights
     if words := flags_to_reach(model, theirs):
         raise ValueError(f"{where}: is another model than the flags describe; give {' '.join(words)}")
     validate_model(theirs)
-    return open_haplo(folder, theirs, rows=rows)
+    return open_haplo(folder, theirs, allow, rows=rows)
 
 
 def _described_model(config: HaploConfig, model: ModelConfig, where: Path) -> ModelConfig:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.dataset import collate, lay_out_document
 from megatron_haplovl.data.sources import EncodedImage, Sample
@@ -52,7 +52,8 @@ def compare_logits(
     processor = HaploProcessor.from_pretrained(folder, local_files_only=True)
     texts, images = fixed_inputs(config.model.vision.image_size)
     inputs = processor(text=texts, images=images, padding_side="right")
-    batch = training_batch(texts, images, tokenizer, config.model.vision)
+    token_ids = [tokenizer.encode(text)[0] for text in texts]
+    batch = training_batch(token_ids, images, tokenizer, config.model.vision)
 
     reader = open_checkpoint(checkpoint)
     # Built without memory, then filled: initialising billions of weights only to replace them takes minutes.
@@ -89,16 +90,19 @@ def fixed_inputs(side: int) -> tuple[list[str], list[list[Image.Image]]]:
 
 
 def training_batch(
-    texts: Sequence[str], images: Sequence[Sequence[Image.Image]], tokenizer: TextTokenizer, vision: VisionConfig
+    token_ids: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Image.Image]],
+    tokenizer: TextTokenizer,
+    vision: VisionConfig,
 ) -> Batch:
-    """The batch that training would make of these texts: one document in each row, padding behind it."""
+    """The batch that training would make of these tokens: one document in each row, padding behind it."""
     documents = []
-    for text, row_images in zip(texts, images, strict=True):
-        token_ids = np.array(tokenizer.encode(text)[0], dtype=np.int32)
+    for row_ids, row_images in zip(token_ids, images, strict=True):
+        row_N = np.array(row_ids, dtype=np.int32)
         sample = Sample(
-            token_ids=token_ids,
-            loss_mask=np.zeros(len(token_ids), dtype=np.uint8),
-            is_image=token_ids == tokenizer.image_token_id,
+            token_ids=row_N,
+            loss_mask=np.zeros(len(row_N), dtype=np.uint8),
+            is_image=row_N == tokenizer.image_token_id,
             images=tuple(EncodedImage(_png(image), image.height, image.width) for image in row_images),
         )
         documents.append(lay_out_document([sample], vision))

@@ -21,7 +21,8 @@ from megatron_haplovl.checkpoint.weights import (
     resolve_checkpoint,
     write_weights,
 )
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, VisionConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig
+from megatron_haplovl.config.vision import VisionConfig
 
 
 def _state() -> dict[str, torch.Tensor]:

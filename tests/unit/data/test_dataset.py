@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate, lay_out_document
 from megatron_haplovl.data.image_geometry import image_layout

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import count_image_tokens, fit_within, grid_pinpoints, image_layout
 
 SMALL = VisionConfig(patch_size=8, image_size=32, image_aspect_ratio="anyres", max_tiles=4, image_newline=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.pack_plan import PlanSettings
 from megatron_haplovl.data.plan_cache import PackPlan, PlanInputs, cached_plan
 from megatron_haplovl.data.sources import MockSource

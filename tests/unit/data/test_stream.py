@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, ScheduleConfig, VisionConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, ScheduleConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.stream import DataStream, build_stream, parse_blend
 from tests.conftest import train_sentencepiece

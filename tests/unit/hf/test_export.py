@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from megatron_haplovl.checkpoint.weights import WeightReader, write_weights
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RecipeConfig, VisionConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RecipeConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploConfig, HaploForConditionalGeneration, HaploProcessor
@@ -112,8 +113,10 @@ def test_files_of_the_released_format(tmp_path: Path, tokenizer: TextTokenizer) 
     for name in ("preprocessor_config.json", "video_processor/preprocessor_config.json"):
         assert json.loads((folder / name).read_text())["image_processor_type"] == "HaploImageProcessor"
     assert json.loads((folder / "processor_config.json").read_text())["num_image_tokens"] == 4
-    # A class that transformers 4 knows as well.
-    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # A class that transformers 4 knows as well, and no token types, which the model would refuse.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_marks_beyond_the_vocabulary_get_zero_rows_and_are_never_generated(

@@ -13,7 +13,8 @@ import torch
 from megatron_haplovl.checkpoint.weights import WeightReader, read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.cli import flags_to_reach
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RopeScalingConfig, VisionConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RopeScalingConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf.export import export_checkpoint

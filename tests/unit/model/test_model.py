@@ -8,13 +8,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import (
-    ModelConfig,
-    PostDecoderConfig,
-    PreDecoderConfig,
-    RopeScalingConfig,
-    VisionConfig,
-)
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, RopeScalingConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.kernels.elementwise import rotate
 from megatron_haplovl.kernels.mask import MixedMask

@@ -25,7 +25,8 @@ from benchmarks.planner_memory import (
 )
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig, VisionConfig
+from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.kernels import linear_cross_entropy
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_haplovl.config.schema import VisionConfig
+from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
