@@ -7,7 +7,8 @@ Writes bf16 folders of CLIP's and the language model's true shapes, filled with 
 converts them: Hugging Face -> training checkpoint -> released Haplo format -> training checkpoint. Beside it, the
 language model goes through transformers' `from_pretrained` and `save_pretrained`, if it fits into memory. Every step
 begins with its input out of the page cache and ends with its output on the disk. The disk's own rates are taken
-before and after: of writing alone, and of a plain copy, which reads from the same disk as a conversion does.
+before and after each, for they change: of writing alone, and of a plain copy, which reads from the same disk as a
+conversion does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import MIB, machine, peak_mib, print_table, write_json
 from megatron_haplovl.checkpoint.hf_mapping import Entry, clip_vision_table, export_to_haplo, language_model_table
@@ -33,7 +37,11 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig
 
 _BLOCK = 64 * MIB
-_COLUMNS = ("step", "seconds", "GB", "MB/s", "of writing", "of copying", "peak MiB")
+_PROBE = 4 * 10**9
+_COLUMNS = (
+    *("step", "seconds", "GB", "MB/s"),
+    *("disk, writing", "of writing", "disk, copying", "of copying", "peak MiB"),
+)
 
 
 def main() -> None:
@@ -73,9 +81,10 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
     vision = clip_vision_table(model, side=model.vision.cells_per_side)
     language = language_model_table(model, tied=False)
     size = 2 * sum(_elements(entry) for entry in (*vision, *language))
-    # Input, two of the three conversions' results (the first makes room for the third), and the library's.
-    if shutil.disk_usage(folder).free < 5 * size:
-        raise ValueError(f"{folder}: needs {5 * size / 1e9:.0f} GB of free disk; give fewer --layers")
+    # A folder is removed once the last step that reads it is done; the import's input, its result and the library's
+    # copy are there together.
+    if shutil.disk_usage(folder).free < 3.1 * size:
+        raise ValueError(f"{folder}: needs {3.1 * size / 1e9:.0f} GB of free disk; give fewer --layers")
     write_weights(_fake(vision), folder / "clip")
     _vision_config(model).save_pretrained(folder / "clip")
     write_weights(_fake(language), folder / "language")
@@ -103,36 +112,36 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
         network.save_pretrained(folder / "library")
         _to_disk(folder / "library")
 
-    disk = _disk_rates(folder, size)
-    records = [
-        _step("Hugging Face -> training", import_folders, [folder / "clip", folder / "language"], folder / "training")
-    ]
+    folders = [folder / "clip", folder / "language"]
+    records = [_step("Hugging Face -> training", import_folders, folders, folder / "training")]
+    if _available_bytes() > 1.2 * _bytes(folder / "language"):
+        name = "language model through transformers"
+        records.append(_step(name, through_the_library, [folder / "language"], folder / "library"))
+        shutil.rmtree(folder / "library")
+    else:
+        print("the language model does not fit into memory, so transformers cannot convert it here")
+    for source in folders:
+        shutil.rmtree(source)
     _complete(folder / "training" / "global_step0", folder / "whole", model)
     records.append(_step("training -> Haplo", export, [folder / "whole"], folder / "haplo"))
     shutil.rmtree(folder / "whole")
     records.append(_step("Haplo -> training", import_haplo, [folder / "haplo"], folder / "again"))
-    shutil.rmtree(folder / "again")
-    if _available_bytes() > 1.2 * _bytes(folder / "language"):
-        name = "language model through transformers"
-        records.append(_step(name, through_the_library, [folder / "language"], folder / "library"))
-    else:
-        print("the language model does not fit into memory, so transformers cannot convert it here")
-    again = _disk_rates(folder, size)
-    disk = {name: (rate + again[name]) / 2 for name, rate in disk.items()}
-    for record in records:
-        for name, rate in disk.items():
-            record[f"of {name}"] = f"{100 * record['MB/s'] / rate:.0f} %"
-    return [*({"step": f"the disk, {name}", "MB/s": rate} for name, rate in disk.items()), *records]
+    return records
 
 
 def _step(name: str, convert: Callable[[], None], sources: list[Path], target: Path) -> dict[str, Any]:
+    before = _disk_rates(target.parent)
     for source in sources:
         _forget(source)
     started = time.perf_counter()
     peak = peak_mib(convert, "cpu")
     seconds = time.perf_counter() - started
     written = _bytes(target) / 1e9
-    return {"step": name, "seconds": seconds, "GB": written, "MB/s": 1e3 * written / seconds, "peak MiB": peak}
+    rate = 1e3 * written / seconds
+    after = _disk_rates(target.parent)
+    disk = {f"disk, {kind}": (before[kind] + after[kind]) / 2 for kind in before}
+    ratios = {f"of {kind}": f"{100 * rate / disk[f'disk, {kind}']:.0f} %" for kind in before}
+    return {"step": name, "seconds": seconds, "GB": written, "MB/s": rate, **disk, **ratios, "peak MiB": peak}
 
 
 def _complete(checkpoint: Path, folder: Path, model: ModelConfig) -> None:
@@ -191,14 +200,13 @@ def _language_config(model: ModelConfig) -> PretrainedConfig:
     )
 
 
-def _disk_rates(folder: Path, size: int) -> dict[str, float]:
+def _disk_rates(folder: Path) -> dict[str, float]:
     """MB/s of writing a file and of copying it."""
     one, other = folder / "one", folder / "other"
-    size = min(size, 4 * 10**9)
     block = os.urandom(_BLOCK)
     started = time.perf_counter()
     with one.open("wb", buffering=0) as file:
-        for _ in range(-(-size // _BLOCK)):
+        for _ in range(_PROBE // _BLOCK):
             file.write(block)
         os.fsync(file.fileno())
     written = time.perf_counter() - started

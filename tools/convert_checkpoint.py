@@ -22,6 +22,7 @@ import torch
 from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
 from megatron_haplovl.checkpoint.initial_checkpoint import ImportSummary, write_initial_checkpoint
+from megatron_haplovl.checkpoint.provenance import Allowed
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
 from megatron_haplovl.config.cli import add_settings, build_config, flags_to_reach
 from megatron_haplovl.config.presets import MODELS
@@ -116,6 +117,20 @@ def _add_import(directions: Any) -> None:
         action="store_true",
         help="run transformers and our model on one batch and print the largest differences",
     )
+    parser.add_argument(
+        "--allow-missing",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="our parameters that the folders may lack; regular expressions of whole names",
+    )
+    parser.add_argument(
+        "--allow-unexpected",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="tensors of the folders that may be skipped though the model has no place for them",
+    )
     add_settings(parser, ModelConfig, ("model",))
     parser.set_defaults(run=run_import)
 
@@ -137,21 +152,22 @@ def run_import(args: argparse.Namespace) -> None:
     config = build_config("finetune", args.model, overrides)
     model = config.model
     validate_model(model)
+    allow = Allowed(args.allow_missing, args.allow_unexpected)
     sources: list[MappedWeights] = []
     if args.haplo is not None:
-        released, model = open_released(args.haplo, model)
+        released, model = open_released(args.haplo, model, allow)
         sources.append(released)
     elif model.text_embedding == "folded":
         raise ValueError("--text-embedding folded is the form of a released checkpoint (--haplo); leave it out")
     if args.vision_teacher is not None:
         siglip = is_siglip(read_hf_config(args.vision_teacher))
-        sources.append((open_siglip if siglip else open_vision_model)(args.vision_teacher, model))
+        sources.append((open_siglip if siglip else open_vision_model)(args.vision_teacher, model, allow))
     if args.language_model is not None:
-        sources.append(open_language_model(args.language_model, model, embedding_only=False))
+        sources.append(open_language_model(args.language_model, model, allow, embedding_only=False))
     summary = write_initial_checkpoint(
         sources, dataclasses.replace(config, model=model), args.save, _DTYPES[args.dtype]
     )
-    print(summary.table)
+    print(f"imported weights:\n{summary.table}")
     print(f"wrote {summary.checkpoint} ({summary.bytes / 1e9:.2f} GB); start a run from it with")
     flags = flags_to_reach(MODELS[args.model], model)
     print(" ".join(["  --model", args.model, *flags, "--pretrained-checkpoint", str(args.save)]), flush=True)

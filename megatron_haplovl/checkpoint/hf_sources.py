@@ -11,6 +11,7 @@ import torch
 
 from megatron_haplovl.checkpoint.hf_compatibility import check_language_config, check_vision_config, read_hf_config
 from megatron_haplovl.checkpoint.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
+from megatron_haplovl.checkpoint.provenance import STRICT, Allowed
 from megatron_haplovl.checkpoint.siglip_mapping import siglip_vision_table
 from megatron_haplovl.checkpoint.weights import WeightReader, check_shape
 from megatron_haplovl.config.schema import ModelConfig
@@ -34,29 +35,34 @@ class MappedWeights:
         reader: the folder's tensors.
         table: what is taken from it. Constants are checked by whoever made the table.
         extra: their names that may be left over.
+        allow: what may be missing or left over beside that.
         prefix: of their names, in front of the table's.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is neither in the table nor in `extra`.
     """
 
-    def __init__(self, reader: WeightReader, table: Iterable[Entry], extra: re.Pattern[str], prefix: str = "") -> None:
+    def __init__(
+        self, reader: WeightReader, table: Iterable[Entry], extra: re.Pattern[str], allow: Allowed, prefix: str = ""
+    ) -> None:
         self.folder = reader.folder
         self._reader = reader
         self._entries: dict[str, Entry] = {}
         self._prefix = prefix
         left = set(reader.names())
         for entry in table:
+            if _may_be_missing(entry, reader, allow, prefix):
+                continue
             for name, shape in ((entry.theirs, entry.their_shape), *entry.theirs_too):
                 check_shape(reader, prefix + name, shape)
                 left.discard(prefix + name)
             if entry.constant is None:
                 (ours,) = entry.ours
                 self._entries[ours] = entry
-        if unknown := sorted(name for name in left if not extra.fullmatch(name)):
+        if unknown := sorted(name for name in left if not (extra.fullmatch(name) or allow.skips(name))):
             raise ValueError(
                 f"{self.folder}: tensors that the model has no place for: {', '.join(unknown[:5])} "
-                f"({len(unknown)} in all)"
+                f"({len(unknown)} in all); --allow-unexpected skips those that it names"
             )
         self.skipped = tuple(sorted(left))
         """Their names of what is not taken."""
@@ -81,7 +87,11 @@ class MappedWeights:
         return entry.to_ours(*(self._reader.get(self._prefix + name) for name in theirs))
 
 
-def open_vision_model(folder: str | Path, model: ModelConfig) -> MappedWeights:
+def _may_be_missing(entry: Entry, reader: WeightReader, allow: Allowed, prefix: str = "") -> bool:
+    return prefix + entry.theirs not in reader and entry.constant is None and all(map(allow.lacks, entry.ours))
+
+
+def open_vision_model(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
     """Patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
 
     The position embedding is interpolated where the folder's image size differs from the model's.
@@ -89,24 +99,30 @@ def open_vision_model(folder: str | Path, model: ModelConfig) -> MappedWeights:
     Args:
         folder: a Hugging Face CLIPVisionModel or CLIPModel.
         model: the sizes it must have.
+        allow: what may be missing or left over beside what is known of these models.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
     """
-    return _open_vision_tower(folder, model, "clip", clip_vision_table, _CLIP_EXTRA)
+    return _open_vision_tower(folder, model, allow, "clip", clip_vision_table, _CLIP_EXTRA)
 
 
-def open_siglip(folder: str | Path, model: ModelConfig) -> MappedWeights:
+def open_siglip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
     """The same from a Hugging Face SiglipVisionModel or SiglipModel; `checkpoint.siglip_mapping` has the differences.
 
     Raises:
         ValueError: see :func:`open_vision_model`.
     """
-    return _open_vision_tower(folder, model, "siglip", siglip_vision_table, _SIGLIP_EXTRA)
+    return _open_vision_tower(folder, model, allow, "siglip", siglip_vision_table, _SIGLIP_EXTRA)
 
 
 def _open_vision_tower(
-    folder: str | Path, model: ModelConfig, family: str, table: Callable[..., list[Entry]], extra: re.Pattern[str]
+    folder: str | Path,
+    model: ModelConfig,
+    allow: Allowed,
+    family: str,
+    table: Callable[..., list[Entry]],
+    extra: re.Pattern[str],
 ) -> MappedWeights:
     config = check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json", family)
     reader = WeightReader(folder)
@@ -114,15 +130,18 @@ def _open_vision_tower(
     prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
     if len(prefixes) != 1:
         raise ValueError(f"{folder}: expected one tensor *{marker} of a vision model, found {len(prefixes)}")
-    return MappedWeights(reader, table(model, side=config.image_size // config.patch_size), extra, prefixes[0])
+    return MappedWeights(reader, table(model, side=config.image_size // config.patch_size), extra, allow, prefixes[0])
 
 
-def open_language_model(folder: str | Path, model: ModelConfig, *, embedding_only: bool) -> MappedWeights:
+def open_language_model(
+    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, embedding_only: bool
+) -> MappedWeights:
     """Text embedding and, in stage 2, post-decoder, final norm and output head from a language model's folder.
 
     Args:
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
         model: the sizes it must have.
+        allow: what may be missing or left over beside what is known of these models.
         embedding_only: take `embedding.text.weight` only (stage 1).
 
     Raises:
@@ -134,10 +153,12 @@ def open_language_model(folder: str | Path, model: ModelConfig, *, embedding_onl
     table = language_model_table(model, tied="lm_head.weight" not in reader and config.tie_word_embeddings)
     if embedding_only:
         table = [entry for entry in table if entry.ours == ("embedding.text.weight",)]
-    return MappedWeights(reader, table, _ANYTHING if embedding_only else _ROTARY_BUFFERS)
+    return MappedWeights(reader, table, _ANYTHING if embedding_only else _ROTARY_BUFFERS, allow)
 
 
-def open_haplo(folder: str | Path, model: ModelConfig, *, rows: int) -> tuple[MappedWeights, ModelConfig]:
+def open_haplo(
+    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, rows: int
+) -> tuple[MappedWeights, ModelConfig]:
     """Every tensor of a folder in the released Haplo format.
 
     Its blocks are gated and biased everywhere. Parts at the values at which the plain block computes the same are left
@@ -146,6 +167,7 @@ def open_haplo(folder: str | Path, model: ModelConfig, *, rows: int) -> tuple[Ma
     Args:
         folder: the released folder.
         model: the sizes it must have. Its text embedding must be `folded`.
+        allow: what may be missing or left over.
         rows: rows of the folder's embedding and output head. Those beyond the vocabulary must be zero.
 
     Returns:
@@ -158,6 +180,8 @@ def open_haplo(folder: str | Path, model: ModelConfig, *, rows: int) -> tuple[Ma
     assert model.text_embedding == "folded"
     reader = WeightReader(folder)
     for entry in haplo_table(model, rows=rows):
+        if _may_be_missing(entry, reader, allow):
+            continue
         check_shape(reader, entry.theirs, entry.their_shape)
         if entry.constant is not None and bool((reader.get(entry.theirs) != entry.constant).any()):
             assert entry.kept_by is not None
@@ -166,9 +190,9 @@ def open_haplo(folder: str | Path, model: ModelConfig, *, rows: int) -> tuple[Ma
                 model, **{section: dataclasses.replace(getattr(model, section), **{name: True})}
             )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if rows > model.vocab_size and bool(reader.get(name)[model.vocab_size :].any()):
+        if rows > model.vocab_size and name in reader and bool(reader.get(name)[model.vocab_size :].any()):
             raise ValueError(
                 f"{reader.folder}: {name} has trained rows beyond --vocab-size {model.vocab_size}; give --vocab-size "
                 f"{rows}"
             )
-    return MappedWeights(reader, haplo_table(model, rows=rows), _ROTARY_BUFFERS), model
+    return MappedWeights(reader, haplo_table(model, rows=rows), _ROTARY_BUFFERS, allow), model

@@ -68,7 +68,7 @@ def write_initial_checkpoint(
     written = write_weights(tensors(), save / _STEP)
     write_text(save / _STEP / "config.json", json.dumps({**config.to_dict(), "iteration": 0}, indent=2))
     write_text(latest, _STEP)
-    return ImportSummary(save / _STEP, written, provenance_table("imported weights:", [*origins, *skipped]))
+    return ImportSummary(save / _STEP, written, provenance_table([*origins, *skipped]))
 
 
 def _origin(name: str, source: MappedWeights | None) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,7 +88,7 @@ def complete(
 
     Args:
         aside: where the ranks write.
-        folder: the name.
+        folder: the name; what has it is replaced, now that the new one is complete.
         ranks: number of ranks that write.
         parameters: shapes in the serial model.
         dtype: of the weights that the model computes with.
@@ -113,8 +114,12 @@ def complete(
     for rank in range(ranks):
         (aside / f"rank-{rank:05d}.json").unlink()
     to_disk(aside)
+    replaced = aside.with_name(f"{aside.name}.replaced")
+    if folder.exists():
+        folder.rename(replaced)
     aside.rename(folder)
     to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:

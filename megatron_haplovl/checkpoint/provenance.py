@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 NEW = "newly initialised"
 
@@ -12,15 +13,33 @@ NEW = "newly initialised"
 MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
 
 
-def provenance_table(title: str, origins: Iterable[tuple[str, str]]) -> str:
+@dataclass(frozen=True)
+class Allowed:
+    """What a source of weights may lack or hold beyond what its format allows: regular expressions of whole names."""
+
+    missing: Sequence[str] = ()
+    """Names of our parameters."""
+    unexpected: Sequence[str] = ()
+    """Names of the source's tensors."""
+
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter may be missing."""
+        return any(re.fullmatch(pattern, name) for pattern in self.missing)
+
+    def skips(self, name: str) -> bool:
+        """Whether a tensor may be left over."""
+        return any(re.fullmatch(pattern, name) for pattern in self.unexpected)
+
+
+STRICT = Allowed()
+
+
+def provenance_table(origins: Iterable[tuple[str, str]]) -> str:
     """Count tensors by part of the model and origin.
 
     Args:
-        title: first line.
         origins: for every tensor its name and where it came from, or what became of it.
     """
     rows = Counter((name.split(".", 1)[0], origin) for name, origin in origins)
     width = max(len(part) for part, _ in rows)
-    return "\n".join(
-        [title, *(f"  {part:<{width}}  {count:>5} tensors  {origin}" for (part, origin), count in rows.items())]
-    )
+    return "\n".join(f"  {part:<{width}}  {count:>5} tensors  {origin}" for (part, origin), count in rows.items())

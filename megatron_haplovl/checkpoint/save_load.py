@@ -24,6 +24,7 @@ import torch
 from megatron_haplovl.checkpoint.engine_state import local_pieces, make_optimizer_state
 from megatron_haplovl.checkpoint.pieces import (
     MANIFEST,
+    MOMENTS,
     PieceReader,
     complete,
     damaged_files,
@@ -118,7 +119,7 @@ class CheckpointWriter:
         return None
 
     def _prepare(self, aside: Path, iteration: int, plan_key: str) -> None:
-        for stale in aside.parent.glob(".global_step*.unfinished"):
+        for stale in aside.parent.glob(".global_step*.unfinished*"):
             shutil.rmtree(stale)
         aside.mkdir(parents=True)
         state = {"global_batch_size": self._config.schedule.global_batch_size, "plan_key": plan_key}
@@ -144,38 +145,65 @@ class CheckpointWriter:
 
     def _publish(self, aside: Path, folder: Path) -> None:
         root, settings = folder.parent, self._config.checkpoint
-        replaced = root / f".{folder.name}.unfinished.replaced"
-        if folder.exists():
-            folder.rename(replaced)
         dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
         patience = 60.0 * self._config.parallel.distributed_timeout_minutes
         complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
-        shutil.rmtree(replaced, ignore_errors=True)
         write_text(root / "latest_checkpointed_iteration.txt", folder.name.removeprefix("global_step"))
         write_text(root / "latest", folder.name)
         if settings.keep_last is not None:
             for old in _complete_checkpoints(root)[settings.keep_last :]:
-                shutil.rmtree(old)
+                # Renamed before it goes, so that what has a checkpoint's name is whole at any moment.
+                shutil.rmtree(old.rename(root / f".{old.name}.unfinished"))
 
 
-def find_checkpoint(config: Config, world: Group, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint in `--load` to resume from, its checksums verified. Called by every rank.
+def find_resumable(
+    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
+) -> Path | None:
+    """The checkpoint that a run goes on from; see :func:`find_checkpoint`.
 
     Returns:
-        The newest one; None if the folder holds none yet.
+        None if there is none yet.
 
     Raises:
-        ValueError: `latest` names a folder that is missing, or the newest checkpoint is damaged; with
-            `--allow-fallback`, all of them are.
+        ValueError: also, that it holds weights only.
     """
-    assert config.checkpoint.load is not None
-    root = Path(config.checkpoint.load)
-    if not (root / "latest").is_file():
-        return None
-    newest = resolve_checkpoint(root)
+    path = Path(path)
+    if not (path / "latest").is_file() and not (path / "config.json").is_file():
+        # A run that was killed after its first checkpoint was complete, and before `latest` named it.
+        complete_ones = _complete_checkpoints(path) if path.is_dir() else []
+        if not complete_ones:
+            return None
+        path = complete_ones[0]
+    folder = find_checkpoint(path, world, log, allow_fallback=allow_fallback)
+    if not (folder / _STATE_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds weights only, so no run can go on from it; to start one, add --finetune, or give it as "
+            "--pretrained-checkpoint"
+        )
+    return folder
+
+
+def find_checkpoint(
+    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
+) -> Path:
+    """The newest checkpoint of a --save folder, or the one that a path names; its checksums are verified.
+
+    Called by every rank; they share the work. A checkpoint that was imported has no checksums.
+
+    Args:
+        path: see :func:`resolve_checkpoint`.
+        world: all ranks.
+        log: receives lines for the user.
+        allow_fallback: where the newest is damaged, take the newest one before it that is whole.
+
+    Raises:
+        ValueError: there is no checkpoint, `latest` names a folder that is missing, or the newest checkpoint is
+            damaged; with `allow_fallback`, all of them are.
+    """
+    newest = resolve_checkpoint(path)
     candidates = [newest]
-    if config.checkpoint.allow_fallback:
-        candidates += [folder for folder in _complete_checkpoints(root) if folder != newest]
+    if allow_fallback:
+        candidates += [folder for folder in _complete_checkpoints(newest.parent) if folder != newest]
     for folder in candidates:
         shares = world.gather_objects(_damage(folder, world))
         damage = [sentence for share in shares for sentence in share]
@@ -183,12 +211,14 @@ def find_checkpoint(config: Config, world: Group, log: Callable[[str], None]) ->
             return folder
         log(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
     raise ValueError(
-        f"{newest} is damaged ({damage[0]}); --allow-fallback resumes from the newest one before it that is whole, if "
-        "there is one"
+        f"{newest} is damaged ({damage[0]}); --allow-fallback takes the newest one before it in --load that is whole, "
+        "if there is one"
     )
 
 
 def _damage(folder: Path, world: Group) -> list[str]:
+    if not (folder / MANIFEST).is_file() and not (folder / _STATE_FILE).is_file():
+        return []  # Imported.
     try:
         return damaged_files(folder, world.rank, world.size)
     except ValueError as error:
@@ -231,7 +261,7 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
         raise ValueError(
             f"{folder} was trained on other data, or on the same in another order; to resume, keep the preprocessed "
             "data, --data-path with its weights, --aux-data-path, --seed, --seq-length, --packing and the image flags; "
-            "to start anew from its weights, give it as --pretrained-checkpoint instead of --load"
+            "to start anew from its weights, add --finetune, with another --save"
         )
     reader = PieceReader(folder)
     make_optimizer_state(engine, state["iteration"])
@@ -241,10 +271,12 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
 
 
 def _copy_pieces(engine: Any, model: ShardedModel, reader: PieceReader) -> None:
-    for local in local_pieces(engine, model):
-        if not reader.has(local.piece.name, local.piece.kind):
+    for name, parameter in model.own_parameters():
+        if parameter.requires_grad != reader.has(name, MOMENTS[0]):
+            was, now = ("frozen", "trained") if parameter.requires_grad else ("trained", "frozen")
             raise ValueError(
-                f"{reader.folder} has no {local.piece.kind} of {local.piece.name}, which was not trained there; to "
-                "train other parts than before, give it as --pretrained-checkpoint instead of --load"
+                f"{name} was {was} in {reader.folder} and is {now} now; to train other parts than before, add "
+                "--finetune (weights only), with another --save"
             )
+    for local in local_pieces(engine, model):
         local.values.copy_(reader.read(local.piece))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_haplovl.config.layout import Layout, Request, check_layout
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 
@@ -15,6 +17,7 @@ def validate(config: Config) -> None:
     validate_model(config.model)
     _validate_schedule(config)
     _validate_data(config)
+    _validate_checkpoint(config)
     _validate_recipe(config)
     _validate_parallel(config)
 
@@ -122,16 +125,39 @@ def _validate_data(config: Config) -> None:
         raise ValueError("nothing to train on: give --data-path PREFIX (see tools/preprocess_data.py) or --mock-data")
     if data.aux_data_path and config.recipe.recipe != "distill":
         raise ValueError("--aux-data-path joins samples for stage 1 only (pretrain_haplovl.py); blend with --data-path")
+    if config.logging.eval_interval is not None and not data.valid_data_path:
+        raise ValueError("--eval-interval needs --valid-data-path")
+
+
+def _validate_checkpoint(config: Config) -> None:
     if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
         raise ValueError("--save-interval needs --save")
     if (config.checkpoint.keep_last is not None or config.checkpoint.async_save) and config.checkpoint.save is None:
         raise ValueError("--keep-last and --async-save need --save")
     if config.checkpoint.allow_fallback and config.checkpoint.load is None:
         raise ValueError("--allow-fallback needs --load")
+    if config.checkpoint.finetune:
+        _validate_finetune(config)
     if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
         raise ValueError("--exit-interval saves before it leaves, so it needs --save")
-    if config.logging.eval_interval is not None and not data.valid_data_path:
-        raise ValueError("--eval-interval needs --valid-data-path")
+    for name in ("allow_missing", "allow_unexpected"):
+        for pattern in getattr(config.init, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"--{name.replace('_', '-')} {pattern}: not a regular expression ({error})") from error
+
+
+def _validate_finetune(config: Config) -> None:
+    if config.checkpoint.load is None:
+        raise ValueError("--finetune takes the weights of --load; give that, too")
+    if config.init.pretrained_checkpoint is not None:
+        raise ValueError("--finetune starts from the weights of --load; leave --pretrained-checkpoint out")
+    if config.checkpoint.save == config.checkpoint.load:
+        raise ValueError(
+            "--finetune starts anew from --load, so with the same --save a restart would lose what the run has done; "
+            "give another --save, or --pretrained-checkpoint instead of --finetune, and --load for the run's own folder"
+        )
 
 
 def _validate_recipe(config: Config) -> None:
@@ -139,11 +165,7 @@ def _validate_recipe(config: Config) -> None:
     if recipe.recipe == "distill":
         if config.init.vision_teacher is None and not data_is_mock(config):
             raise ValueError("stage 1 distils a vision teacher: give --vision-teacher FOLDER (a Hugging Face CLIP)")
-        if (
-            config.init.language_model is None
-            and config.init.pretrained_checkpoint is None
-            and not data_is_mock(config)
-        ):
+        if config.init.language_model is None and config.weights_from is None and not data_is_mock(config):
             raise ValueError("stage 1 needs the text embedding of a language model: give --language-model FOLDER")
         if config.model.text_embedding == "folded":
             raise ValueError(

@@ -10,8 +10,9 @@ import torch
 
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
-from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
-from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
+from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, Allowed, provenance_table
+from megatron_haplovl.checkpoint.save_load import find_checkpoint
+from megatron_haplovl.checkpoint.weights import read_config
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
@@ -28,8 +29,8 @@ _DROPPED = {
 def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
     """Give every parameter of this rank its value, or its slice of it. Called by every rank.
 
-    A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint`. What is in none of them
-    starts at random.
+    A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint` (or
+    `--load` with `--finetune`). What is in none of them starts at random.
 
     Args:
         model: this rank's part of it.
@@ -37,43 +38,59 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
         resumed: the checkpoint of a run that goes on; then all weights are in it.
 
     Returns:
-        A table that says for every part of the model where its tensors came from, and what was dropped.
+        A table that says for every part of the model where its tensors came from, and what was dropped or skipped.
 
     Raises:
-        ValueError: a tensor of the wrong shape, one that the model does not have, or one that should have been
-            inherited and is in no source.
+        ValueError: a damaged checkpoint, a tensor of the wrong shape, or one that the model does not have or that is in
+            no source, and --allow-unexpected and --allow-missing do not name it.
     """
     parameters = dict(model.module.named_parameters())
+    pretrained: Path | None = None
+    damage: list[str] = []
+    if resumed is None and config.weights_from is not None:
+        fallback = config.checkpoint.finetune and config.checkpoint.allow_fallback
+        pretrained = find_checkpoint(config.weights_from, model.groups.world, damage.append, allow_fallback=fallback)
     # A file that is missing or broken may be read on one stage only.
-    own_sources, dropped = model.groups.world.together(lambda: _copy_sources(model, config, parameters, resumed))
+    own_sources, left = model.groups.world.together(
+        lambda: _copy_sources(model, config, parameters, resumed, pretrained)
+    )
     stages = model.groups.pipeline.gather_objects(own_sources)
     merged = {name: source for stage in stages for name, source in stage.items()}
     source_of = {name: merged[name] for name in model.shapes}
     if not config.data.mock_data or resumed is not None:
-        _refuse_missing(source_of)
+        _refuse_missing(source_of, _allowed(config))
     for name, parameter in parameters.items():
         if source_of[name] == NEW:
             whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
             with torch.no_grad():
                 parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return provenance_table("initial weights:", [*source_of.items(), *dropped.items()])
+    return "\n".join([*damage, "initial weights:", provenance_table([*source_of.items(), *left])])
 
 
 def _copy_sources(
-    model: ShardedModel, config: Config, parameters: dict[str, torch.nn.Parameter], resumed: Path | None
-) -> tuple[dict[str, str], dict[str, str]]:
+    model: ShardedModel,
+    config: Config,
+    parameters: dict[str, torch.nn.Parameter],
+    resumed: Path | None,
+    pretrained: Path | None,
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Fill this rank's parameters from files.
 
     Returns:
-        Where each came from, and why others were left out.
+        Where each came from, and which tensors of the files were left, with the reason.
     """
     source_of = dict.fromkeys(parameters, NEW)
+    left: list[tuple[str, str]] = []
+    allow = _allowed(config)
 
     def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
         """Copy tensors one at a time, so that no more than one is there whole."""
         for name, tensor in weights:
             if name not in model.shapes:
-                raise ValueError(f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)})")
+                raise ValueError(
+                    f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)}); --allow-unexpected "
+                    "skips those that it names"
+                )
             if tensor.shape != model.shapes[name]:
                 raise ValueError(
                     f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(model.shapes[name])}; "
@@ -89,6 +106,7 @@ def _copy_sources(
         wanted = [name for name in weights.names() if name in parameters and name not in without]
         copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
         source_of.update((name, f"{weights.folder}, {weights.note(name)}") for name in wanted if weights.note(name))
+        left.extend((name, f"skipped: has no counterpart ({weights.folder})") for name in weights.skipped)
 
     init = config.init
     if resumed is not None:
@@ -96,28 +114,36 @@ def _copy_sources(
         saved = open_checkpoint(resumed)
         if missing := sorted(model.shapes.keys() - set(saved.names())):
             raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
+        if unexpected := sorted(set(saved.names()) - model.shapes.keys()):
+            raise ValueError(f"{resumed} has {unexpected[0]!r}, the model has not ({len(unexpected)} tensors)")
         copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
-        return source_of, {}
+        return source_of, left
     if init.vision_teacher is not None:
-        copy_mapped(open_vision_model(init.vision_teacher, config.model))
+        copy_mapped(open_vision_model(init.vision_teacher, config.model, allow))
     if init.language_model is not None:
         stage1 = not any(name.startswith("post_decoder.") for name in model.shapes)
-        weights = open_language_model(init.language_model, config.model, embedding_only=stage1)
+        weights = open_language_model(init.language_model, config.model, allow, embedding_only=stage1)
         copy_mapped(weights, ("embedding.text.weight",) if config.model.text_embedding == "folded" else ())
-    dropped: dict[str, str] = {}
-    if init.pretrained_checkpoint is not None:
-        folder = resolve_checkpoint(init.pretrained_checkpoint)
-        _check_same_model(folder, config.model)
-        reader = open_checkpoint(folder)
-        dropped = {
-            name: why
-            for name in reader.names()
-            for pattern, why in _DROPPED.items()
-            if name not in model.shapes and pattern.fullmatch(name)
-        }
-        ours = (name for name in reader.names() if name in parameters or name not in (*model.shapes, *dropped))
-        copy(((name, reader.get(name)) for name in ours), str(folder))
-    return source_of, dropped
+    if pretrained is not None:
+        _check_same_model(pretrained, config.model)
+        reader = open_checkpoint(pretrained)
+        reasons = {name: _reason_to_leave(name, allow) for name in reader.names() if name not in model.shapes}
+        left += [(name, reason) for name, reason in reasons.items() if reason is not None]
+        ours = (name for name in reader.names() if name in parameters or reasons.get(name, "") is None)
+        copy(((name, reader.get(name)) for name in ours), str(pretrained))
+    return source_of, left
+
+
+def _reason_to_leave(name: str, allow: Allowed) -> str | None:
+    """Why a tensor of a checkpoint may be left out that the model has no place for."""
+    for pattern, reason in _DROPPED.items():
+        if pattern.fullmatch(name):
+            return reason
+    return "skipped: --allow-unexpected" if allow.skips(name) else None
+
+
+def _allowed(config: Config) -> Allowed:
+    return Allowed(config.init.allow_missing, config.init.allow_unexpected)
 
 
 def _check_same_model(folder: Path, model: ModelConfig) -> None:
@@ -134,12 +160,13 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
                 )
 
 
-def _refuse_missing(source_of: dict[str, str]) -> None:
-    missing = [name for name, source in source_of.items() if source == NEW and not MAY_BE_NEW.fullmatch(name)]
+def _refuse_missing(source_of: dict[str, str], allow: Allowed) -> None:
+    new = [name for name, source in source_of.items() if source == NEW]
+    missing = [name for name in new if not (MAY_BE_NEW.fullmatch(name) or allow.lacks(name))]
     if missing:
         parts = sorted({name.split(".", 1)[0] for name in missing})
         raise ValueError(
             f"no weights for {', '.join(parts)} ({len(missing)} tensors, such as {missing[0]!r}); give "
             "--pretrained-checkpoint, --language-model (text embedding, post-decoder, head) or --vision-teacher "
-            "(patch embedding, pre-decoder)"
+            "(patch embedding, pre-decoder), or let them start at random with --allow-missing"
         )

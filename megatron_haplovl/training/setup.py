@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.save_load import CheckpointWriter, find_checkpoint, load_checkpoint
+from megatron_haplovl.checkpoint.save_load import CheckpointWriter, find_resumable, load_checkpoint
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream
@@ -93,9 +93,10 @@ def setup(config: Config) -> Run:
         logger.print(f"pipeline stages: --pipeline-partition {stages.partition}")
 
     resumed = None
-    if config.checkpoint.load is not None:
-        resumed = find_checkpoint(config, groups.world, logger.print)
-        logger.print(f"{config.checkpoint.load}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
+    if config.resume_from is not None:
+        fallback = config.checkpoint.allow_fallback
+        resumed = find_resumable(config.resume_from, groups.world, logger.print, allow_fallback=fallback)
+        logger.print(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
     model = build_model(config, groups, stages)
     logger.print(fill_weights(model, config, resumed))
     apply_recipe(model.module, config.recipe)

@@ -47,8 +47,28 @@ def test_a_full_disk_does_not_end_the_run(launch, name):
 def test_damage_is_reported_and_the_one_before_is_taken_only_if_asked(launch):
     folder, output = launch
     for rank in range(2):
-        message = json.loads((folder / f"{rank}.json").read_text())["damaged"]
-        assert "global_step6 is damaged" in message and "rank-00001.safetensors" in message
-        assert "--allow-fallback" in message
+        messages = json.loads((folder / f"{rank}.json").read_text())
+        for message in (messages["damaged"], messages["damaged weights"]):
+            assert "global_step6 is damaged" in message and "rank-00001.safetensors" in message
+            assert "--allow-fallback" in message
     assert losses(folder, "fallback") == losses(folder, "whole")[5:]
     assert "resuming" in output and "global_step5" in output
+
+
+def test_finetuning_starts_from_the_weights_alone(launch):
+    folder, output = launch
+    started = losses(folder, "finetune")
+    assert [step for step, _, _ in started] == list(range(1, 7))
+    assert started == losses(folder, "pretrained")
+    # Its weights have been trained for six steps.
+    assert started[0][1:] != losses(folder, "whole")[0][1:]
+    # From the checkpoint before the damaged one.
+    assert f"{folder}/whole/global_step5" in output.split("initial weights:")[-3]
+    refused = json.loads((folder / "0.json").read_text())["other parts"]
+    assert refused.startswith("post_decoder.") and "was trained in" in refused and "--finetune" in refused
+
+
+def test_a_checkpoint_can_be_named_or_found_without_latest(launch):
+    folder, output = launch
+    assert losses(folder, "one step") == losses(folder, "whole")[4:]
+    assert [step for step, _, _ in losses(folder, "without latest")] == [7]

@@ -20,12 +20,11 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
     made = setup(
         config(
             "full",
-            schedule__train_iters=6,
             checkpoint__save=str(folder / save),
             checkpoint__save_interval=1,
             logging__log_interval=1,
             logging__metrics_file=str(folder / f"{name}.jsonl"),
-            **flags,
+            **{"schedule__train_iters": 6, **flags},
         )
     )
     train(made)
@@ -53,6 +52,11 @@ def main(folder: Path) -> None:
         original = full_disk_at(6)
         run(folder, name, name, **flags)
         save_load.write_rank = original
+    # Other parts of the model are trained than before.
+    other = {"recipe__freeze_post_decoder": True, "run__seed": 17}
+    weights = {"checkpoint__load": str(folder / "beside"), "checkpoint__finetune": True}
+    run(folder, "finetune", "finetuned", **other, **weights)
+    run(folder, "pretrained", "pretrained", **other, init__pretrained_checkpoint=str(folder / "beside"))
     dist.barrier()
     if dist.get_rank() == 0:
         damaged = folder / "whole" / "global_step6" / "rank-00001.safetensors"
@@ -61,12 +65,24 @@ def main(folder: Path) -> None:
         damaged.write_bytes(content)
     dist.barrier()
     found = {}
-    try:
-        run(folder, "damaged", "other", checkpoint__load=str(folder / "whole"))
-    except ValueError as error:
-        found["damaged"] = str(error)
+    for name, flags in (
+        ("other parts", {"recipe__freeze_post_decoder": True, "checkpoint__load": str(folder / "beside")}),
+        ("damaged", {"checkpoint__load": str(folder / "whole")}),
+        ("damaged weights", {"init__pretrained_checkpoint": str(folder / "whole")}),
+    ):
+        try:
+            run(folder, name, "other", **flags)
+        except ValueError as error:
+            found[name] = str(error)
     fallback = {"checkpoint__load": str(folder / "whole"), "checkpoint__allow_fallback": True}
     run(folder, "fallback", "other", **fallback)
+    run(folder, "fallback weights", "yet another", **fallback, checkpoint__finetune=True)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "beside" / "latest").unlink()
+    dist.barrier()
+    run(folder, "one step", "beside", checkpoint__load=str(folder / "beside" / "global_step4"))
+    run(folder, "without latest", "yet another", checkpoint__load=str(folder / "beside"), schedule__train_iters=7)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,3 +124,20 @@ def test_no_checkpoint_without_every_rank(tmp_path):
     with pytest.raises(OSError, match="rank 1 could not write its part of step"):
         complete(aside, tmp_path / "step", 2, SHAPES, torch.float32, patience=60.0)
     assert not (tmp_path / "step").exists()
+
+
+def test_a_checkpoint_is_replaced_when_the_new_one_is_complete(tmp_path):
+    older = save(tmp_path, 1, 2)
+    content = {path.name: path.read_bytes() for path in older.iterdir()}
+    aside = tmp_path / ".step.unfinished"
+    aside.mkdir()
+    mark_failed(aside, 0)
+    with pytest.raises(OSError, match="rank 0 could not write"):
+        complete(aside, older, 1, SHAPES, torch.float32, patience=60.0)
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == content
+    shutil.rmtree(aside)
+    aside.mkdir()
+    write_rank(aside, 0, next(held(1, 1)))
+    complete(aside, older, 1, SHAPES, torch.float32, patience=60.0)
+    assert sorted(path.name for path in older.iterdir()) == [MANIFEST, "rank-00000.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]

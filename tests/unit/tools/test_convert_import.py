@@ -33,13 +33,13 @@ from megatron_haplovl.checkpoint.weights import (
 )
 from megatron_haplovl.config.cli import build_config, flags_to_reach
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.schema import InitConfig, ModelConfig, RopeScalingConfig
+from megatron_haplovl.config.schema import Config, InitConfig, ModelConfig, RopeScalingConfig
 from megatron_haplovl.hf.verify_import import compare_language_model, compare_vision_tower
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.initial_weights import fill_weights
-from tests.fixtures.tiny_haplo import tiny_model
+from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model
 from tools import convert_checkpoint
 
 _LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 16)
@@ -275,6 +275,67 @@ def test_what_is_refused(tmp_path: Path, clip: Path, llama: Path) -> None:
     (save / "latest").write_text("global_step7\n")
     with pytest.raises(SystemExit, match="holds the checkpoints of a run"):
         _import(save, tiny_model(), "--language-model", str(llama))
+
+
+@pytest.fixture(scope="module")
+def odd_llama(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """One tensor too many, and one too few."""
+    folder = tmp_path_factory.mktemp("odd")
+    LlamaForCausalLM.from_pretrained(llama).save_pretrained(folder)
+    reader = WeightReader(llama)
+    state = {name: reader.get(name) for name in reader.names() if name != "lm_head.weight"}
+    write_weights({**state, "model.layers.0.lora_A.weight": torch.zeros(1)}, folder)
+    return folder
+
+
+def test_what_is_missing_or_left_over_can_be_allowed_by_name(
+    tmp_path: Path, clip: Path, odd_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--vision-teacher", str(clip), "--language-model", str(odd_llama))
+    missing, unexpected = ("--allow-missing", r"lm_head\..*"), ("--allow-unexpected", r".*\.lora_A\..*")
+    with pytest.raises(SystemExit, match=r"no tensor 'lm_head.weight'"):
+        _import(tmp_path, tiny_model(), *words, *unexpected)
+    with pytest.raises(SystemExit, match=r"has no place for: model\.layers\.0\.lora_A\.weight .*--allow-unexpected"):
+        _import(tmp_path, tiny_model(), *words, *missing)
+    step = _import(tmp_path, tiny_model(), *words, *missing, *unexpected)
+    assert "lm_head.weight" not in WeightReader(step)
+    report = capsys.readouterr().out
+    assert re.search(rf"model +1 tensors  skipped: has no counterpart \({odd_llama}\)", report)
+    assert re.search(r"lm_head +1 tensors  left out: a run must get it elsewhere", report)
+
+
+def test_a_run_starts_without_what_it_was_allowed_to_miss(tmp_path: Path, clip: Path, odd_llama: Path) -> None:
+    folders = InitConfig(vision_teacher=str(clip), language_model=str(odd_llama))
+    allowed = dataclasses.replace(folders, allow_missing=(r"lm_head\..*",), allow_unexpected=(r".*\.lora_A\..*",))
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'"):
+        _fill(tiny_model(), dataclasses.replace(allowed, allow_missing=("lm_head",)))
+    with pytest.raises(ValueError, match=r"lora_A"):
+        _fill(tiny_model(), dataclasses.replace(allowed, allow_unexpected=()))
+    weights, report = _fill(tiny_model(), allowed)
+    assert re.search(r"lm_head +1 tensors  newly initialised", report)
+    new = initial_value("lm_head.weight", torch.Size((64, 24)), tiny_model().init_std, 5)
+    assert torch.equal(weights["lm_head.weight"], new)
+    assert re.search(rf"vision_model +3 tensors  skipped: has no counterpart \({clip}\)", report)
+
+    # The same of a training checkpoint.
+    step = save_training_checkpoint(
+        random_haplovl(tiny_model(image_attention="causal")), Config(model=tiny_model()), tmp_path
+    )
+    reader = WeightReader(step)
+    state = {name: reader.get(name) for name in reader.names() if not name.startswith("connector.")}
+    del state["final_norm.weight"]
+    write_weights({**state, "adapter.weight": torch.ones(1)}, step)
+    start = InitConfig(pretrained_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match=r"no parameter 'adapter\.weight'.*--allow-unexpected"):
+        _fill(tiny_model(), start)
+    start = dataclasses.replace(start, allow_unexpected=("adapter.*",))
+    with pytest.raises(ValueError, match=r"no weights for final_norm .*--allow-missing"):
+        _fill(tiny_model(), start)
+    weights, report = _fill(tiny_model(), dataclasses.replace(start, allow_missing=("final_norm.weight",)))
+    assert re.search(r"adapter +1 tensors  skipped: --allow-unexpected", report)
+    assert re.search(r"final_norm +1 tensors  newly initialised", report)
+    assert torch.equal(weights["final_norm.weight"], torch.ones(24))
+    assert torch.equal(weights["lm_head.weight"], state["lm_head.weight"])
 
 
 def test_a_vision_tower_alone(tmp_path: Path) -> None:
