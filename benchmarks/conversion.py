@@ -6,9 +6,8 @@
 Writes bf16 folders of CLIP's and the language model's true shapes, filled with one random block over and over, and
 converts them: Hugging Face -> training checkpoint -> released Haplo format -> training checkpoint. Beside it, the
 language model goes through transformers' `from_pretrained` and `save_pretrained`, if it fits into memory. Every step
-begins with its input out of the page cache and ends with its output on the disk. The disk's own rates are taken
-before and after each, for they change: of writing alone, and of a plain copy, which reads from the same disk as a
-conversion does.
+begins with its input out of the page cache and ends with its output on the disk. The disk's own rate is that of a
+plain copy of the same files, made before and after each step, for it changes.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import MIB, machine, peak_mib, print_table, write_json
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.checkpoint.hf_mapping import Entry, clip_vision_table, export_to_haplo, language_model_table
 from megatron_haplovl.checkpoint.hf_sources import open_haplo, open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.initial_checkpoint import write_initial_checkpoint
@@ -37,11 +37,7 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig
 
 _BLOCK = 64 * MIB
-_PROBE = 4 * 10**9
-_COLUMNS = (
-    *("step", "seconds", "GB", "MB/s"),
-    *("disk, writing", "of writing", "disk, copying", "of copying", "peak MiB"),
-)
+_COLUMNS = ("step", "seconds", "GB", "MB/s", "MB/s of copying", "of copying", "peak MiB")
 
 
 def main() -> None:
@@ -81,14 +77,15 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
     vision = clip_vision_table(model, side=model.vision.cells_per_side)
     language = language_model_table(model, tied=False)
     size = 2 * sum(_elements(entry) for entry in (*vision, *language))
-    # A folder is removed once the last step that reads it is done; the import's input, its result and the library's
-    # copy are there together.
+    # A folder is removed once the last step that reads it is done; a step's input, its result
+    # and a copy of the input are there together.
     if shutil.disk_usage(folder).free < 3.1 * size:
         raise ValueError(f"{folder}: needs {3.1 * size / 1e9:.0f} GB of free disk; give fewer --layers")
     write_weights(_fake(vision), folder / "clip")
-    _vision_config(model).save_pretrained(folder / "clip")
+    vision_config_of(model).save_pretrained(folder / "clip")
     write_weights(_fake(language), folder / "language")
-    _language_config(model).save_pretrained(folder / "language")
+    kind = "Qwen2ForCausalLM" if model.post.qkv_bias else "LlamaForCausalLM"
+    language_config_of(model, architectures=[kind]).save_pretrained(folder / "language")
     largest = 2 * max(_elements(entry) for entry in (*vision, *language))
     print(f"{size / 1e9:.2f} GB of weights, the largest tensor {largest / MIB:.0f} MiB", flush=True)
 
@@ -130,7 +127,7 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
 
 
 def _step(name: str, convert: Callable[[], None], sources: list[Path], target: Path) -> dict[str, Any]:
-    before = _disk_rates(target.parent)
+    before = _copying_rate(sources, target.parent / "copy")
     for source in sources:
         _forget(source)
     started = time.perf_counter()
@@ -138,10 +135,9 @@ def _step(name: str, convert: Callable[[], None], sources: list[Path], target: P
     seconds = time.perf_counter() - started
     written = _bytes(target) / 1e9
     rate = 1e3 * written / seconds
-    after = _disk_rates(target.parent)
-    disk = {f"disk, {kind}": (before[kind] + after[kind]) / 2 for kind in before}
-    ratios = {f"of {kind}": f"{100 * rate / disk[f'disk, {kind}']:.0f} %" for kind in before}
-    return {"step": name, "seconds": seconds, "GB": written, "MB/s": rate, **disk, **ratios, "peak MiB": peak}
+    copying = (before + _copying_rate(sources, target.parent / "copy")) / 2
+    disk = {"MB/s of copying": copying, "of copying": f"{100 * rate / copying:.0f} %"}
+    return {"step": name, "seconds": seconds, "GB": written, "MB/s": rate, **disk, "peak MiB": peak}
 
 
 def _complete(checkpoint: Path, folder: Path, model: ModelConfig) -> None:
@@ -171,56 +167,21 @@ def _elements(entry: Entry) -> int:
     return torch.Size(entry.their_shape).numel()
 
 
-def _vision_config(model: ModelConfig) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=model.pre.hidden_size,
-        intermediate_size=model.pre.ffn_hidden_size,
-        num_hidden_layers=model.pre.num_layers,
-        num_attention_heads=model.pre.num_attention_heads,
-        image_size=model.vision.image_size,
-        patch_size=model.vision.patch_size,
-        hidden_act=model.pre.activation,
-    )
-
-
-def _language_config(model: ModelConfig) -> PretrainedConfig:
-    post = model.post
-    kind = Qwen2Config if post.qkv_bias else LlamaConfig
-    return kind(
-        vocab_size=model.vocab_size,
-        hidden_size=post.hidden_size,
-        intermediate_size=post.ffn_hidden_size,
-        num_hidden_layers=post.num_layers,
-        num_attention_heads=post.num_attention_heads,
-        num_key_value_heads=post.num_key_value_heads,
-        rms_norm_eps=post.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": post.rope_theta},
-        architectures=["Qwen2ForCausalLM" if post.qkv_bias else "LlamaForCausalLM"],
-        tie_word_embeddings=False,
-    )
-
-
-def _disk_rates(folder: Path) -> dict[str, float]:
-    """MB/s of writing a file and of copying it."""
-    one, other = folder / "one", folder / "other"
-    block = os.urandom(_BLOCK)
+def _copying_rate(sources: list[Path], copy: Path) -> float:
+    """MB/s of copying files one after the other to one file, which is removed again."""
+    for source in sources:
+        _forget(source)
     started = time.perf_counter()
-    with one.open("wb", buffering=0) as file:
-        for _ in range(_PROBE // _BLOCK):
-            file.write(block)
-        os.fsync(file.fileno())
-    written = time.perf_counter() - started
-    _forget(one)
-    started = time.perf_counter()
-    with one.open("rb", buffering=0) as source, other.open("wb", buffering=0) as target:
-        while content := source.read(_BLOCK):
-            target.write(content)
+    with copy.open("wb", buffering=0) as target:
+        for path in (file for source in sources for file in _files(source)):
+            with path.open("rb", buffering=0) as file:
+                while content := file.read(_BLOCK):
+                    target.write(content)
         os.fsync(target.fileno())
-    copied = time.perf_counter() - started
-    megabytes = one.stat().st_size / 1e6
-    one.unlink()
-    other.unlink()
-    return {"writing": megabytes / written, "copying": megabytes / copied}
+    seconds = time.perf_counter() - started
+    copied = copy.stat().st_size
+    copy.unlink()
+    return copied / 1e6 / seconds
 
 
 def _files(path: Path) -> list[Path]:

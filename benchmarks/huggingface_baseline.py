@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 
@@ -26,19 +26,7 @@ class HuggingFaceBaseline(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         pre, post = config.pre, config.post
-        clip = CLIPVisionConfig(
-            hidden_size=pre.hidden_size,
-            intermediate_size=pre.ffn_hidden_size,
-            num_hidden_layers=pre.num_layers,
-            num_attention_heads=pre.num_attention_heads,
-        )
-        llama = LlamaConfig(
-            hidden_size=post.hidden_size,
-            intermediate_size=post.ffn_hidden_size,
-            num_hidden_layers=post.num_layers,
-            num_attention_heads=post.num_attention_heads,
-            num_key_value_heads=post.num_key_value_heads,
-        )
+        clip, llama = vision_config_of(config), language_config_of(config)
         clip._attn_implementation = llama._attn_implementation = "eager"
         self.text = nn.Embedding(config.vocab_size, post.hidden_size)
         self.text_projector = nn.Linear(post.hidden_size, pre.hidden_size, bias=False)

@@ -7,6 +7,7 @@ weights says how well it predicts and answers held-out conversations.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from examples.common.samples import endless_batches, load_records, pad_tokens
 from examples.common.teacher_loop import train
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
@@ -38,18 +40,9 @@ def build_llama(model: ModelConfig, tokenizer: TextTokenizer, vocab_size: int) -
     """
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(f"--vocab-size {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens")
-    post = model.post
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=post.hidden_size,
-        intermediate_size=post.ffn_hidden_size,
-        num_hidden_layers=post.num_layers,
-        num_attention_heads=post.num_attention_heads,
-        num_key_value_heads=post.num_key_value_heads,
-        rms_norm_eps=post.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": post.rope_theta},
-        tie_word_embeddings=False,
-        initializer_range=post.hidden_size**-0.5,
+    config = language_config_of(
+        dataclasses.replace(model, vocab_size=vocab_size),
+        initializer_range=model.post.hidden_size**-0.5,
         bos_token_id=tokenizer.hf.bos_token_id,
         eos_token_id=tokenizer.hf.eos_token_id,
         pad_token_id=tokenizer.hf.pad_token_id,

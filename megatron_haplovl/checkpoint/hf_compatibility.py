@@ -1,4 +1,4 @@
-"""Does a Hugging Face folder hold the model that the flags describe? Its config.json, compared setting by setting."""
+"""Our settings and those of CLIP, Llama and Qwen2: does a folder's config.json describe the model of the flags?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from megatron_haplovl.config.schema import ModelConfig, RopeScalingConfig
 
@@ -117,6 +117,46 @@ def check_language_config(config: PretrainedConfig, model: ModelConfig, where: P
     ):
         if found != expected:
             raise ValueError(f"{where}: {what} is {found!r}; the post-decoder supports {expected!r} only")
+
+
+def vision_config_of(model: ModelConfig) -> CLIPVisionConfig:
+    """The CLIP whose weights the pre-decoder and the patch embedding take over."""
+    pre, vision = model.pre, model.vision
+    return CLIPVisionConfig(
+        hidden_size=pre.hidden_size,
+        intermediate_size=pre.ffn_hidden_size,
+        num_hidden_layers=pre.num_layers,
+        num_attention_heads=pre.num_attention_heads,
+        hidden_act=ACTIVATIONS[pre.activation],
+        layer_norm_eps=pre.layernorm_epsilon,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+
+
+def language_config_of(model: ModelConfig, **changes: Any) -> LlamaConfig | Qwen2Config:
+    """The Llama, or with biases of q, k and v the Qwen2, whose weights text embedding and post-decoder take over.
+
+    Args:
+        model: sizes.
+        **changes: further settings of the configuration, or other ones.
+    """
+    post = model.post
+    settings: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": post.hidden_size,
+        "intermediate_size": post.ffn_hidden_size,
+        "num_hidden_layers": post.num_layers,
+        "num_attention_heads": post.num_attention_heads,
+        "num_key_value_heads": post.num_key_value_heads,
+        "rms_norm_eps": post.norm_epsilon,
+        "rope_parameters": {
+            "rope_theta": post.rope_theta,
+            **(rope_scaling_to_hf(post.rope_scaling) or {"rope_type": "default"}),
+        },
+        "tie_word_embeddings": False,
+    }
+    return (Qwen2Config if post.qkv_bias else LlamaConfig)(**{**settings, **changes})
 
 
 def _check(theirs: Any, ours: Any, name: str, flag: str, where: Path) -> None:

@@ -12,7 +12,8 @@ import json
 import os
 import pickle
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,8 +211,8 @@ def _write_shards(pairs: Iterable[tuple[str, torch.Tensor]], folder: Path, max_b
     """Write a stream of tensors to files of at most `max_bytes` (or of one larger tensor)."""
     shards: list[SafetensorsFile] = []
     seen: set[str] = set()
-    with contextlib.ExitStack() as last:
-        for name, tensor in pairs:
+    with contextlib.ExitStack() as last, contextlib.closing(_read_ahead(pairs)) as ready:
+        for name, tensor in ready:
             if name in seen:
                 raise ValueError(f"{folder}: tensor written twice: {name}")
             seen.add(name)
@@ -222,6 +223,23 @@ def _write_shards(pairs: Iterable[tuple[str, torch.Tensor]], folder: Path, max_b
                 shards.append(last.enter_context(SafetensorsFile(path)))
             shards[-1].write(name, tensor)
     return shards
+
+
+def _read_ahead(pairs: Iterable[tuple[str, torch.Tensor]]) -> Generator[tuple[str, torch.Tensor]]:
+    """Make each tensor while the one before it is written: reading, computing and writing then overlap."""
+    source = iter(pairs)
+
+    def make() -> tuple[str, torch.Tensor] | None:
+        if (pair := next(source, None)) is None:
+            return None
+        # A copy, for a mapped file is read only where its tensor is touched first.
+        return pair[0], pair[1].detach().to("cpu", copy=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(make)
+        while (pair := following.result()) is not None:
+            following = thread.submit(make)
+            yield pair
 
 
 def write_text(path: Path, text: str) -> None:

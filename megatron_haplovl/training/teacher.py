@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from megatron_haplovl.checkpoint.hf_compatibility import vision_config_of
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
 
@@ -72,14 +73,5 @@ def random_teacher(model: ModelConfig, layer: int, seed: int) -> VisionTeacher:
     """A teacher with random weights and the pre-decoder's sizes, for --mock-data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=model.pre.hidden_size,
-                intermediate_size=model.pre.ffn_hidden_size,
-                num_hidden_layers=model.pre.num_layers,
-                num_attention_heads=model.pre.num_attention_heads,
-                image_size=model.vision.image_size,
-                patch_size=model.vision.patch_size,
-            )
-        )
+        clip = CLIPVisionModel(vision_config_of(model))
     return VisionTeacher(clip, layer)

@@ -11,19 +11,16 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table
 from megatron_haplovl.checkpoint.hf_sources import open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.weights import WeightReader, write_weights
-from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import cut_patches
@@ -55,31 +52,6 @@ def _randomize(network: torch.nn.Module, seed: int = 1) -> None:
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def _vision_config(model: ModelConfig) -> dict[str, object]:
-    return {
-        "hidden_size": model.pre.hidden_size,
-        "intermediate_size": model.pre.ffn_hidden_size,
-        "num_hidden_layers": model.pre.num_layers,
-        "num_attention_heads": model.pre.num_attention_heads,
-        "image_size": model.vision.image_size,
-        "patch_size": model.vision.patch_size,
-    }
-
-
-def _language_config(model: ModelConfig, **changes: object) -> dict[str, object]:
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.post.hidden_size,
-        "intermediate_size": model.post.ffn_hidden_size,
-        "num_hidden_layers": model.post.num_layers,
-        "num_attention_heads": model.post.num_attention_heads,
-        "num_key_value_heads": model.post.num_key_value_heads,
-        "rms_norm_eps": model.post.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.post.rope_theta},
-        **changes,
-    }
-
-
 def _load(network: HaploVL, weights: dict[str, torch.Tensor]) -> None:
     missing, unexpected = network.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -93,7 +65,7 @@ def _causal_context(batch: int, length: int) -> SequenceContext:
 
 @pytest.fixture
 def vision_folder(tmp_path: Path) -> Path:
-    tower = CLIPVisionModel(CLIPVisionConfig(**_vision_config(tiny_model())))
+    tower = CLIPVisionModel(vision_config_of(tiny_model()))
     _randomize(tower)
     tower.save_pretrained(tmp_path)
     return tmp_path
@@ -101,7 +73,7 @@ def vision_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def llama_folder(tmp_path: Path) -> Path:
-    language_model = LlamaForCausalLM(LlamaConfig(**_language_config(tiny_model())))
+    language_model = LlamaForCausalLM(language_config_of(tiny_model()))
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     return tmp_path
@@ -139,7 +111,8 @@ def test_full_clip_and_old_names_give_the_same_weights(tmp_path: Path, vision_fo
     expected = load_vision_model(vision_folder, model)
 
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    full = CLIPModel(CLIPConfig(vision_config=_vision_config(model), text_config={**text, "vocab_size": 50000}))
+    text["vocab_size"] = 50000
+    full = CLIPModel(CLIPConfig(vision_config=vision_config_of(model).to_dict(), text_config=text))
     bare = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
     full.vision_model.load_state_dict(bare)
     full.save_pretrained(tmp_path / "full")
@@ -148,7 +121,7 @@ def test_full_clip_and_old_names_give_the_same_weights(tmp_path: Path, vision_fo
     old = tmp_path / "old"
     old.mkdir()
     torch.save({f"vision_model.{name}": tensor for name, tensor in bare.items()}, old / "pytorch_model.bin")
-    settings = {"model_type": "clip", "vision_config": {"model_type": "clip_vision_model", **_vision_config(model)}}
+    settings = {"model_type": "clip", "vision_config": vision_config_of(model).to_diff_dict()}
     (old / "config.json").write_text(json.dumps(settings))
 
     for folder in (tmp_path / "full", old):
@@ -175,7 +148,7 @@ def _our_logits(network: HaploVL, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama(tmp_path: Path, tied: bool) -> None:
     model = tiny_model()
-    language_model = LlamaForCausalLM(LlamaConfig(**_language_config(model, tie_word_embeddings=tied)))
+    language_model = LlamaForCausalLM(language_config_of(model, tie_word_embeddings=tied))
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)
@@ -188,7 +161,7 @@ def test_llama(tmp_path: Path, tied: bool) -> None:
 def test_qwen2_with_biases(tmp_path: Path) -> None:
     plain = tiny_model()
     model = dataclasses.replace(plain, post=dataclasses.replace(plain.post, qkv_bias=True))
-    language_model = Qwen2ForCausalLM(Qwen2Config(**_language_config(model)))
+    language_model = Qwen2ForCausalLM(language_config_of(model))
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)

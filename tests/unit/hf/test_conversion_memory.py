@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from benchmarks.measure import MIB, peak_mib
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of
 from megatron_haplovl.checkpoint.hf_mapping import language_model_table
 from megatron_haplovl.checkpoint.hf_sources import open_language_model
 from megatron_haplovl.checkpoint.initial_checkpoint import write_initial_checkpoint
+from megatron_haplovl.checkpoint.pieces import MOMENTS, WEIGHT, Piece, complete, write_rank
 from megatron_haplovl.checkpoint.weights import WeightReader, write_weights
 from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.data.chat_template import load_chat_template
@@ -37,19 +39,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     names = {entry.theirs: entry.their_shape for entry in language_model_table(_MODEL, tied=False)}
     write_weights(((name, torch.zeros(shape)) for name, shape in names.items()), folder / "llama")
-    LlamaConfig(
-        vocab_size=64,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        rms_norm_eps=_POST.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": _POST.rope_theta},
-    ).save_pretrained(folder / "llama")
-    save_training_checkpoint(random_haplovl(_MODEL), Config(model=_MODEL, data=DataConfig()), folder / "training")
+    language_config_of(_MODEL).save_pretrained(folder / "llama")
+    network, config = random_haplovl(_MODEL), Config(model=_MODEL, data=DataConfig())
+    save_training_checkpoint(network, config, folder / "training")
+    _save_in_pieces(network, config, folder / "run")
     tokenizer = load_tokenizer(train_tokenizer(folder))
     export_checkpoint(folder / "training", folder / "haplo", tokenizer, load_chat_template("vicuna_v1"))
     return folder
+
+
+def _save_in_pieces(network: torch.nn.Module, config: Config, folder: Path, ranks: int = 2) -> None:
+    """As `ranks` ranks of ZeRO save it, moments and all."""
+    aside = folder / ".global_step7.unfinished"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text(json.dumps({**config.to_dict(), "iteration": 7}))
+    for rank in range(ranks):
+        pieces = []
+        for name, parameter in network.named_parameters():
+            values = parameter.detach().reshape(-1)
+            size = -(-len(values) // ranks)
+            mine = values[rank * size : (rank + 1) * size].clone()
+            pieces += [(Piece(name, kind, None, 0, 1, rank * size, len(mine)), mine) for kind in (WEIGHT, *MOMENTS)]
+        write_rank(aside, rank, pieces)
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    complete(aside, folder / "global_step7", ranks, shapes, torch.float32, patience=1.0)
+    (folder / "latest").write_text("global_step7\n")
 
 
 def _import_language_model(folder: Path) -> None:
@@ -67,7 +81,12 @@ def _export(folder: Path) -> None:
     export_checkpoint(folder / "training", folder / "out", tokenizer, load_chat_template("vicuna_v1"))
 
 
-@pytest.mark.parametrize("convert", [_import_language_model, _import_haplo, _export])
+def _export_pieces(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    export_checkpoint(folder / "run", folder / "out", tokenizer, load_chat_template("vicuna_v1"))
+
+
+@pytest.mark.parametrize("convert", [_import_language_model, _import_haplo, _export, _export_pieces])
 def test_peak_memory(folders: Path, convert: Callable[[Path], None]) -> None:
     reader = WeightReader(folders / "training" / "global_step7")
     assert sum(reader.get(name).nbytes for name in reader.names()) / MIB > 100 * _LARGEST

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from benchmarks.planner_memory import (
     STAGE1,
@@ -23,6 +23,7 @@ from benchmarks.planner_memory import (
     predict_layers,
     predict_peak,
 )
+from megatron_haplovl.checkpoint.hf_compatibility import vision_config_of
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
@@ -123,16 +124,7 @@ def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
 def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
     with torch.device("meta"):
         model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
-        teacher = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=config.pre.hidden_size,
-                intermediate_size=config.pre.ffn_hidden_size,
-                num_hidden_layers=config.pre.num_layers,
-                num_attention_heads=config.pre.num_attention_heads,
-                image_size=config.vision.image_size,
-                patch_size=config.vision.patch_size,
-            )
-        )
+        teacher = CLIPVisionModel(vision_config_of(config))
     trained = STAGE1 if stage1 else STAGE2
     layers = layer_costs(config, work_of_batch(BATCH, stage1), Layout(), Precision(), trained=trained, stage1=stage1)
     for layer in layers:

@@ -12,11 +12,8 @@ import torch
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
     Qwen2ForCausalLM,
     SiglipConfig,
     SiglipModel,
@@ -24,6 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.checkpoint.weights import (
     WeightReader,
     read_config,
@@ -55,44 +53,18 @@ def _save(network: torch.nn.Module, folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def _vision_settings(model: ModelConfig, **changes: object) -> dict[str, object]:
-    return {
-        "hidden_size": model.pre.hidden_size,
-        "intermediate_size": model.pre.ffn_hidden_size,
-        "num_hidden_layers": model.pre.num_layers,
-        "num_attention_heads": model.pre.num_attention_heads,
-        "image_size": model.vision.image_size,
-        "patch_size": model.vision.patch_size,
-        **changes,
-    }
-
-
-def _language_settings(model: ModelConfig, **changes: object) -> dict[str, object]:
-    post = model.post
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": post.hidden_size,
-        "intermediate_size": post.ffn_hidden_size,
-        "num_hidden_layers": post.num_layers,
-        "num_attention_heads": post.num_attention_heads,
-        "num_key_value_heads": post.num_key_value_heads,
-        "rms_norm_eps": post.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": post.rope_theta},
-        **changes,
-    }
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole CLIP, text tower and all."""
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(vision_config=_vision_settings(tiny_model()), text_config={**text, "vocab_size": 50000})
+    text["vocab_size"] = 50000
+    config = CLIPConfig(vision_config=vision_config_of(tiny_model()).to_dict(), text_config=text)
     return _save(CLIPModel(config), tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(LlamaForCausalLM(LlamaConfig(**_language_settings(tiny_model()))), tmp_path_factory.mktemp("llama"))
+    return _save(LlamaForCausalLM(language_config_of(tiny_model())), tmp_path_factory.mktemp("llama"))
 
 
 def _flags(model: ModelConfig) -> list[str]:
@@ -193,9 +165,8 @@ def test_every_layer_of_a_language_model(
     tmp_path: Path, build: type, changes: dict[str, object], rope: dict[str, object]
 ) -> None:
     model = tiny_model(post=dataclasses.replace(tiny_model().post, **changes))
-    settings = _language_settings(model, rope_parameters={**rope, "rope_theta": model.post.rope_theta})
-    kind = LlamaConfig if build is LlamaForCausalLM else Qwen2Config
-    folder = _save(build(kind(**settings)), tmp_path / "folder")
+    settings = language_config_of(model, rope_parameters={**rope, "rope_theta": model.post.rope_theta})
+    folder = _save(build(settings), tmp_path / "folder")
     step = _import(tmp_path / "out", model, "--language-model", str(folder))
     found = compare_language_model(step, folder)
     assert len(found.layers) == 2
@@ -339,7 +310,7 @@ def test_a_run_starts_without_what_it_was_allowed_to_miss(tmp_path: Path, clip: 
 
 
 def test_a_vision_tower_alone(tmp_path: Path) -> None:
-    tower = _save(CLIPVisionModel(CLIPVisionConfig(**_vision_settings(tiny_model()))), tmp_path / "tower")
+    tower = _save(CLIPVisionModel(vision_config_of(tiny_model())), tmp_path / "tower")
     step = _import(tmp_path / "out", tiny_model(), "--vision-teacher", str(tower))
     found = compare_vision_tower(step, tower)
     assert found.largest_value > 1
@@ -352,7 +323,8 @@ def test_siglip(tmp_path: Path, whole: bool, image_size: int, capsys: pytest.Cap
     """Its differences (no class token, patch bias, other colours, no norm in front) are made up for."""
     pre = dataclasses.replace(tiny_model().pre, activation="gelu_tanh", layernorm_epsilon=1e-6)
     model = tiny_model(pre=pre, vision=dataclasses.replace(tiny_model().vision, image_size=image_size))
-    vision = {**_vision_settings(model), "image_size": 8}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    vision = {**{name: getattr(vision_config_of(model), name) for name in names}, "image_size": 8}
     if whole:
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         network: torch.nn.Module = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
