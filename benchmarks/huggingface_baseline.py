@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -27,6 +28,7 @@ class HuggingFaceBaseline(nn.Module):
         super().__init__()
         pre, post = config.pre, config.post
         clip, llama = vision_config_of(config), language_config_of(config)
+        assert isinstance(llama, LlamaConfig), "the baseline has no biases"
         clip._attn_implementation = llama._attn_implementation = "eager"
         self.text = nn.Embedding(config.vocab_size, post.hidden_size)
         self.text_projector = nn.Linear(post.hidden_size, pre.hidden_size, bias=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.common.samples import endless_batches, load_records, pad_tokens
 from examples.common.teacher_loop import train
@@ -36,7 +36,7 @@ def build_llama(model: ModelConfig, tokenizer: TextTokenizer, vocab_size: int) -
         vocab_size: rows of the embedding; some may be spare.
 
     Raises:
-        ValueError: the tokenizer has more tokens than that.
+        ValueError: the tokenizer has more tokens than that, or the post-decoder has biases of q, k and v.
     """
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(f"--vocab-size {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens")
@@ -47,6 +47,8 @@ def build_llama(model: ModelConfig, tokenizer: TextTokenizer, vocab_size: int) -
         eos_token_id=tokenizer.hf.eos_token_id,
         pad_token_id=tokenizer.hf.pad_token_id,
     )
+    if not isinstance(config, LlamaConfig):
+        raise ValueError("a preset with biases of q, k and v has a Qwen2 as its language model, not a Llama")
     return LlamaForCausalLM(config)
 
 

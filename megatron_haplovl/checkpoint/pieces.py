@@ -19,12 +19,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megatron_haplovl.checkpoint.safetensors_stream import StoredTensor, read_header
 from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader, read_json, to_disk, write_text
 
 WEIGHT = "weight"
@@ -65,7 +65,10 @@ def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tens
         OSError: there is no room, or the folder cannot be written.
     """
     path = folder / f"rank-{rank:05d}.safetensors"
-    save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
+    try:
+        save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
+    except SafetensorError as error:  # Also of a full disk.
+        raise OSError(f"{path}: {error}") from error
     to_disk(path)
     record = {
         "file": path.name,
@@ -160,7 +163,7 @@ class PieceReader:
             for i, values in enumerate(record["pieces"]):
                 piece = Piece(**values)
                 self._stored[piece.name, piece.kind].append(_Stored(piece, record["file"], str(i)))
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
 
     def names(self) -> list[str]:
         """Names of all parameters, sorted."""
@@ -221,7 +224,7 @@ class PieceReader:
             first, end = max(start, piece.start), min(start + length, piece.start + piece.length)
             if piece.part != part or first >= end:
                 continue
-            values = self._file(item.file).get_slice(item.key)[first - piece.start : end - piece.start]
+            values = self._header(item.file)[item.key].read(first - piece.start, end - piece.start)
             if result is None:
                 result = torch.empty(length, dtype=values.dtype)
             result[first - start : end - start] = values
@@ -231,10 +234,10 @@ class PieceReader:
             raise ValueError(f"{self.folder}: {found} of {length} elements of {name} are there")
         return result
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name]
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self._headers:
+            self._headers[file] = read_header(self.folder / file)
+        return self._headers[file]
 
 
 def open_checkpoint(folder: str | Path) -> TensorSource:

@@ -1,9 +1,15 @@
-"""A safetensors file that is written tensor by tensor, without knowing which ones will follow."""
+"""Safetensors files in a stream: written tensor by tensor, without knowing which ones will follow, and read in parts.
+
+The library maps files into memory, where everything that was read of them stays until they are closed. Here no more is
+held than what was asked for.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +33,59 @@ _TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in _TYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    start: int
+    """First byte."""
+    count: int
+    """Elements."""
+
+    def read(self, first: int, end: int) -> torch.Tensor:
+        """Elements `first` to `end` of the flattened tensor.
+
+        Raises:
+            ValueError: the file ends before them.
+        """
+        assert 0 <= first <= end <= self.count
+        values = torch.empty(end - first, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + first * values.element_size())
+            left = values.view(torch.uint8).numpy().data
+            while left and (read := file.readinto(left)):
+                left = left[read:]
+        if left:
+            raise ValueError(f"{self.path}: ends {len(left)} bytes before the tensor that its header names")
+        return values
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_START), "little")
+        # The format's own limit; anything longer is another kind of file.
+        text = file.read(length) if length <= 100_000_000 else b""
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        return {
+            name: StoredTensor(
+                path, _TYPES[entry["dtype"]], _HEADER_START + length + entry["data_offsets"][0], prod(entry["shape"])
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: broken safetensors file ({error})") from error
 
 
 class SafetensorsFile:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ class CheckpointWriter:
 
     def __init__(self, engine: Any, model: ShardedModel, config: Config, log: Callable[[str], None]) -> None:
         self._engine, self._model, self._config, self._log = engine, model, config, log
-        self._thread: threading.Thread | None = None
-        self._error: str | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[str | None] | None = None
         self._done = ""
 
     def save(self, iteration: int, plan_key: str) -> None:
@@ -82,27 +82,23 @@ class CheckpointWriter:
         ]
         stalled = time.perf_counter() - started
 
-        def write() -> None:
-            self._error = self._attempt(lambda: self._write(aside, folder, pieces, started, stalled))
+        def write() -> str | None:
+            return self._attempt(lambda: self._write(aside, folder, pieces, started, stalled))
 
         if settings.async_save:
-            self._thread = threading.Thread(target=write, name="checkpoint")
-            self._thread.start()
-            return
-        write()
-        self._report()
+            self._writing = self._pool.submit(write)
+        else:
+            self._report(write())
 
     def finish(self) -> None:
         """Wait for a checkpoint that is still being written. Called by every rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._report()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._report(writing.result())
 
-    def _report(self) -> None:
-        if not self._agree(self._error):
+    def _report(self, error: str | None) -> None:
+        if not self._agree(error):
             self._log(self._done)
-        self._error = None
 
     def _agree(self, error: str | None) -> bool:
         """Whether any rank has failed; says so once, on every rank the same."""
@@ -151,7 +147,7 @@ class CheckpointWriter:
         write_text(root / "latest_checkpointed_iteration.txt", folder.name.removeprefix("global_step"))
         write_text(root / "latest", folder.name)
         if settings.keep_last is not None:
-            for old in _complete_checkpoints(root)[settings.keep_last :]:
+            for old in _complete_checkpoints(root, up_to=folder)[settings.keep_last :]:
                 # Renamed before it goes, so that what has a checkpoint's name is whole at any moment.
                 shutil.rmtree(old.rename(root / f".{old.name}.unfinished"))
 
@@ -203,7 +199,7 @@ def find_checkpoint(
     newest = resolve_checkpoint(path)
     candidates = [newest]
     if allow_fallback:
-        candidates += [folder for folder in _complete_checkpoints(newest.parent) if folder != newest]
+        candidates += [folder for folder in _complete_checkpoints(newest.parent, up_to=newest) if folder != newest]
     for folder in candidates:
         shares = world.gather_objects(_damage(folder, world))
         damage = [sentence for share in shares for sentence in share]
@@ -225,10 +221,12 @@ def _damage(folder: Path, world: Group) -> list[str]:
         return [str(error)]
 
 
-def _complete_checkpoints(root: Path) -> list[Path]:
-    """Newest first."""
+def _complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
+    """Newest first. Those of later steps than `up_to` come from a run that was gone back from."""
     found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
-    return [found[step] for step in sorted(found, reverse=True) if (found[step] / MANIFEST).is_file()]
+    steps = sorted((step for step in found if (found[step] / MANIFEST).is_file()), reverse=True)
+    last = None if up_to is None else _STEP_FOLDER.fullmatch(up_to.name)
+    return [found[step] for step in steps if last is None or step <= int(last[1])]
 
 
 def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Config, plan_key: str) -> int:

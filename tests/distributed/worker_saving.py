@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
 
 
 def full_disk_at(step: int) -> Any:
-    """Rank 1 cannot write this step's checkpoint."""
+    """Rank 1 cannot write this step's checkpoint: the system refuses large files meanwhile."""
     write_rank = save_load.write_rank
 
     def write(folder: Path, rank: int, pieces: Any) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == 1 and folder.name == f".global_step{step}.unfinished":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_rank(folder, rank, pieces)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            write_rank(folder, rank, pieces)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     save_load.write_rank = write
     return write_rank
@@ -83,6 +87,9 @@ def main(folder: Path) -> None:
     dist.barrier()
     run(folder, "one step", "beside", checkpoint__load=str(folder / "beside" / "global_step4"))
     run(folder, "without latest", "yet another", checkpoint__load=str(folder / "beside"), schedule__train_iters=7)
+    # Goes back to step 2 and keeps two from there on, beside those of steps 3 to 6.
+    back = {"checkpoint__load": str(folder / "full disk" / "global_step2"), "checkpoint__keep_last": 2}
+    run(folder, "back", "full disk", **back, schedule__train_iters=4)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -58,8 +58,9 @@ def _save_in_pieces(network: torch.nn.Module, config: Config, folder: Path, rank
         for name, parameter in network.named_parameters():
             values = parameter.detach().reshape(-1)
             size = -(-len(values) // ranks)
-            mine = values[rank * size : (rank + 1) * size].clone()
-            pieces += [(Piece(name, kind, None, 0, 1, rank * size, len(mine)), mine) for kind in (WEIGHT, *MOMENTS)]
+            mine = values[rank * size : (rank + 1) * size]
+            for kind in (WEIGHT, *MOMENTS):
+                pieces.append((Piece(name, kind, None, 0, 1, rank * size, len(mine)), mine.clone()))
         write_rank(aside, rank, pieces)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     complete(aside, folder / "global_step7", ranks, shapes, torch.float32, patience=1.0)
