@@ -22,8 +22,8 @@ import torch
 from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
 from megatron_haplovl.checkpoint.initial_checkpoint import ImportSummary, write_initial_checkpoint
-from megatron_haplovl.checkpoint.provenance import Allowed
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
+from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.cli import add_settings, build_config, flags_to_reach
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig

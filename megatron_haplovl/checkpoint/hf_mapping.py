@@ -344,6 +344,7 @@ def export_to_haplo(
             yield entry.theirs, torch.full(entry.their_shape, entry.constant, dtype=stored)
             continue
         assert entry.to_theirs is not None, entry
-        tensor = entry.to_theirs(*(source.get(name) for name in entry.ours))
+        parts = [source.get(name) for name in entry.ours]
+        tensor = entry.to_theirs(*parts)
         assert tuple(tensor.shape) == entry.their_shape, (entry, tensor.shape)
-        yield entry.theirs, tensor.to(stored)
+        yield entry.theirs, tensor.to(parts[0].dtype if dtype is None else dtype)

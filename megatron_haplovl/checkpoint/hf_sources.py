@@ -11,9 +11,9 @@ import torch
 
 from megatron_haplovl.checkpoint.hf_compatibility import check_language_config, check_vision_config, read_hf_config
 from megatron_haplovl.checkpoint.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
-from megatron_haplovl.checkpoint.provenance import STRICT, Allowed
 from megatron_haplovl.checkpoint.siglip_mapping import siglip_vision_table
 from megatron_haplovl.checkpoint.weights import WeightReader, check_shape
+from megatron_haplovl.config.allowed import STRICT, Allowed
 from megatron_haplovl.config.schema import ModelConfig
 
 # What a folder may hold beside the tensors that are taken. Anything else is an error: it would change the outputs.

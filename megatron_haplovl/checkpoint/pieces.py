@@ -5,7 +5,8 @@ parameter's name in the serial model, so that no layout has to be known to read 
 
     rank-00000.safetensors    one rank's pieces
     rank-00000.json           what they are pieces of, and the file's size and SHA-256
-    manifest.json             the same of all ranks, and every parameter's shape; written last
+    manifest.json             the same of all ranks and of the files beside theirs, and every parameter's shape;
+                              written last
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the names that torch and DeepSpeed give them."""
 MANIFEST = "manifest.json"
 _POLL_SECONDS = 0.05
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,13 @@ def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tens
     except SafetensorError as error:  # Also of a full disk.
         raise OSError(f"{path}: {error}") from error
     to_disk(path)
-    record = {
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": _digest(path),
-        "pieces": [dataclasses.asdict(piece) for piece, _ in pieces],
-    }
+    record = {**_file_record(path), "pieces": [dataclasses.asdict(piece) for piece, _ in pieces]}
     write_text(path.with_suffix(".json"), json.dumps(record))
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a checkpoint is written until it is complete and gets its name."""
+    return folder.with_name(f".{folder.name}{_UNFINISHED}")
 
 
 def mark_failed(folder: Path, rank: int) -> None:
@@ -108,21 +111,35 @@ def complete(
             if (aside / f"rank-{rank:05d}.failed").exists():
                 raise OSError(f"rank {rank} could not write its part of {folder.name}")
             if time.monotonic() > end:
-                raise OSError(f"rank {rank} did not write its part of {folder.name} in {patience:.0f} s")
+                raise OSError(
+                    f"rank {rank} did not write its part of {folder.name} in {patience:.0f} s; a slow disk needs more "
+                    "--distributed-timeout-minutes"
+                )
             time.sleep(_POLL_SECONDS)
         records.append(read_json(record))
-    shapes = {name: list(shape) for name, shape in parameters.items()}
-    manifest = {"dtype": str(dtype).removeprefix("torch."), "parameters": shapes, "files": records}
-    write_text(aside / MANIFEST, json.dumps(manifest))
     for rank in range(ranks):
         (aside / f"rank-{rank:05d}.json").unlink()
+    # What lies beside the ranks' files is part of the checkpoint, too.
+    others = sorted(path for path in aside.iterdir() if path.suffix == ".json")
+    records += [{**_file_record(path), "pieces": []} for path in others]
+    shapes = {name: list(shape) for name, shape in parameters.items()}
+    manifest = {"dtype": str(dtype).removeprefix("torch."), "parameters": shapes, "files": records}
+    write_text(aside / MANIFEST, json.dumps({"sha256": _manifest_digest(manifest), **manifest}))
     to_disk(aside)
-    replaced = aside.with_name(f"{aside.name}.replaced")
+    replaced = aside.with_name(f"{aside.name}{_REPLACED}")
     if folder.exists():
         folder.rename(replaced)
     aside.rename(folder)
     to_disk(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(root: Path) -> None:
+    """Give checkpoints their names back that were to be replaced when the run was killed."""
+    for replaced in root.glob(f".*{_UNFINISHED}{_REPLACED}"):
+        folder = root / replaced.name.removeprefix(".").removesuffix(f"{_UNFINISHED}{_REPLACED}")
+        if not folder.exists():
+            replaced.rename(folder)
 
 
 def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
@@ -132,7 +149,7 @@ def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         ValueError: there is no readable manifest.
     """
     found = []
-    for record in read_json(folder / MANIFEST)["files"][share::shares]:
+    for record in _read_manifest(folder)["files"][share::shares]:
         path = folder / record["file"]
         if not path.is_file():
             found.append(f"{path} is missing")
@@ -155,7 +172,7 @@ class PieceReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        manifest = read_json(self.folder / MANIFEST)
+        manifest = _read_manifest(self.folder)
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
         self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
@@ -247,6 +264,21 @@ def open_checkpoint(folder: str | Path) -> TensorSource:
         ValueError: there is neither.
     """
     return PieceReader(folder) if (Path(folder) / MANIFEST).is_file() else WeightReader(folder)
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.pop("sha256", None) != _manifest_digest(manifest):
+        raise ValueError(f"{folder / MANIFEST} has changed since it was written (its SHA-256 is another)")
+    return manifest
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

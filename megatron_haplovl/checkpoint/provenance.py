@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 NEW = "newly initialised"
 
 # What no pretrained model holds, so that it may start at random beside pretrained weights.
 MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What a source of weights may lack or hold beyond what its format allows: regular expressions of whole names."""
-
-    missing: Sequence[str] = ()
-    """Names of our parameters."""
-    unexpected: Sequence[str] = ()
-    """Names of the source's tensors."""
-
-    def lacks(self, name: str) -> bool:
-        """Whether a parameter may be missing."""
-        return any(re.fullmatch(pattern, name) for pattern in self.missing)
-
-    def skips(self, name: str) -> bool:
-        """Whether a tensor may be left over."""
-        return any(re.fullmatch(pattern, name) for pattern in self.unexpected)
-
-
-STRICT = Allowed()
 
 
 def provenance_table(origins: Iterable[tuple[str, str]]) -> str:

@@ -10,8 +10,8 @@ SAVE/latest_checkpointed_iteration.txt
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -22,22 +22,21 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.engine_state import local_pieces, make_optimizer_state
+from megatron_haplovl.checkpoint.find_checkpoint import complete_checkpoints
 from megatron_haplovl.checkpoint.pieces import (
-    MANIFEST,
     MOMENTS,
     PieceReader,
     complete,
-    damaged_files,
     mark_failed,
+    restore_replaced,
+    unfinished,
     write_rank,
 )
-from megatron_haplovl.checkpoint.weights import read_json, resolve_checkpoint, write_text
+from megatron_haplovl.checkpoint.weights import read_json, write_text
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 _STATE_FILE = "training_state.json"
-_STEP_FOLDER = re.compile(r"global_step(\d+)")
 
 
 class CheckpointWriter:
@@ -65,12 +64,12 @@ class CheckpointWriter:
             iteration: optimizer steps done.
             plan_key: the training data's `DataStream.plan_key`; with the iteration, the position in the data.
         """
-        self.finish()
         started = time.perf_counter()
+        self.finish()
         settings, world = self._config.checkpoint, self._model.groups.world
         assert settings.save is not None
         folder = Path(settings.save) / f"global_step{iteration}"
-        aside = folder.with_name(f".{folder.name}.unfinished")
+        aside = unfinished(folder)
         if self._agree(self._attempt(lambda: self._prepare(aside, iteration, plan_key) if world.rank == 0 else None)):
             return
         # A copy, for the training goes on.
@@ -115,6 +114,7 @@ class CheckpointWriter:
         return None
 
     def _prepare(self, aside: Path, iteration: int, plan_key: str) -> None:
+        restore_replaced(aside.parent)
         for stale in aside.parent.glob(".global_step*.unfinished*"):
             shutil.rmtree(stale)
         aside.mkdir(parents=True)
@@ -127,7 +127,8 @@ class CheckpointWriter:
         try:
             write_rank(aside, world.rank, pieces)
         except OSError:
-            mark_failed(aside, world.rank)
+            with contextlib.suppress(OSError):
+                mark_failed(aside, world.rank)
             raise
         if world.rank == 0:
             try:
@@ -142,91 +143,15 @@ class CheckpointWriter:
     def _publish(self, aside: Path, folder: Path) -> None:
         root, settings = folder.parent, self._config.checkpoint
         dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
-        patience = 60.0 * self._config.parallel.distributed_timeout_minutes
+        # Gives up before the others do, which wait in a collective for this rank's answer.
+        patience = 30.0 * self._config.parallel.distributed_timeout_minutes
         complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
         write_text(root / "latest_checkpointed_iteration.txt", folder.name.removeprefix("global_step"))
         write_text(root / "latest", folder.name)
         if settings.keep_last is not None:
-            for old in _complete_checkpoints(root, up_to=folder)[settings.keep_last :]:
+            for old in complete_checkpoints(root, up_to=folder)[settings.keep_last :]:
                 # Renamed before it goes, so that what has a checkpoint's name is whole at any moment.
-                shutil.rmtree(old.rename(root / f".{old.name}.unfinished"))
-
-
-def find_resumable(
-    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
-) -> Path | None:
-    """The checkpoint that a run goes on from; see :func:`find_checkpoint`.
-
-    Returns:
-        None if there is none yet.
-
-    Raises:
-        ValueError: also, that it holds weights only.
-    """
-    path = Path(path)
-    if not (path / "latest").is_file() and not (path / "config.json").is_file():
-        # A run that was killed after its first checkpoint was complete, and before `latest` named it.
-        complete_ones = _complete_checkpoints(path) if path.is_dir() else []
-        if not complete_ones:
-            return None
-        path = complete_ones[0]
-    folder = find_checkpoint(path, world, log, allow_fallback=allow_fallback)
-    if not (folder / _STATE_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds weights only, so no run can go on from it; to start one, add --finetune, or give it as "
-            "--pretrained-checkpoint"
-        )
-    return folder
-
-
-def find_checkpoint(
-    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
-) -> Path:
-    """The newest checkpoint of a --save folder, or the one that a path names; its checksums are verified.
-
-    Called by every rank; they share the work. A checkpoint that was imported has no checksums.
-
-    Args:
-        path: see :func:`resolve_checkpoint`.
-        world: all ranks.
-        log: receives lines for the user.
-        allow_fallback: where the newest is damaged, take the newest one before it that is whole.
-
-    Raises:
-        ValueError: there is no checkpoint, `latest` names a folder that is missing, or the newest checkpoint is
-            damaged; with `allow_fallback`, all of them are.
-    """
-    newest = resolve_checkpoint(path)
-    candidates = [newest]
-    if allow_fallback:
-        candidates += [folder for folder in _complete_checkpoints(newest.parent, up_to=newest) if folder != newest]
-    for folder in candidates:
-        shares = world.gather_objects(_damage(folder, world))
-        damage = [sentence for share in shares for sentence in share]
-        if not damage:
-            return folder
-        log(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
-    raise ValueError(
-        f"{newest} is damaged ({damage[0]}); --allow-fallback takes the newest one before it in --load that is whole, "
-        "if there is one"
-    )
-
-
-def _damage(folder: Path, world: Group) -> list[str]:
-    if not (folder / MANIFEST).is_file() and not (folder / _STATE_FILE).is_file():
-        return []  # Imported.
-    try:
-        return damaged_files(folder, world.rank, world.size)
-    except ValueError as error:
-        return [str(error)]
-
-
-def _complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
-    """Newest first. Those of later steps than `up_to` come from a run that was gone back from."""
-    found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
-    steps = sorted((step for step in found if (found[step] / MANIFEST).is_file()), reverse=True)
-    last = None if up_to is None else _STEP_FOLDER.fullmatch(up_to.name)
-    return [found[step] for step in steps if last is None or step <= int(last[1])]
+                shutil.rmtree(old.rename(unfinished(old)))
 
 
 def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Config, plan_key: str) -> int:
@@ -238,7 +163,7 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
     Args:
         engine: a fresh DeepSpeed engine, whose weights come from the same checkpoint.
         model: what the engine trains.
-        folder: see :func:`find_checkpoint`.
+        folder: see `find_checkpoint`.
         config: the run's settings.
         plan_key: the training data's `DataStream.plan_key`.
 

@@ -147,6 +147,8 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as plain tensors ({error})") from error
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds more than tensors by name; save its state_dict() alone")
     return state
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.layout import Layout, Request, check_layout
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 
@@ -140,12 +139,7 @@ def _validate_checkpoint(config: Config) -> None:
         _validate_finetune(config)
     if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
         raise ValueError("--exit-interval saves before it leaves, so it needs --save")
-    for name in ("allow_missing", "allow_unexpected"):
-        for pattern in getattr(config.init, name):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"--{name.replace('_', '-')} {pattern}: not a regular expression ({error})") from error
+    Allowed(config.init.allow_missing, config.init.allow_unexpected)
 
 
 def _validate_finetune(config: Config) -> None:

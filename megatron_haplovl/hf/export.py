@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_to_hf
-from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo
+from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table
 from megatron_haplovl.checkpoint.pieces import MANIFEST, damaged_files, open_checkpoint
 from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config, ModelConfig
@@ -56,13 +57,15 @@ def export_checkpoint(
         save: the folder to write; files of an earlier export are replaced.
         tokenizer: the one the model was trained with.
         template: the chat template it was trained with.
-        dtype: number format of the weights; default: that of the checkpoint.
+        dtype: number format of the weights; default: each tensor's own in the checkpoint.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged or one of stage 1, or the format or the tokenizer cannot
             hold the model.
     """
     checkpoint, folder = resolve_checkpoint(load), Path(save)
+    if folder.resolve() == checkpoint.resolve() or any((folder / name).exists() for name in ("latest", MANIFEST)):
+        raise ValueError(f"{folder} holds a training checkpoint, which an export would destroy; give another folder")
     if (checkpoint / MANIFEST).is_file() and (damage := damaged_files(checkpoint)):
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
     config = read_config(checkpoint)
@@ -81,8 +84,7 @@ def export_checkpoint(
         max_position_embeddings=config.data.seq_length,
     )
     reader = open_checkpoint(checkpoint)
-    dtype = reader.get("final_norm.weight").dtype if dtype is None else dtype
-    hf_config.dtype = dtype
+    hf_config.dtype = reader.get("final_norm.weight").dtype if dtype is None else dtype
     hf_config.architectures = ["HaploForConditionalGeneration"]
     hf_config.auto_map = MODEL_AUTO_MAP
     processor = haplo_processor(config.model, tokenizer, template)
@@ -93,7 +95,8 @@ def export_checkpoint(
     generation_config(encoder, model=config.model, rows=rows).save_pretrained(folder)
     write_remote_code(folder)
     hf_config.save_pretrained(folder)
-    return ExportSummary(checkpoint, folder, written // dtype.itemsize, written, dtype, rows)
+    parameters = sum(math.prod(entry.their_shape) for entry in haplo_table(config.model, rows=rows))
+    return ExportSummary(checkpoint, folder, parameters, written, hf_config.dtype, rows)
 
 
 def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:

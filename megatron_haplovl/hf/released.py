@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_from_hf
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_haplo
-from megatron_haplovl.checkpoint.provenance import STRICT, Allowed
 from megatron_haplovl.checkpoint.weights import read_json
+from megatron_haplovl.config.allowed import STRICT, Allowed
 from megatron_haplovl.config.cli import flags_to_reach
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.config.validate import validate_model

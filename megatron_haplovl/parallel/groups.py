@@ -47,11 +47,13 @@ class Group:
 
         Raises:
             ValueError: this rank's, or that of the first rank that had one.
+            OSError: this rank's; a ValueError with its text on the others.
         """
-        result, error = None, None
+        result = None
+        error: ValueError | OSError | None = None
         try:
             result = function()
-        except ValueError as own:
+        except (ValueError, OSError) as own:
             error = own
         errors = self.gather_objects(None if error is None else str(error))
         if error is not None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_haplovl.checkpoint.find_checkpoint import find_checkpoint
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
-from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, Allowed, provenance_table
-from megatron_haplovl.checkpoint.save_load import find_checkpoint
+from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
 from megatron_haplovl.checkpoint.weights import read_config
+from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.plan import local_part
@@ -57,7 +58,7 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
     stages = model.groups.pipeline.gather_objects(own_sources)
     merged = {name: source for stage in stages for name, source in stage.items()}
     source_of = {name: merged[name] for name in model.shapes}
-    if not config.data.mock_data or resumed is not None:
+    if not config.data.mock_data or resumed is not None or pretrained is not None:
         _refuse_missing(source_of, _allowed(config))
     for name, parameter in parameters.items():
         if source_of[name] == NEW:
@@ -111,6 +112,8 @@ def _copy_sources(
     init = config.init
     if resumed is not None:
         _check_same_model(resumed, config.model)
+        if (was := read_config(resumed).model.image_attention) != config.model.image_attention:
+            raise ValueError(f"{resumed} was trained with --image-attention {was}; make the run agree")
         saved = open_checkpoint(resumed)
         if missing := sorted(model.shapes.keys() - set(saved.names())):
             raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.save_load import CheckpointWriter, find_resumable, load_checkpoint
+from megatron_haplovl.checkpoint.find_checkpoint import find_resumable
+from megatron_haplovl.checkpoint.save_load import CheckpointWriter, load_checkpoint
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.stream import DataStream, build_stream

@@ -31,13 +31,13 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
     made.logger.close()
 
 
-def full_disk_at(step: int) -> Any:
-    """Rank 1 cannot write this step's checkpoint: the system refuses large files meanwhile."""
+def full_disk_at(step: int, full_rank: int) -> Any:
+    """This rank cannot write this step's checkpoint: the system refuses large files meanwhile."""
     write_rank = save_load.write_rank
 
     def write(folder: Path, rank: int, pieces: Any) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank == 1 and folder.name == f".global_step{step}.unfinished":
+        if rank == full_rank and folder.name == f".global_step{step}.unfinished":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
             write_rank(folder, rank, pieces)
@@ -52,8 +52,10 @@ def main(folder: Path) -> None:
     run(folder, "whole", "whole", checkpoint__keep_last=2)
     run(folder, "beside", "beside", checkpoint__async_save=True, checkpoint__exit_interval=4)
     run(folder, "beside resumed", "beside", checkpoint__load=str(folder / "beside"))
-    for name, flags in (("full disk", {}), ("full disk beside", {"checkpoint__async_save": True})):
-        original = full_disk_at(6)
+    for rank, (name, flags) in enumerate(
+        (("full disk", {}), ("full disk beside", {"checkpoint__async_save": True})),
+    ):
+        original = full_disk_at(4, rank)
         run(folder, name, name, **flags)
         save_load.write_rank = original
     # Other parts of the model are trained than before.
@@ -85,6 +87,9 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / "beside" / "latest").unlink()
     dist.barrier()
+    # One rank is told, or sees, otherwise.
+    elsewhere = folder / ("beside" if dist.get_rank() == 0 else "nowhere") / "global_step4"
+    run(folder, "seen by one", "yet another", checkpoint__load=str(elsewhere))
     run(folder, "one step", "beside", checkpoint__load=str(folder / "beside" / "global_step4"))
     run(folder, "without latest", "yet another", checkpoint__load=str(folder / "beside"), schedule__train_iters=7)
     # Goes back to step 2 and keeps two from there on, beside those of steps 3 to 6.

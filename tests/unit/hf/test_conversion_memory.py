@@ -79,12 +79,12 @@ def _import_haplo(folder: Path) -> None:
 
 def _export(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    export_checkpoint(folder / "training", folder / "out", tokenizer, load_chat_template("vicuna_v1"))
+    export_checkpoint(folder / "training", folder / "exported", tokenizer, load_chat_template("vicuna_v1"))
 
 
 def _export_pieces(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    export_checkpoint(folder / "run", folder / "out", tokenizer, load_chat_template("vicuna_v1"))
+    export_checkpoint(folder / "run", folder / "exported", tokenizer, load_chat_template("vicuna_v1"))
 
 
 @pytest.mark.parametrize("convert", [_import_language_model, _import_haplo, _export, _export_pieces])

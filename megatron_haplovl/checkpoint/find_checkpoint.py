@@ -1,0 +1,127 @@
+"""Which checkpoint a run goes on from, or takes its weights from: chosen by one rank, seen and verified by all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_haplovl.checkpoint.pieces import MANIFEST, damaged_files, restore_replaced
+from megatron_haplovl.checkpoint.weights import INDEX_FILE, SINGLE_FILE, resolve_checkpoint
+from megatron_haplovl.parallel.groups import Group
+
+_STEP_FOLDER = re.compile(r"global_step(\d+)")
+
+
+def find_resumable(
+    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
+) -> Path | None:
+    """The checkpoint that a run goes on from; see :func:`find_checkpoint`.
+
+    Returns:
+        None if there is none yet.
+
+    Raises:
+        ValueError: also, that it holds weights only.
+    """
+    candidates = _agree_on_candidates(path, world, allow_fallback)
+    if not candidates:
+        return None
+    folder = _first_whole(candidates, world, log, allow_fallback)
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} holds weights only, so no run can go on from it; to start one, add --finetune, or give it as "
+            "--pretrained-checkpoint"
+        )
+    return folder
+
+
+def find_checkpoint(
+    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
+) -> Path:
+    """The newest checkpoint of a --save folder, or the one that a path names; its checksums are verified.
+
+    Called by every rank; they share the work. A checkpoint that was imported has no checksums.
+
+    Args:
+        path: see `resolve_checkpoint`.
+        world: all ranks.
+        log: receives lines for the user.
+        allow_fallback: where the newest is damaged, take the newest one before it that is whole.
+
+    Raises:
+        ValueError: there is no checkpoint, a rank does not see it, `latest` names a folder that is missing, or the
+            newest checkpoint is damaged; with `allow_fallback`, all of them are.
+    """
+    candidates = _agree_on_candidates(path, world, allow_fallback)
+    if not candidates:
+        raise ValueError(f"{path}: there is no checkpoint")
+    return _first_whole(candidates, world, log, allow_fallback)
+
+
+def complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
+    """The checkpoints of a --save folder, newest first.
+
+    Args:
+        root: the folder.
+        up_to: leave out later steps than this one's: they come from a run that was gone back from.
+    """
+    found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
+    steps = sorted((step for step in found if (found[step] / MANIFEST).is_file()), reverse=True)
+    last = None if up_to is None else _STEP_FOLDER.fullmatch(up_to.name)
+    return [found[step] for step in steps if last is None or step <= int(last[1])]
+
+
+def _agree_on_candidates(path: str | Path, world: Group, allow_fallback: bool) -> list[Path]:
+    """Those of the first rank: another one may see the folder later, or not at all."""
+    mine = world.together(lambda: _candidates(Path(path), allow_fallback) if world.rank == 0 else [])
+    candidates: list[Path] = world.gather_objects(mine)[0]
+    return candidates
+
+
+def _candidates(path: Path, allow_fallback: bool) -> list[Path]:
+    """The checkpoint to take, and with a fall-back those before it; none if there is none yet."""
+    if not path.is_dir():
+        return []
+    restore_replaced(path)
+    if not (path / "latest").is_file() and not (path / "config.json").is_file():
+        # A run that was killed after its first checkpoint was complete, and before `latest` named it.
+        found = complete_checkpoints(path)
+        return found if allow_fallback else found[:1]
+    try:
+        newest = resolve_checkpoint(path)
+    except ValueError:
+        if allow_fallback and (found := complete_checkpoints(path)):
+            return found
+        raise
+    if not allow_fallback:
+        return [newest]
+    return [newest, *(folder for folder in complete_checkpoints(newest.parent, up_to=newest) if folder != newest)]
+
+
+def _first_whole(candidates: list[Path], world: Group, log: Callable[[str], None], allow_fallback: bool) -> Path:
+    first_damage = ""
+    for folder in candidates:
+        damage = [sentence for share in world.gather_objects(_damage(folder, world)) for sentence in share]
+        if not damage:
+            return folder
+        log(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
+        first_damage = first_damage or damage[0]
+    others = (
+        "and so is every one before it"
+        if allow_fallback
+        else "--allow-fallback takes the newest one before it in --load that is whole, if there is one"
+    )
+    raise ValueError(f"{candidates[0]} is damaged ({first_damage}); {others}")
+
+
+def _damage(folder: Path, world: Group) -> list[str]:
+    """What this rank finds wrong with its share of the files."""
+    if not folder.is_dir():
+        return [f"rank {world.rank} does not see it; it must be on a file system that all ranks share"]
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return []  # Imported.
+    try:
+        return damaged_files(folder, world.rank, world.size)
+    except (ValueError, OSError) as error:
+        return [str(error)]
