@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
@@ -225,6 +226,9 @@ def run_export(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a user's error ends in one line on stderr and exit status 1."""
     args = build_parser().parse_args(argv)
+    # Its reports of what a CLIP holds beside the vision tower would bury ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         args.run(args)
     except (ValueError, OSError) as error:

@@ -110,7 +110,7 @@ def _first_whole(candidates: list[Path], world: Group, log: Callable[[str], None
     others = (
         "and so is every one before it"
         if allow_fallback
-        else "--allow-fallback takes the newest one before it in --load that is whole, if there is one"
+        else "name another one (FOLDER/global_stepN), or give --allow-fallback with --load to take the newest whole one"
     )
     raise ValueError(f"{candidates[0]} is damaged ({first_damage}); {others}")
 

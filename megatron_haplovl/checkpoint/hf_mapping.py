@@ -336,6 +336,11 @@ def export_to_haplo(
         )
     if unknown := sorted(set(source.names()) - set(expected)):
         raise ValueError(f"tensors that the Haplo format cannot hold: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+    if missing := sorted(set(expected) - set(source.names())):
+        raise ValueError(
+            f"there is no {missing[0]} ({len(missing)} tensors are missing); a checkpoint that stage 2 has saved has "
+            "all of them"
+        )
     for name, shape in expected.items():
         check_shape(source, name, shape)
     stored = source.get("final_norm.weight").dtype if dtype is None else dtype

@@ -11,10 +11,12 @@ parameter's name in the serial model, so that no layout has to be known to read 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,10 +70,15 @@ def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tens
         OSError: there is no room, or the folder cannot be written.
     """
     path = folder / f"rank-{rank:05d}.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
     except SafetensorError as error:  # Also of a full disk.
         raise OSError(f"{path}: {error}") from error
+    # The library's own files are for their owner only.
+    with contextlib.suppress(OSError):  # Not every file system has modes.
+        path.chmod(stat.S_IMODE(mode))
     to_disk(path)
     record = {**_file_record(path), "pieces": [dataclasses.asdict(piece) for piece, _ in pieces]}
     write_text(path.with_suffix(".json"), json.dumps(record))
@@ -272,7 +279,8 @@ def _file_record(path: Path) -> dict[str, Any]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    if manifest.pop("sha256", None) != _manifest_digest(manifest):
+    # Manifests of earlier versions have none.
+    if manifest.pop("sha256", None) not in (None, _manifest_digest(manifest)):
         raise ValueError(f"{folder / MANIFEST} has changed since it was written (its SHA-256 is another)")
     return manifest
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,34 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str | None] | None = None
         self._done = ""
+        self._saved = True
+
+    def check_folder(self, resumed: Path | None) -> None:
+        """Before the first step: can checkpoints be written, and is another run's folder meant?
+
+        Args:
+            resumed: the checkpoint that the run goes on from.
+
+        Raises:
+            OSError: --save is no folder that can be written to.
+        """
+        assert self._config.checkpoint.save is not None
+        root = Path(self._config.checkpoint.save)
+
+        def write() -> list[Path]:
+            if self._model.groups.world.rank > 0:
+                return []
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root) as probe:
+                probe.write(b"x")
+            return complete_checkpoints(root)
+
+        found = self._model.groups.world.together(write)
+        if found and (resumed is None or resumed.parent.resolve() != root.resolve()):
+            self._log(
+                f"warning: {root} holds checkpoints of another run, up to {found[0].name}; this run replaces them step "
+                f"by step. To go on with that run, give --load {root}"
+            )
 
     def save(self, iteration: int, plan_key: str) -> None:
         """Write everything that a resumed run needs. Called by every rank.
@@ -70,7 +99,9 @@ class CheckpointWriter:
         assert settings.save is not None
         folder = Path(settings.save) / f"global_step{iteration}"
         aside = unfinished(folder)
-        if self._agree(self._attempt(lambda: self._prepare(aside, iteration, plan_key) if world.rank == 0 else None)):
+        error = self._attempt(lambda: self._prepare(aside, iteration, plan_key) if world.rank == 0 else None)
+        self._saved = not self._agree(error)
+        if not self._saved:
             return
         # A copy, for the training goes on.
         make_optimizer_state(self._engine, None)
@@ -95,8 +126,19 @@ class CheckpointWriter:
             writing, self._writing = self._writing, None
             self._report(writing.result())
 
+    def close(self) -> None:
+        """The same at the end of a run.
+
+        Raises:
+            OSError: its last checkpoint could not be saved.
+        """
+        self.finish()
+        if not self._saved:
+            raise OSError(f"the last checkpoint could not be saved to {self._config.checkpoint.save}; see above")
+
     def _report(self, error: str | None) -> None:
-        if not self._agree(error):
+        self._saved = not self._agree(error)
+        if self._saved:
             self._log(self._done)
 
     def _agree(self, error: str | None) -> bool:
@@ -178,7 +220,8 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
     if state["global_batch_size"] != config.schedule.global_batch_size:
         raise ValueError(
             f"{folder} was saved with --global-batch-size {state['global_batch_size']}, this run has "
-            f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it"
+            f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it, or start anew "
+            "from its weights: add --finetune, with another --save"
         )
     if state["plan_key"] != plan_key:
         raise ValueError(

@@ -297,6 +297,11 @@ def read_config(checkpoint: str | Path) -> Config:
     """
     path = Path(checkpoint) / "config.json"
     values = read_json(path)
+    if "model_type" in values:
+        raise ValueError(
+            f"{path}: is that of a Hugging Face model; give its folder as --language-model or --vision-teacher, or "
+            "convert it (tools/convert_checkpoint.py import)"
+        )
     values.pop("iteration", None)
     config = _build(Config, values, str(path))
     assert isinstance(config, Config)

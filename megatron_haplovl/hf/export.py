@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_to_hf
 from megatron_haplovl.checkpoint.hf_mapping import export_to_haplo, haplo_table
 from megatron_haplovl.checkpoint.pieces import MANIFEST, damaged_files, open_checkpoint
-from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint, write_weights
+from megatron_haplovl.checkpoint.weights import read_config, read_json, resolve_checkpoint, write_weights
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ChatTemplate, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.image_geometry import grid_pinpoints
@@ -60,12 +60,12 @@ def export_checkpoint(
         dtype: number format of the weights; default: each tensor's own in the checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint, it is damaged or one of stage 1, or the format or the tokenizer cannot
-            hold the model.
+        ValueError: the folder holds anything but an earlier export, there is no checkpoint, it is damaged or one of
+            stage 1, or the format or the tokenizer cannot hold the model.
     """
     checkpoint, folder = resolve_checkpoint(load), Path(save)
-    if folder.resolve() == checkpoint.resolve() or any((folder / name).exists() for name in ("latest", MANIFEST)):
-        raise ValueError(f"{folder} holds a training checkpoint, which an export would destroy; give another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not is_released(folder):
+        raise ValueError(f"{folder} holds other files than an earlier export, which would be lost; give another folder")
     if (checkpoint / MANIFEST).is_file() and (damage := damaged_files(checkpoint)):
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
     config = read_config(checkpoint)
@@ -97,6 +97,12 @@ def export_checkpoint(
     hf_config.save_pretrained(folder)
     parameters = sum(math.prod(entry.their_shape) for entry in haplo_table(config.model, rows=rows))
     return ExportSummary(checkpoint, folder, parameters, written, hf_config.dtype, rows)
+
+
+def is_released(folder: str | Path) -> bool:
+    """Whether a folder is in the released format, by its config.json."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == HaploConfig.model_type
 
 
 def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:

@@ -16,7 +16,7 @@ from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import grid_pinpoints
 from megatron_haplovl.hf.configuration_haplo import HaploConfig
-from megatron_haplovl.hf.export import PRE_NORM_EPSILON
+from megatron_haplovl.hf.export import PRE_NORM_EPSILON, is_released
 
 
 def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> tuple[MappedWeights, ModelConfig]:
@@ -33,9 +33,8 @@ def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRIC
         ValueError: the folder is none, or its settings, shapes or tensors contradict the model.
     """
     where = Path(folder) / "config.json"
-    settings = read_json(where)
-    if settings.get("model_type") != "haplo":
-        raise ValueError(f"{where}: model_type {settings.get('model_type')!r} is not 'haplo'")
+    if not is_released(folder):
+        raise ValueError(f"{where}: model_type {read_json(where).get('model_type')!r} is not 'haplo'")
     config = HaploConfig.from_pretrained(folder, local_files_only=True)
     rows = config.post_decoder.vocab_size
     model = dataclasses.replace(model, text_embedding="folded")

@@ -152,6 +152,10 @@ def _allowed(config: Config) -> Allowed:
 def _check_same_model(folder: Path, model: ModelConfig) -> None:
     """Refuse what shapes do not show: heads, activations, rotary bases and the like."""
     theirs = read_config(folder).model
+    if theirs.text_embedding != model.text_embedding:
+        raise ValueError(
+            f"{folder} needs --text-embedding {theirs.text_embedding}, this run has {model.text_embedding}"
+        )
     for section, names in (("pre", None), ("post", None), ("vision", ("patch_size", "image_size"))):
         for name, value in vars(getattr(model, section)).items():
             was = getattr(getattr(theirs, section), name)
@@ -164,6 +168,12 @@ def _check_same_model(folder: Path, model: ModelConfig) -> None:
 
 
 def _refuse_missing(source_of: dict[str, str], allow: Allowed) -> None:
+    for pattern in allow.missing:
+        if not any(re.fullmatch(pattern, name) for name in source_of):
+            raise ValueError(
+                f"--allow-missing {pattern}: no parameter of this model has a name that is wholly matched; names are "
+                r"such as lm_head.weight and post_decoder.0.mlp.up_proj.weight, patterns such as post_decoder\..*"
+            )
     new = [name for name, source in source_of.items() if source == NEW]
     missing = [name for name in new if not (MAY_BE_NEW.fullmatch(name) or allow.lacks(name))]
     if missing:

@@ -33,6 +33,8 @@ def train(run: Run) -> None:
     micro_batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
     window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
     step = run.first_step
+    if step >= last_step:
+        run.logger.print(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
     if step < last_step and step == 0:
         evaluate(run, step)
     while step < last_step:
@@ -57,7 +59,7 @@ def train(run: Run) -> None:
             run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
     if run.writer is not None:
-        run.writer.finish()
+        run.writer.close()
 
 
 def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dict[str, float], int]:

@@ -115,7 +115,12 @@ def setup(config: Config) -> Run:
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config, logger.print)
+    writer = None
+    if config.checkpoint.save is None:
+        logger.print("no --save: nothing of this run is kept")
+    else:
+        writer = CheckpointWriter(engine, model, config, logger.print)
+        writer.check_folder(resumed)
     return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
 
 

@@ -43,9 +43,20 @@ def test_a_full_disk_does_not_end_the_run(launch, rank, name):
     kept = (3, 4, 5, 6) if name == "full disk" else (1, 2, 3, 5, 6)
     assert steps(folder, name) == [f"global_step{step}" for step in kept]
     assert (folder / name / "latest").read_text().strip() == f"global_step{4 if name == 'full disk' else 6}"
-    assert output.count("saving failed, the run goes on: ") == 2
+    assert output.count("saving failed, the run goes on: ") == 3
     assert f"{folder / name}/.global_step4.unfinished/rank-0000{rank}.safetensors: Error" in output
-    assert output.count("File too large") == 2
+    assert output.count("File too large") == 3
+
+
+def test_a_run_whose_last_save_failed_ends_with_an_error(launch):
+    folder, output = launch
+    for rank in range(2):
+        messages = json.loads((folder / f"{rank}.json").read_text())
+        assert "the last checkpoint could not be saved" in messages["never saved"]
+        assert "File exists" in messages["no folder"]
+    assert losses(folder, "never saved") == losses(folder, "whole")
+    assert "grad norm" not in (folder / "no folder.jsonl").read_text()
+    assert f"warning: {folder}/yet another holds checkpoints of another run, up to global_step6" in output
 
 
 def test_only_checkpoints_up_to_the_present_step_count_as_kept(launch):

@@ -71,6 +71,20 @@ def main(folder: Path) -> None:
         damaged.write_bytes(content)
     dist.barrier()
     found = {}
+    # The last save fails, and --save is a file.
+    original = full_disk_at(6, 1)
+    try:
+        run(folder, "never saved", "never saved")
+    except OSError as error:
+        found["never saved"] = str(error)
+    save_load.write_rank = original
+    if dist.get_rank() == 0:
+        (folder / "file").touch()
+    dist.barrier()
+    try:
+        run(folder, "no folder", "file")
+    except (OSError, ValueError) as error:
+        found["no folder"] = str(error)
     for name, flags in (
         ("other parts", {"recipe__freeze_post_decoder": True, "checkpoint__load": str(folder / "beside")}),
         ("damaged", {"checkpoint__load": str(folder / "whole")}),

@@ -79,7 +79,7 @@ def flip(path):
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "config.json", "training_state.json", MANIFEST])
 def test_damage_to_any_file_is_found(root, name, damage):
     damage(root / "global_step10" / name)
-    with pytest.raises(ValueError, match=rf"global_step10 is damaged .*{re.escape(name)}.*--allow-fallback takes"):
+    with pytest.raises(ValueError, match=rf"global_step10 is damaged .*{re.escape(name)}.*or give --allow-fallback"):
         find(root)
     found, log = find(root, allow_fallback=True)
     if (name, damage.__name__) == (MANIFEST, "<lambda>"):
@@ -122,6 +122,14 @@ def test_killed_between_the_renames_of_a_replacement(root):
     left.mkdir()
     restore_replaced(root)
     assert left.is_dir() and {path.name: path.read_bytes() for path in old.iterdir()} == content
+
+
+def test_a_manifest_of_an_earlier_version(root):
+    path = root / "global_step10" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert find(root) == (root / "global_step10", [])
 
 
 def test_weights_alone_are_not_resumed(tmp_path):

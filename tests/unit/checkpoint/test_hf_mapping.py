@@ -310,5 +310,5 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         dict(export_to_haplo(WeightReader(tmp_path), model))
     del state["connector.weight"]
     write_weights(state, tmp_path)
-    with pytest.raises(ValueError, match=r"no tensor 'connector\.weight'"):
+    with pytest.raises(ValueError, match=r"no connector\.weight"):
         dict(export_to_haplo(WeightReader(tmp_path), model))

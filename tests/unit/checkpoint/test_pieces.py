@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import stat
 
 import pytest
 import torch
@@ -76,6 +77,12 @@ def test_weights_come_in_the_models_number_format(tmp_path):
     assert torch.equal(reader.get("rows"), tensors()["rows", WEIGHT].bfloat16())
     write_weights({"a": torch.ones(2)}, tmp_path / "plain")
     assert torch.equal(open_checkpoint(tmp_path / "plain").get("a"), torch.ones(2))
+
+
+def test_files_have_the_modes_that_the_user_wants(tmp_path):
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in save(tmp_path, 2, 2).iterdir()}
+    (tmp_path / "new").touch()
+    assert set(files.values()) == {stat.S_IMODE((tmp_path / "new").stat().st_mode)}
 
 
 def test_nothing_but_safetensors_and_json(tmp_path):

@@ -171,6 +171,31 @@ def test_bfloat16(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     assert HaploForConditionalGeneration.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
+def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    step, folder = _export(tmp_path, _PLAIN, tokenizer)
+    template = load_chat_template("vicuna_v1")
+    export_checkpoint(step, folder, tokenizer, template)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    for other in (step, step.parent, tmp_path / "other"):
+        before = {path: path.stat().st_mtime_ns for path in other.iterdir()}
+        with pytest.raises(ValueError, match="holds other files than an earlier export"):
+            export_checkpoint(step, other, tokenizer, template)
+        assert {path: path.stat().st_mtime_ns for path in other.iterdir()} == before
+
+
+def test_formats_are_kept_tensor_by_tensor(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    network = random_haplovl(_PLAIN)
+    network.lm_head.bfloat16()
+    network.embedding.text.bfloat16()
+    step = save_training_checkpoint(network, Config(model=_PLAIN, data=DataConfig(seq_length=96)), tmp_path)
+    export_checkpoint(step, tmp_path / "haplo", tokenizer, load_chat_template("vicuna_v1"))
+    reader = WeightReader(tmp_path / "haplo")
+    kept = {name: reader.get(name).dtype for name in reader.names()}
+    half = {name for name, dtype in kept.items() if dtype == torch.bfloat16}
+    assert half == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
 def test_what_is_refused(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     template = load_chat_template("vicuna_v1")
     with pytest.raises(ValueError, match="stage-1 checkpoint"):

@@ -280,6 +280,8 @@ def test_a_run_starts_without_what_it_was_allowed_to_miss(tmp_path: Path, clip: 
     allowed = dataclasses.replace(folders, allow_missing=(r"lm_head\..*",), allow_unexpected=(r".*\.lora_A\..*",))
     with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'"):
         _fill(tiny_model(), dataclasses.replace(allowed, allow_missing=("lm_head",)))
+    with pytest.raises(ValueError, match="is that of a Hugging Face model"):
+        _fill(tiny_model(), InitConfig(pretrained_checkpoint=str(odd_llama)))
     with pytest.raises(ValueError, match=r"lora_A"):
         _fill(tiny_model(), dataclasses.replace(allowed, allow_unexpected=()))
     weights, report = _fill(tiny_model(), allowed)
@@ -287,6 +289,9 @@ def test_a_run_starts_without_what_it_was_allowed_to_miss(tmp_path: Path, clip: 
     new = initial_value("lm_head.weight", torch.Size((64, 24)), tiny_model().init_std, 5)
     assert torch.equal(weights["lm_head.weight"], new)
     assert re.search(rf"vision_model +3 tensors  skipped: has no counterpart \({clip}\)", report)
+
+    with pytest.raises(ValueError, match=r"--allow-missing lm_haed: no parameter of this model"):
+        _fill(tiny_model(), dataclasses.replace(allowed, allow_missing=(*allowed.allow_missing, "lm_haed")))
 
     # The same of a training checkpoint.
     step = save_training_checkpoint(
