@@ -6,6 +6,7 @@ r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillat
 
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.training.loop import train
+from megatron_haplovl.training.refusals import refusals_in_one_line
 from megatron_haplovl.training.setup import setup
 
 
@@ -13,7 +14,8 @@ def main() -> None:
     config = parse_args(
         "pretrain", "Stage 1, modal expansion: distil CLIP and the text embedding into the pre-decoder."
     )
-    run = setup(config)
+    with refusals_in_one_line():
+        run = setup(config)
     train(run)
     run.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,39 @@ def find_checkpoint(
     if not candidates:
         raise ValueError(f"{path}: there is no checkpoint")
     return _first_whole(candidates, world, log, allow_fallback)
+
+
+def check_save_folder(root: str | Path, resumed: Path | None, world: Group, log: Callable[[str], None]) -> None:
+    """Before a run begins: can its checkpoints be written, and is another run's folder meant? Called by every rank.
+
+    Args:
+        root: --save.
+        resumed: the checkpoint that the run goes on from.
+        world: all ranks.
+        log: receives lines for the user.
+
+    Raises:
+        ValueError: it is no folder that can be written to.
+    """
+    root = Path(root)
+
+    def write() -> list[Path]:
+        if world.rank > 0:
+            return []
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root) as probe:
+                probe.write(b"x")
+            return complete_checkpoints(root)
+        except OSError as error:
+            raise ValueError(f"--save {root}: no checkpoint can be written there ({error})") from error
+
+    found = world.together(write)
+    if found and (resumed is None or resumed.parent.resolve() != root.resolve()):
+        log(
+            f"warning: {root} holds checkpoints of another run, up to {found[0].name}; this run replaces them step by "
+            f"step. To go on with that run, give --load {root}"
+        )
 
 
 def complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:

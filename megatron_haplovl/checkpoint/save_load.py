@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,33 +57,6 @@ class CheckpointWriter:
         self._writing: Future[str | None] | None = None
         self._done = ""
         self._saved = True
-
-    def check_folder(self, resumed: Path | None) -> None:
-        """Before the first step: can checkpoints be written, and is another run's folder meant?
-
-        Args:
-            resumed: the checkpoint that the run goes on from.
-
-        Raises:
-            OSError: --save is no folder that can be written to.
-        """
-        assert self._config.checkpoint.save is not None
-        root = Path(self._config.checkpoint.save)
-
-        def write() -> list[Path]:
-            if self._model.groups.world.rank > 0:
-                return []
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root) as probe:
-                probe.write(b"x")
-            return complete_checkpoints(root)
-
-        found = self._model.groups.world.together(write)
-        if found and (resumed is None or resumed.parent.resolve() != root.resolve()):
-            self._log(
-                f"warning: {root} holds checkpoints of another run, up to {found[0].name}; this run replaces them step "
-                f"by step. To go on with that run, give --load {root}"
-            )
 
     def save(self, iteration: int, plan_key: str) -> None:
         """Write everything that a resumed run needs. Called by every rank.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.find_checkpoint import find_resumable
+from megatron_haplovl.checkpoint.find_checkpoint import check_save_folder, find_resumable
 from megatron_haplovl.checkpoint.save_load import CheckpointWriter, load_checkpoint
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
@@ -98,6 +98,10 @@ def setup(config: Config) -> Run:
         fallback = config.checkpoint.allow_fallback
         resumed = find_resumable(config.resume_from, groups.world, logger.print, allow_fallback=fallback)
         logger.print(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
+    if config.checkpoint.save is None:
+        logger.print("no --save: nothing of this run is kept")
+    else:
+        check_save_folder(config.checkpoint.save, resumed, groups.world, logger.print)
     model = build_model(config, groups, stages)
     logger.print(fill_weights(model, config, resumed))
     apply_recipe(model.module, config.recipe)
@@ -115,12 +119,7 @@ def setup(config: Config) -> Run:
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-    writer = None
-    if config.checkpoint.save is None:
-        logger.print("no --save: nothing of this run is kept")
-    else:
-        writer = CheckpointWriter(engine, model, config, logger.print)
-        writer.check_folder(resumed)
+    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config, logger.print)
     return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
 
 
