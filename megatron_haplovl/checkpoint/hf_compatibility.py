@@ -12,6 +12,7 @@ from megatron_haplovl.config.schema import ModelConfig, RopeScalingConfig
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our name of an activation -> Hugging Face's."""
+ACTIVATIONS_FROM_HF = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 _FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
 
@@ -60,7 +61,6 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
     if config.num_channels != 3:
         raise ValueError(f"{where}: num_channels is {config.num_channels}; images here have 3")
     pre, vision = model.pre, model.vision
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     _check(config.hidden_size, pre.hidden_size, "hidden_size", "--pre-hidden-size", where)
     _check(config.intermediate_size, pre.ffn_hidden_size, "intermediate_size", "--pre-ffn-hidden-size", where)
     _check(config.num_hidden_layers, pre.num_layers, "num_hidden_layers", "--pre-num-layers", where)
@@ -68,7 +68,11 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
         config.num_attention_heads, pre.num_attention_heads, "num_attention_heads", "--pre-num-attention-heads", where
     )
     _check(
-        activations.get(config.hidden_act, config.hidden_act), pre.activation, "hidden_act", "--pre-activation", where
+        ACTIVATIONS_FROM_HF.get(config.hidden_act, config.hidden_act),
+        pre.activation,
+        "hidden_act",
+        "--pre-activation",
+        where,
     )
     _check(config.layer_norm_eps, pre.layernorm_epsilon, "layer_norm_eps", "--pre-layernorm-epsilon", where)
     _check(config.patch_size, vision.patch_size, "patch_size", "--patch-size", where)

@@ -64,20 +64,17 @@ class MappedWeights:
                 f"{self.folder}: tensors that the model has no place for: {', '.join(unknown[:5])} "
                 f"({len(unknown)} in all); --allow-unexpected skips those that it names"
             )
-        self.skipped = tuple(sorted(left))
-        """Their names of what is not taken."""
+        self.skipped = [(name, f"skipped: has no counterpart ({self.folder})") for name in sorted(left)]
+        """Their names of what is not taken, with the reason."""
 
     def names(self) -> list[str]:
         """Our names."""
         return list(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in our form."""
-        return self._entries[name].our_shapes[0]
-
-    def note(self, name: str) -> str:
-        """What is done to a tensor beside renaming and reshaping; mostly nothing."""
-        return self._entries[name].note
+    def origin(self, name: str) -> str:
+        """The folder, and what is done to the tensor beside renaming and reshaping; mostly nothing."""
+        note = self._entries[name].note
+        return f"{self.folder}, {note}" if note else str(self.folder)
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor in our form, in the number format in which it is stored."""

@@ -55,9 +55,7 @@ def write_initial_checkpoint(
     source_of = {name: source for source in sources for name in source.names()}
     assert set(source_of) <= set(names), sorted(set(source_of) - set(names))
     origins = [(name, _origin(name, source_of.get(name))) for name in names]
-    skipped = [
-        (name, f"skipped: has no counterpart ({source.folder})") for source in sources for name in source.skipped
-    ]
+    skipped = [pair for source in sources for pair in source.skipped]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
@@ -74,5 +72,4 @@ def write_initial_checkpoint(
 def _origin(name: str, source: MappedWeights | None) -> str:
     if source is None:
         return "left out: " + ("a run initialises it" if MAY_BE_NEW.fullmatch(name) else "a run must get it elsewhere")
-    note = source.note(name)
-    return f"{source.folder}, {note}" if note else str(source.folder)
+    return source.origin(name)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS, rope_scaling_from_hf
+from megatron_haplovl.checkpoint.hf_compatibility import ACTIVATIONS_FROM_HF, rope_scaling_from_hf
 from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_haplo
 from megatron_haplovl.checkpoint.weights import read_json
 from megatron_haplovl.config.allowed import STRICT, Allowed
@@ -58,9 +58,10 @@ def _described_model(config: HaploConfig, model: ModelConfig, where: Path) -> Mo
     ):
         if found != expected:
             raise ValueError(f"{where}: {what} is {found!r}; the model supports {expected!r} only")
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    if pre.hidden_act not in activations:
-        raise ValueError(f"{where}: pre_config's hidden_act {pre.hidden_act!r} is none of {', '.join(activations)}")
+    if pre.hidden_act not in ACTIVATIONS_FROM_HF:
+        raise ValueError(
+            f"{where}: pre_config's hidden_act {pre.hidden_act!r} is none of {', '.join(ACTIVATIONS_FROM_HF)}"
+        )
     if post.vocab_size < model.vocab_size:
         raise ValueError(
             f"{where}: vocab_size is {post.vocab_size}, but the model has {model.vocab_size}; change --vocab-size"
@@ -74,7 +75,7 @@ def _described_model(config: HaploConfig, model: ModelConfig, where: Path) -> Mo
             hidden_size=pre.hidden_size,
             ffn_hidden_size=pre.intermediate_size,
             num_attention_heads=pre.num_attention_heads,
-            activation=activations[pre.hidden_act],
+            activation=ACTIVATIONS_FROM_HF[pre.hidden_act],
             layernorm_epsilon=pre.rms_norm_eps,
             rope_theta=pre.rope_theta,
             gated_mlp=model.pre.gated_mlp,

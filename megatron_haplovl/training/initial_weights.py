@@ -106,8 +106,8 @@ def _copy_sources(
         """The same from a Hugging Face folder."""
         wanted = [name for name in weights.names() if name in parameters and name not in without]
         copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
-        source_of.update((name, f"{weights.folder}, {weights.note(name)}") for name in wanted if weights.note(name))
-        left.extend((name, f"skipped: has no counterpart ({weights.folder})") for name in weights.skipped)
+        source_of.update((name, weights.origin(name)) for name in wanted)
+        left.extend(weights.skipped)
 
     init = config.init
     if resumed is not None:
