@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 
 

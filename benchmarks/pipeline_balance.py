@@ -7,7 +7,7 @@ The model is haplovl-7b with all of its 58 blocks, and every width, the vocabula
 untrained question and a trained answer. Stage 2 trains everything; stage 1 distils, with a teacher of the
 pre-decoder's size in its last layer.
 
-`auto` is `parallel.stage_cut`, with the rates that training takes for this device. `parameters` and `uniform` are
+`auto` is `planning.stage_cut`, with the rates that training takes for this device. `parameters` and `uniform` are
 DeepSpeed's own functions on the same model. A stage is run alone in one process, forward and backward, on the hidden
 states and gradients that the whole model has at its borders; all stages of all cuts take turns. Imbalance is the
 slowest stage over the mean one, less one. A prediction is a stage's share of the whole: it is printed scaled to the
@@ -38,20 +38,20 @@ from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.model.context import SequenceContext
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, LayeredModel, run_layers
-from megatron_haplovl.parallel.cost import layer_costs
-from megatron_haplovl.parallel.cost_units import precision_of
-from megatron_haplovl.parallel.machine import machine_of
-from megatron_haplovl.parallel.partition import stage_sums
-from megatron_haplovl.parallel.stage_cut import layer_loads, stage_cut
-from megatron_haplovl.parallel.work import work_of_batch
+from megatron_haplovl.planning.cost import layer_costs
+from megatron_haplovl.planning.cost_units import precision_of
+from megatron_haplovl.planning.machine import machine_of
+from megatron_haplovl.planning.partition import stage_sums
+from megatron_haplovl.planning.stage_cut import layer_loads, stage_cut
+from megatron_haplovl.planning.work import work_of_batch
 from megatron_haplovl.training.teacher import random_teacher
 
 SEQ_LENGTH, TEXT_LENGTHS, QUESTION = 2048, (80, 100, 130), 40
 MICRO_BATCHES = 8  # Decides between equally fast cuts only.
 
-Layer = Callable[[torch.Tensor | None, SequenceContext], torch.Tensor]
+Layer = Callable[[torch.Tensor | None, AttentionInputs], torch.Tensor]
 
 
 def shrunk(model: ModelConfig, factor: int) -> ModelConfig:
@@ -83,7 +83,7 @@ class FlatModel:
     model: LayeredModel
     layers: dict[str, Layer]
     """In order; the first ignores its input, the last returns the loss."""
-    context: Callable[[], SequenceContext]
+    attention_inputs: Callable[[], AttentionInputs]
     """Made anew for every micro-batch on every stage."""
 
 
@@ -91,19 +91,21 @@ def flat_model(config: ModelConfig, batch: Batch, stage1: bool, dtype: torch.dty
     """A model with random weights, as a list of functions of the hidden state."""
     model = build(config, dtype, stage1, STAGE1 if stage1 else STAGE2).to(batch.tokens_BS.device)
     first, *inner, last = model.layers().items()
-    layers: dict[str, Layer] = {first[0]: lambda _x, _context: model.embedding(batch)}
+    layers: dict[str, Layer] = {first[0]: lambda _x, _inputs: model.embedding(batch)}
     for name, layer in inner:
-        layers[name] = lambda x, context, layer=layer: run_layers([layer], x, context)  # type: ignore[misc]
+        layers[name] = lambda x, inputs, layer=layer: run_layers([layer], x, inputs)  # type: ignore[misc]
     layers[last[0]] = _loss(model, config, batch, dtype)
-    return FlatModel(model, layers, lambda: model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS))
+    return FlatModel(
+        model, layers, lambda: model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+    )
 
 
 def _loss(model: HaploVL | HaploVLForDistillation, config: ModelConfig, batch: Batch, dtype: torch.dtype) -> Layer:
     if isinstance(model, HaploVL):
-        return lambda x, _context: model.losses(x, batch, next_token_loss)["lm loss"]  # type: ignore[arg-type]
+        return lambda x, _inputs: model.losses(x, batch, next_token_loss)["lm loss"]  # type: ignore[arg-type]
     teacher = random_teacher(config, -1, seed=0).to(batch.tokens_BS.device, dtype)
 
-    def losses(x_BSD: torch.Tensor | None, _context: SequenceContext) -> torch.Tensor:
+    def losses(x_BSD: torch.Tensor | None, _inputs: AttentionInputs) -> torch.Tensor:
         assert x_BSD is not None
         sums = model.losses(x_BSD, batch, teacher(batch), distillation_loss)
         return sums["vision loss"] + sums["feature loss"] + sums["ctp loss"]
@@ -119,9 +121,9 @@ class Stages:
         self._layers = list(model.layers.values())
         self._inputs: list[torch.Tensor | None] = [None]
         outputs: list[torch.Tensor] = []
-        context = model.context()
+        inputs = model.attention_inputs()
         for layer in self._layers:
-            outputs.append(layer(self._inputs[-1], context))
+            outputs.append(layer(self._inputs[-1], inputs))
             self._inputs.append(outputs[-1].detach().requires_grad_())
         self._grads: list[torch.Tensor | None] = [None] * len(self._inputs)
         for i in reversed(range(len(self._layers))):
@@ -133,9 +135,9 @@ class Stages:
         """Forward and backward of one micro-batch through the layers from `first` to `end`."""
         below = self._inputs[first]
         x = None if below is None else below.detach().requires_grad_()
-        context = self._model.context()
+        inputs = self._model.attention_inputs()
         for layer in self._layers[first:end]:
-            x = layer(x, context)
+            x = layer(x, inputs)
         assert x is not None
         x.backward(self._grads[end])
 

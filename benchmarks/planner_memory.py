@@ -33,14 +33,14 @@ from megatron_haplovl.data.dataset import Document, collate
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.block import Block
-from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
-from megatron_haplovl.parallel.cost import layer_costs
-from megatron_haplovl.parallel.cost_units import LayerCost, Precision
-from megatron_haplovl.parallel.estimate import most_held
-from megatron_haplovl.parallel.work import work_of_batch
+from megatron_haplovl.planning.cost import layer_costs
+from megatron_haplovl.planning.cost_units import LayerCost, Precision
+from megatron_haplovl.planning.estimate import most_held
+from megatron_haplovl.planning.work import work_of_batch
 
 # The 8B model's proportions at an eighth of its widths.
 CONFIG = ModelConfig(
@@ -119,14 +119,14 @@ class SavedBytes:
         return result, sum(new.values())
 
 
-def run_block(block: Block, x_BSD: torch.Tensor, context: SequenceContext, recompute: str) -> torch.Tensor:
+def run_block(block: Block, x_BSD: torch.Tensor, inputs: AttentionInputs, recompute: str) -> torch.Tensor:
     """A block as it runs under --recompute-granularity."""
     if recompute == "full":
-        out: torch.Tensor = checkpoint(block, x_BSD, context, use_reentrant=False)
+        out: torch.Tensor = checkpoint(block, x_BSD, inputs, use_reentrant=False)
         return out
     if recompute == "none":
-        return block(x_BSD, context)
-    x_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), context)
+        return block(x_BSD, inputs)
+    x_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), inputs)
 
     def inside(x_BSD: torch.Tensor) -> torch.Tensor:
         return block.mlp(block.mlp_norm(x_BSD))
@@ -156,7 +156,7 @@ def measure_layers(
         The loss, and the bytes that each layer keeps for backward, rotary tables not counted.
     """
     saved, measured = SavedBytes(model), {}
-    context = model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+    inputs = model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
     x_BSD, measured["embedding"] = saved.of(lambda: model.embedding(batch))
     parts: list[tuple[str, nn.ModuleList]] = [("pre_decoder", model.pre_decoder)]
     if isinstance(model, HaploVL):
@@ -167,9 +167,9 @@ def measure_layers(
         for i, block in enumerate(blocks):
             assert isinstance(block, Block)
             attention = block.attention
-            tables = context.rope(attention.head_width, attention.rope_theta, attention.rope_scaling, x_BSD.dtype)
+            tables = inputs.rope(attention.head_width, attention.rope_theta, attention.rope_scaling, x_BSD.dtype)
             saved.ignore(*tables)
-            x_BSD, measured[f"{part}.{i}"] = saved.of(lambda b=block, x=x_BSD: run_block(b, x, context, recompute))  # type: ignore[misc]
+            x_BSD, measured[f"{part}.{i}"] = saved.of(lambda b=block, x=x_BSD: run_block(b, x, inputs, recompute))  # type: ignore[misc]
     if isinstance(model, HaploVL):
         x_BSD, measured["final_norm"] = saved.of(lambda: model.final_norm(x_BSD))
         sums, measured["lm_head"] = saved.of(lambda: model.lm_head(x_BSD, batch, next_token_loss))
@@ -207,18 +207,18 @@ def measure_peak(model: HaploVL, batch: Batch, recompute: str) -> int:
     in any micro-batch but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    context = model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+    inputs = model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
         x_BSD = model.embedding(batch)
         for block in model.pre_decoder:
             assert isinstance(block, Block)
-            x_BSD = run_block(block, x_BSD, context, recompute)
+            x_BSD = run_block(block, x_BSD, inputs, recompute)
         x_BSD = model.connector(x_BSD)
         for block in model.post_decoder:
             assert isinstance(block, Block)
-            x_BSD = run_block(block, x_BSD, context, recompute)
+            x_BSD = run_block(block, x_BSD, inputs, recompute)
         loss = model.lm_head(model.final_norm(x_BSD), batch, next_token_loss)["lm loss"]
         del x_BSD
         loss.backward()

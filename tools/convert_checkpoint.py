@@ -20,21 +20,22 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_haplovl.checkpoint.hf_compatibility import is_siglip, read_hf_config
-from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_siglip, open_vision_model
-from megatron_haplovl.checkpoint.initial_checkpoint import ImportSummary, write_initial_checkpoint
-from megatron_haplovl.checkpoint.weights import read_config, resolve_checkpoint
+from megatron_haplovl.checkpoint.folders import resolve_checkpoint
 from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.cli import add_settings, build_config, flags_to_reach
+from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.conversion.export import export_checkpoint, training_template
+from megatron_haplovl.conversion.hf_compatibility import is_siglip, read_hf_config
+from megatron_haplovl.conversion.hf_sources import MappedWeights, open_clip, open_language_model, open_siglip
+from megatron_haplovl.conversion.initial_checkpoint import ImportSummary, write_initial_checkpoint
+from megatron_haplovl.conversion.released import open_released
+from megatron_haplovl.conversion.verify import compare_logits
+from megatron_haplovl.conversion.verify_import import compare_language_model, compare_vision_tower
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
-from megatron_haplovl.hf.export import export_checkpoint, training_template
-from megatron_haplovl.hf.released import open_released
-from megatron_haplovl.hf.verify import compare_logits
-from megatron_haplovl.hf.verify_import import compare_language_model, compare_vision_tower
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -162,7 +163,7 @@ def run_import(args: argparse.Namespace) -> None:
         raise ValueError("--text-embedding folded is the form of a released checkpoint (--haplo); leave it out")
     if args.vision_teacher is not None:
         siglip = is_siglip(read_hf_config(args.vision_teacher))
-        sources.append((open_siglip if siglip else open_vision_model)(args.vision_teacher, model, allow))
+        sources.append((open_siglip if siglip else open_clip)(args.vision_teacher, model, allow))
     if args.language_model is not None:
         sources.append(open_language_model(args.language_model, model, allow, embedding_only=False))
     summary = write_initial_checkpoint(
@@ -204,7 +205,7 @@ def run_export(args: argparse.Namespace) -> None:
     """Write the folder and say what it holds.
 
     Raises:
-        ValueError: see `megatron_haplovl.hf.export.export_checkpoint`.
+        ValueError: see `megatron_haplovl.conversion.export.export_checkpoint`.
     """
     config = read_config(resolve_checkpoint(args.load))
     tokenizer_model = args.tokenizer_model or config.data.tokenizer_model

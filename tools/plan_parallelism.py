@@ -23,14 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_haplovl.config.cli import add_settings, build_config
-from megatron_haplovl.config.layout import Layout, Request, check_layout
+from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
-from megatron_haplovl.parallel.estimate import Estimate, estimate
-from megatron_haplovl.parallel.machine import GIB, Cluster, DataSheet
-from megatron_haplovl.parallel.work import Work, work_of_sequence
+from megatron_haplovl.planning.estimate import Estimate, estimate
+from megatron_haplovl.planning.machine import GIB, Cluster, DataSheet
+from megatron_haplovl.planning.work import Work, work_of_sequence
 from megatron_haplovl.training.recipe import trained_parts
 
 # Estimates are no finer than this: of the layouts as fast as the fastest, the one with most room is recommended.
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = _sequence(arguments, config)
     except ValueError as error:
         parser.error(str(error))
-    request = Request(
+    workload = Workload(
         model=config.model,
         seq_length=config.data.seq_length,
         global_batch_size=config.schedule.global_batch_size,
@@ -60,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     plans: list[Estimate] = []
     refused: list[tuple[Layout, dict[str, str]]] = []
-    for layout in _layouts(arguments, request):
-        reasons = _refusals(layout, request, cluster)
+    for layout in _layouts(arguments, workload):
+        reasons = _refusals(layout, workload, cluster)
         if not reasons:
             try:
                 plan = estimate(
-                    request,
+                    workload,
                     work,
                     layout,
                     cluster,
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans.sort(key=lambda plan: plan.step_seconds)
     best = _recommended(plans)
 
-    _print_question(arguments, config, request, work, cluster)
+    _print_question(arguments, config, workload, work, cluster)
     _print_refused(refused)
     if best is None:
         print("\nno layout is possible")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_plans(shown if best in shown else [*shown, best], len(plans))
         _print_recommended(best)
     if arguments.json:
-        _write_json(Path(arguments.json), arguments, request, work, plans, refused, best)
+        _write_json(Path(arguments.json), arguments, workload, work, plans, refused, best)
     return 0 if plans else 1
 
 
@@ -251,13 +251,13 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
     return DataSheet(**{name: getattr(arguments, name) for name in names}).cluster(arguments.gpus)
 
 
-def _layouts(arguments: argparse.Namespace, request: Request) -> Iterator[Layout]:
+def _layouts(arguments: argparse.Namespace, workload: Workload) -> Iterator[Layout]:
     """Every arrangement to look at. A value that the user names is tried even where it is hopeless, to say why."""
     gpus = arguments.gpus
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     tensor = arguments.tensor_model_parallel_size or [n for n in divisors if n <= arguments.gpus_per_node]
-    pipeline = arguments.pipeline_model_parallel_size or [n for n in divisors if n <= request.num_layers]
-    context = arguments.context_parallel_size or [n for n in divisors if n <= request.model.pre.num_attention_heads]
+    pipeline = arguments.pipeline_model_parallel_size or [n for n in divisors if n <= workload.num_layers]
+    context = arguments.context_parallel_size or [n for n in divisors if n <= workload.model.pre.num_attention_heads]
     for t, p, c in itertools.product(tensor, pipeline, context):
         if t < 1 or p < 1 or c < 1 or gpus % (t * p * c):
             named = (arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size)
@@ -284,14 +284,14 @@ def _layouts(arguments: argparse.Namespace, request: Request) -> Iterator[Layout
             )
 
 
-def _refusals(layout: Layout, request: Request, cluster: Cluster) -> dict[str, str]:
+def _refusals(layout: Layout, workload: Workload, cluster: Cluster) -> dict[str, str]:
     """Constraints of the machine, then those of the layout itself."""
     if layout.ranks != cluster.gpus:
         return {
             "ranks": f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} ranks do not "
             f"divide --gpus {cluster.gpus}"
         }
-    reasons = check_layout(request, layout)
+    reasons = check_layout(workload, layout)
     if layout.tensor > cluster.gpus_per_node:
         reasons["node"] = (
             f"--tensor-model-parallel-size {layout.tensor} would cross nodes of {cluster.gpus_per_node} GPUs in every "
@@ -317,11 +317,11 @@ def _recommended(plans: Sequence[Estimate]) -> Estimate | None:
 
 
 def _print_question(
-    arguments: argparse.Namespace, config: Config, request: Request, work: Work, cluster: Cluster
+    arguments: argparse.Namespace, config: Config, workload: Workload, work: Work, cluster: Cluster
 ) -> None:
     print(
         f"{arguments.model}, recipe {config.recipe.recipe}, {'bf16' if arguments.bf16 else 'fp32'}; sequences of "
-        f"{request.seq_length:,} tokens, {request.global_batch_size} per step; a sequence has {work.patches:,.0f} "
+        f"{workload.seq_length:,} tokens, {workload.global_batch_size} per step; a sequence has {work.patches:,.0f} "
         f"patches, {work.head_tokens:,.0f} tokens with logits and {work.pairs / 1e6:.1f} M visible pairs"
     )
     print(
@@ -411,7 +411,7 @@ def _print_recommended(plan: Estimate) -> None:
 def _write_json(
     path: Path,
     arguments: argparse.Namespace,
-    request: Request,
+    workload: Workload,
     work: Work,
     plans: Sequence[Estimate],
     refused: Sequence[tuple[Layout, dict[str, str]]],
@@ -419,7 +419,7 @@ def _write_json(
 ) -> None:
     content = {
         "arguments": vars(arguments),
-        "request": dataclasses.asdict(request),
+        "workload": dataclasses.asdict(workload),
         "sequence": dataclasses.asdict(work),
         "recommended": None if best is None else _record(best),
         "possible": [_record(plan) for plan in plans],

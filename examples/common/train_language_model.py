@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.common.samples import endless_batches, load_records, pad_tokens
 from examples.common.teacher_loop import train
-from megatron_haplovl.checkpoint.hf_compatibility import language_config_of
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_compatibility import language_config_of
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.records import Record
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer

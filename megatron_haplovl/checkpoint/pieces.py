@@ -11,32 +11,20 @@ parameter's name in the serial model, so that no layout has to be known to read 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import shutil
-import stat
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from megatron_haplovl.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_haplovl.checkpoint.safetensors_stream import StoredTensor, read_header
-from megatron_haplovl.checkpoint.weights import TensorSource, WeightReader, read_json, to_disk, write_text
+from megatron_haplovl.checkpoint.weight_files import TensorSource, WeightReader
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the names that torch and DeepSpeed give them."""
-MANIFEST = "manifest.json"
-_POLL_SECONDS = 0.05
-_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
 @dataclass(frozen=True)
@@ -63,110 +51,6 @@ class _Stored:
     key: str
 
 
-def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> None:
-    """Write one rank's pieces (flat, on the CPU). Its JSON file appears when they are on the disk.
-
-    Raises:
-        OSError: there is no room, or the folder cannot be written.
-    """
-    path = folder / f"rank-{rank:05d}.safetensors"
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
-    except SafetensorError as error:  # Also of a full disk.
-        raise OSError(f"{path}: {error}") from error
-    # The library's own files are for their owner only.
-    with contextlib.suppress(OSError):  # Not every file system has modes.
-        path.chmod(stat.S_IMODE(mode))
-    to_disk(path)
-    record = {**_file_record(path), "pieces": [dataclasses.asdict(piece) for piece, _ in pieces]}
-    write_text(path.with_suffix(".json"), json.dumps(record))
-
-
-def unfinished(folder: Path) -> Path:
-    """Where a checkpoint is written until it is complete and gets its name."""
-    return folder.with_name(f".{folder.name}{_UNFINISHED}")
-
-
-def mark_failed(folder: Path, rank: int) -> None:
-    """Tell the rank that completes the checkpoint not to wait for this one."""
-    (folder / f"rank-{rank:05d}.failed").touch()
-
-
-def complete(
-    aside: Path, folder: Path, ranks: int, parameters: Mapping[str, torch.Size], dtype: torch.dtype, patience: float
-) -> None:
-    """Wait for every rank's files, write the manifest, and give the folder its name. Called by one rank.
-
-    Args:
-        aside: where the ranks write.
-        folder: the name; what has it is replaced, now that the new one is complete.
-        ranks: number of ranks that write.
-        parameters: shapes in the serial model.
-        dtype: of the weights that the model computes with.
-        patience: seconds until a rank that has not written is given up.
-
-    Raises:
-        OSError: a rank failed, or took too long.
-    """
-    records = []
-    end = time.monotonic() + patience
-    for rank in range(ranks):
-        record = aside / f"rank-{rank:05d}.json"
-        while not record.is_file():
-            if (aside / f"rank-{rank:05d}.failed").exists():
-                raise OSError(f"rank {rank} could not write its part of {folder.name}")
-            if time.monotonic() > end:
-                raise OSError(
-                    f"rank {rank} did not write its part of {folder.name} in {patience:.0f} s; a slow disk needs more "
-                    "--distributed-timeout-minutes"
-                )
-            time.sleep(_POLL_SECONDS)
-        records.append(read_json(record))
-    for rank in range(ranks):
-        (aside / f"rank-{rank:05d}.json").unlink()
-    # What lies beside the ranks' files is part of the checkpoint, too.
-    others = sorted(path for path in aside.iterdir() if path.suffix == ".json")
-    records += [{**_file_record(path), "pieces": []} for path in others]
-    shapes = {name: list(shape) for name, shape in parameters.items()}
-    manifest = {"dtype": str(dtype).removeprefix("torch."), "parameters": shapes, "files": records}
-    write_text(aside / MANIFEST, json.dumps({"sha256": _manifest_digest(manifest), **manifest}))
-    to_disk(aside)
-    replaced = aside.with_name(f"{aside.name}{_REPLACED}")
-    if folder.exists():
-        folder.rename(replaced)
-    aside.rename(folder)
-    to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def restore_replaced(root: Path) -> None:
-    """Give checkpoints their names back that were to be replaced when the run was killed."""
-    for replaced in root.glob(f".*{_UNFINISHED}{_REPLACED}"):
-        folder = root / replaced.name.removeprefix(".").removesuffix(f"{_UNFINISHED}{_REPLACED}")
-        if not folder.exists():
-            replaced.rename(folder)
-
-
-def damaged_files(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint; every rank may look at a share of them.
-
-    Raises:
-        ValueError: there is no readable manifest.
-    """
-    found = []
-    for record in _read_manifest(folder)["files"][share::shares]:
-        path = folder / record["file"]
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif path.stat().st_size != record["bytes"]:
-            found.append(f"{path} has {path.stat().st_size} bytes instead of {record['bytes']}")
-        elif _digest(path) != record["sha256"]:
-            found.append(f"{path} has changed since it was written (its SHA-256 is another)")
-    return found
-
-
 class PieceReader:
     """Reads the tensors of a checkpoint, whole or in parts, whatever the ranks were that wrote it.
 
@@ -179,7 +63,7 @@ class PieceReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
         self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
@@ -271,24 +155,3 @@ def open_checkpoint(folder: str | Path) -> TensorSource:
         ValueError: there is neither.
     """
     return PieceReader(folder) if (Path(folder) / MANIFEST).is_file() else WeightReader(folder)
-
-
-def _file_record(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / MANIFEST)
-    # Manifests of earlier versions have none.
-    if manifest.pop("sha256", None) not in (None, _manifest_digest(manifest)):
-        raise ValueError(f"{folder / MANIFEST} has changed since it was written (its SHA-256 is another)")
-    return manifest
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

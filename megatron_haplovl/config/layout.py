@@ -31,7 +31,7 @@ class Layout:
     sequence_parallel: bool = False
     """Norms and residual stream split over the tensor ranks, too (--sequence-parallel)."""
     recompute: str = "none"
-    """none, selective or full; see `parallel.cost.RECOMPUTED`."""
+    """none, selective or full; see `planning.cost.RECOMPUTED`."""
     micro_batch_size: int = 1
 
     @property
@@ -46,7 +46,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Request:
+class Workload:
     """What is to be trained, as far as it limits the arrangement."""
 
     model: ModelConfig
@@ -64,19 +64,19 @@ class Request:
         return pre + 2 if self.stage1 else pre + post + 4
 
 
-def check_layout(request: Request, layout: Layout) -> dict[str, str]:
+def check_layout(workload: Workload, layout: Layout) -> dict[str, str]:
     """What forbids this arrangement: constraint -> a sentence that says what to change; empty if nothing."""
     for name in ("tensor", "pipeline", "context", "data", "micro_batch_size"):
         if getattr(layout, name) < 1:
             return {"sizes": f"the {name} size must be at least 1, got {getattr(layout, name)}"}
-    broken = {name: check(request, layout) for name, check in CONSTRAINTS.items()}
+    broken = {name: check(workload, layout) for name, check in CONSTRAINTS.items()}
     return {name: sentence for name, sentence in broken.items() if sentence is not None}
 
 
-def _heads(request: Request, layout: Layout) -> str | None:
+def _heads(workload: Workload, layout: Layout) -> str | None:
     """Whole heads per rank: the tensor ranks share them always, the context ranks inside attention (Ulysses)."""
     ranks = layout.tensor * layout.context
-    for flag, heads in _head_counts(request).items():
+    for flag, heads in _head_counts(workload).items():
         if "key-value" not in flag and heads % ranks:
             return (
                 f"--{flag} {heads} is not a multiple of --tensor-model-parallel-size {layout.tensor} x "
@@ -85,9 +85,9 @@ def _heads(request: Request, layout: Layout) -> str | None:
     return None
 
 
-def _kv_heads(request: Request, layout: Layout) -> str | None:
+def _kv_heads(workload: Workload, layout: Layout) -> str | None:
     ranks = layout.tensor * layout.context
-    for flag, heads in _head_counts(request).items():
+    for flag, heads in _head_counts(workload).items():
         if "key-value" in flag and heads % ranks:
             return (
                 f"--{flag} {heads} is not a multiple of --tensor-model-parallel-size {layout.tensor} x "
@@ -97,24 +97,24 @@ def _kv_heads(request: Request, layout: Layout) -> str | None:
     return None
 
 
-def _head_counts(request: Request) -> dict[str, int]:
-    pre, post = request.model.pre, request.model.post
+def _head_counts(workload: Workload) -> dict[str, int]:
+    pre, post = workload.model.pre, workload.model.post
     counts = {"pre-num-attention-heads": pre.num_attention_heads}
-    if not request.stage1:
+    if not workload.stage1:
         counts["post-num-attention-heads"] = post.num_attention_heads
         counts["post-num-key-value-heads"] = post.num_key_value_heads
     return counts
 
 
-def _widths(request: Request, layout: Layout) -> str | None:
-    model = request.model
+def _widths(workload: Workload, layout: Layout) -> str | None:
+    model = workload.model
     widths = {
         "vocab-size": model.vocab_size,
         "pre-hidden-size": model.pre.hidden_size,
         "pre-ffn-hidden-size": model.pre.ffn_hidden_size,
         "post-hidden-size": model.post.hidden_size,
     }
-    if not request.stage1:
+    if not workload.stage1:
         widths["post-ffn-hidden-size"] = model.post.ffn_hidden_size
     for flag, width in widths.items():
         if width % layout.tensor:
@@ -122,32 +122,32 @@ def _widths(request: Request, layout: Layout) -> str | None:
     return None
 
 
-def _sequence(request: Request, layout: Layout) -> str | None:
+def _sequence(workload: Workload, layout: Layout) -> str | None:
     pieces = layout.context * (layout.tensor if layout.sequence_parallel else 1)
-    if request.seq_length % pieces:
+    if workload.seq_length % pieces:
         flags = "--context-parallel-size" + (
             " x --tensor-model-parallel-size (--sequence-parallel)" if layout.sequence_parallel else ""
         )
-        return f"--seq-length {request.seq_length} is not a multiple of {flags} = {pieces}; choose a multiple of it"
+        return f"--seq-length {workload.seq_length} is not a multiple of {flags} = {pieces}; choose a multiple of it"
     return None
 
 
-def _sequence_parallel(_: Request, layout: Layout) -> str | None:
+def _sequence_parallel(_: Workload, layout: Layout) -> str | None:
     if layout.sequence_parallel and layout.tensor == 1:
         return "--sequence-parallel splits over the tensor ranks; it needs --tensor-model-parallel-size above 1"
     return None
 
 
-def _stages(request: Request, layout: Layout) -> str | None:
-    if layout.pipeline > request.num_layers:
+def _stages(workload: Workload, layout: Layout) -> str | None:
+    if layout.pipeline > workload.num_layers:
         return (
-            f"--pipeline-model-parallel-size {layout.pipeline} is more than the {request.num_layers} layers there are; "
-            "every stage needs one"
+            f"--pipeline-model-parallel-size {layout.pipeline} is more than the {workload.num_layers} layers "
+            "there are; every stage needs one"
         )
     return None
 
 
-def _pipeline_zero(_: Request, layout: Layout) -> str | None:
+def _pipeline_zero(_: Workload, layout: Layout) -> str | None:
     if layout.pipeline > 1 and layout.zero_stage > 1:
         return (
             f"--zero-stage {layout.zero_stage} splits gradients in every micro-batch and does not run with "
@@ -156,14 +156,14 @@ def _pipeline_zero(_: Request, layout: Layout) -> str | None:
     return None
 
 
-def _offload_optimizer(_: Request, layout: Layout) -> str | None:
+def _offload_optimizer(_: Workload, layout: Layout) -> str | None:
     # DeepSpeed would not move anything, and not say so.
     if layout.offload_optimizer and layout.zero_stage == 0:
         return "--offload-optimizer cpu moves what ZeRO splits; it needs --zero-stage 1, 2 or 3"
     return None
 
 
-def _offload_param(_: Request, layout: Layout) -> str | None:
+def _offload_param(_: Workload, layout: Layout) -> str | None:
     if layout.offload_param and layout.zero_stage != 3:
         return (
             "--offload-param cpu moves parameters that ZeRO has split; it needs --zero-stage 3, not "
@@ -172,8 +172,8 @@ def _offload_param(_: Request, layout: Layout) -> str | None:
     return None
 
 
-def _batch(request: Request, layout: Layout) -> str | None:
-    return check_batch(request.global_batch_size, layout.micro_batch_size, layout.data)
+def _batch(workload: Workload, layout: Layout) -> str | None:
+    return check_batch(workload.global_batch_size, layout.micro_batch_size, layout.data)
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> str | None:
@@ -187,7 +187,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int, data_parallel_siz
     return None
 
 
-CONSTRAINTS: dict[str, Callable[[Request, Layout], str | None]] = {
+CONSTRAINTS: dict[str, Callable[[Workload, Layout], str | None]] = {
     "heads": _heads,
     "key/value heads": _kv_heads,
     "widths": _widths,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.allowed import Allowed
-from megatron_haplovl.config.layout import Layout, Request, check_layout
+from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 
 
@@ -179,7 +179,7 @@ def data_is_mock(config: Config) -> bool:
 
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
-    request = Request(
+    workload = Workload(
         config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
     )
     # The number of data-parallel ranks shows only when the processes have met.
@@ -194,7 +194,7 @@ def _validate_parallel(config: Config) -> None:
         recompute=parallel.recompute_granularity,
         micro_batch_size=config.schedule.micro_batch_size,
     )
-    for sentence in check_layout(request, layout).values():
+    for sentence in check_layout(workload, layout).values():
         raise ValueError(sentence)
     if config.precision.compile and parallel.recompute_granularity != "none":
         raise ValueError("--compile plans by itself what to compute again; leave --recompute-granularity out")

@@ -6,6 +6,7 @@ Shape legend, used in every tensor name of the package:
     D  width of the hidden state                V  vocabulary
     T  image tiles in the micro-batch           C, H, W  channels, height and width of a tile
     P  patches that became tokens               N  newline tokens
+    Z  positions of the micro-batch, B * S      I  distinct images of a data set
     H  (in attention tensors) heads             K  width of one head
 
 A sequence holds several documents, a document several images; images of one sequence follow each other in token order.
@@ -72,7 +73,7 @@ class StepCounts:
     """Positions with a label, stage 2."""
     text_tokens: int
     """Text tokens, stage 1's L_feat and L_ctp (S in paper Eq. 3 and 4)."""
-    visual_tokens: int
+    patch_tokens: int
     """Patch tokens without newlines, stage 1's L_v (hw in paper Eq. 2)."""
     tokens: int
     """All tokens that are not padding."""

@@ -14,7 +14,7 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.image_geometry import ImageLayout, image_layout
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.plan_cache import PackPlan
+from megatron_haplovl.data.pack_plan import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, Sample, Source
 
 IntArray = npt.NDArray[np.int64]

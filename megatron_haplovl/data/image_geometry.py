@@ -152,18 +152,18 @@ def _unpad(height: int, width: int, grid_rows: int, grid_cols: int) -> tuple[int
 
 
 def count_image_tokens(
-    sizes_N2: npt.NDArray[np.int32], vision: VisionConfig
+    sizes_I2: npt.NDArray[np.int32], vision: VisionConfig
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens (newlines included) and patches of many images.
 
     Args:
-        sizes_N2: (height, width) in pixels.
+        sizes_I2: (height, width) in pixels.
         vision: tile and patch size and the way to treat the shape.
 
     Returns:
         Two arrays `[N]`: all tokens, and patches only.
     """
-    unique, inverse = np.unique(np.asarray(sizes_N2).reshape(-1, 2), axis=0, return_inverse=True)
+    unique, inverse = np.unique(np.asarray(sizes_I2).reshape(-1, 2), axis=0, return_inverse=True)
     layouts = [image_layout(int(height), int(width), vision) for height, width in unique]
     tokens = np.array([layout.num_tokens for layout in layouts], dtype=np.int64)
     patches = np.array([layout.num_patches for layout in layouts], dtype=np.int64)

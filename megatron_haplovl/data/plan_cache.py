@@ -16,54 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.batch import StepCounts
-from megatron_haplovl.data.pack_plan import COUNT_NAMES, BlendedSource, EpochPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.pack_plan import BlendedSource, EpochPlan, PackPlan, PlanSettings, build_epoch
 from megatron_haplovl.data.sources import Source
 
 # Rises when the same inputs would give another plan.
 _ALGORITHM = 1
 _ARRAYS = ("items", "doc_offsets", "pack_offsets", "counts")
-
-
-class PackPlan:
-    """Epochs one after the other; a pack has one number through all of them.
-
-    Args:
-        epochs: at least one.
-        cycle: start over after the last epoch (otherwise packs behind the end are empty).
-    """
-
-    def __init__(self, epochs: list[EpochPlan], *, cycle: bool = False) -> None:
-        assert epochs
-        self.epochs = epochs
-        self._cycle = cycle
-        self._ends = np.cumsum([epoch.num_packs for epoch in epochs])
-
-    @property
-    def num_packs(self) -> int:
-        """Packs in all epochs."""
-        return int(self._ends[-1])
-
-    def _find(self, pack: int) -> tuple[EpochPlan, int] | None:
-        if self._cycle:
-            pack %= self.num_packs
-        if pack >= self.num_packs:
-            return None
-        epoch = int(np.searchsorted(self._ends, pack, side="right"))
-        return self.epochs[epoch], pack - (int(self._ends[epoch - 1]) if epoch else 0)
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        """Documents of a pack, each a list of (source, sample); none for a pack behind the end."""
-        found = self._find(pack)
-        return [] if found is None else found[0].documents(found[1])
-
-    def counts(self, packs: range) -> StepCounts:
-        """Sums over some packs."""
-        total = np.zeros(len(COUNT_NAMES), dtype=np.int64)
-        for found in map(self._find, packs):
-            if found is not None:
-                total += found[0].counts[found[1]]
-        return StepCounts(**{name: int(n) for name, n in zip(COUNT_NAMES, total, strict=True)})
 
 
 @dataclasses.dataclass(frozen=True)

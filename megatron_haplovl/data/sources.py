@@ -46,7 +46,7 @@ class SampleCounts:
     tokens: npt.NDArray[np.int64]
     """Length in the packed sequence: text, patches and newlines."""
     text_tokens: npt.NDArray[np.int64]
-    visual_tokens: npt.NDArray[np.int64]
+    patch_tokens: npt.NDArray[np.int64]
     """Patches only."""
     lm_tokens: npt.NDArray[np.int64]
 
@@ -86,10 +86,10 @@ class IndexedSource:
         self._loss_mask = IndexedDataset(prefix + names.LOSS_MASK)
         self._images = IndexedDataset(prefix + names.IMAGES)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
-        self._image_sizes_N2 = _read_sizes(Path(prefix + names.IMAGE_SIZES))
+        self._image_sizes_I2 = _read_sizes(Path(prefix + names.IMAGE_SIZES))
         if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
             raise ValueError(f"{prefix}: tokens and loss mask have different lengths; preprocess again")
-        if len(self._image_refs) != len(self._tokens) or len(self._image_sizes_N2) != len(self._images):
+        if len(self._image_refs) != len(self._tokens) or len(self._image_sizes_I2) != len(self._images):
             raise ValueError(f"{prefix}: the image files belong to other data than the tokens; preprocess again")
 
     @property
@@ -104,7 +104,7 @@ class IndexedSource:
 
     def counts(self, vision: VisionConfig) -> SampleCounts:
         """Sizes of all samples. Reads the loss masks once: seconds for a million samples."""
-        tokens_per_image, patches_per_image = count_image_tokens(self._image_sizes_N2, vision)
+        tokens_per_image, patches_per_image = count_image_tokens(self._image_sizes_I2, vision)
         references = self._image_refs.flat()
         if len(references) and not 0 <= int(references.min()) <= int(references.max()) < len(tokens_per_image):
             raise ValueError(f"{self._prefix}: a sample refers to an image that does not exist; preprocess again")
@@ -115,7 +115,7 @@ class IndexedSource:
         return SampleCounts(
             tokens=text + _segment_sums(tokens_per_image[references], starts, lengths),
             text_tokens=text,
-            visual_tokens=_segment_sums(patches_per_image[references], starts, lengths),
+            patch_tokens=_segment_sums(patches_per_image[references], starts, lengths),
             # Without the first token of each sample, which has no predecessor.
             lm_tokens=_segment_sums(mask, mask_starts + 1, np.maximum(mask_lengths - 1, 0)),
         )
@@ -134,7 +134,7 @@ class IndexedSource:
                 f"{self._prefix}: sample {index} has {int(is_image.sum())} image marks and {len(references)} images"
             )
         images = tuple(
-            EncodedImage(self._images[i].tobytes(), *(int(side) for side in self._image_sizes_N2[i]))
+            EncodedImage(self._images[i].tobytes(), *(int(side) for side in self._image_sizes_I2[i]))
             for i in references
         )
         return Sample(token_ids, self._loss_mask[index], is_image, images)
@@ -215,7 +215,7 @@ class MockSource:
         return SampleCounts(
             tokens=text + np.array([self._tokens_K[kinds].sum() for _, kinds in outlines], dtype=np.int64),
             text_tokens=text,
-            visual_tokens=np.array([self._patches_K[kinds].sum() for _, kinds in outlines], dtype=np.int64),
+            patch_tokens=np.array([self._patches_K[kinds].sum() for _, kinds in outlines], dtype=np.int64),
             lm_tokens=text // 2,
         )
 

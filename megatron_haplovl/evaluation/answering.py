@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from megatron_haplovl.checkpoint.weights import read_json
+from megatron_haplovl.config.files import read_json
 from megatron_haplovl.data.image_processing import decode_image
 from megatron_haplovl.data.tokenizer import IMAGE_MARK
 from megatron_haplovl.hf.modeling_haplo import HaploForConditionalGeneration

@@ -1,19 +1,9 @@
-"""What this machine offers beyond the required packages. Every optional import is checked here and nowhere else."""
+"""What kernels this machine offers beyond the required packages. Every optional kernel is asked about here only."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-
-
-def has_tensorboard() -> bool:
-    """Whether `torch.utils.tensorboard` can write events."""
-    return importlib.util.find_spec("tensorboard") is not None
-
-
-def has_wandb() -> bool:
-    """Whether Weights & Biases is installed."""
-    return importlib.util.find_spec("wandb") is not None
 
 
 def has_apex() -> bool:

@@ -23,7 +23,7 @@ class LossTerm:
 
 
 DISTILLATION_TERMS = (
-    LossTerm("vision loss", "visual_tokens"),
+    LossTerm("vision loss", "patch_tokens"),
     LossTerm("feature loss", "text_tokens"),
     LossTerm("ctp loss", "text_tokens"),
     LossTerm("ctp accuracy", "text_tokens", trained=False),

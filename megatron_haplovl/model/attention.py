@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_haplovl.config.schema import RopeScalingConfig
 from megatron_haplovl.kernels.elementwise import rotate
-from megatron_haplovl.model.context import SequenceContext
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 
 
 class SelfAttention(nn.Module):
@@ -46,18 +46,18 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_width, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.head_width, hidden_size, bias=output_bias)
 
-    def forward(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    def forward(self, x_BSD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
         q_BSHK, k_BSGK, v_BSGK = (
             projection(x_BSD).unflatten(-1, (-1, self.head_width))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = context.rope(self.head_width, self.rope_theta, self.rope_scaling, q_BSHK.dtype)
-        out_BSHK = context.attend(
+        cos, sin = inputs.rope(self.head_width, self.rope_theta, self.rope_scaling, q_BSHK.dtype)
+        out_BSHK = inputs.attend(
             rotate(q_BSHK, cos, sin),
             rotate(k_BSGK, cos, sin),
             v_BSGK,
-            context.mask,
-            backend=context.attention_backend,
+            inputs.mask,
+            backend=inputs.attention_backend,
         )
         return self.o_proj(out_BSHK.flatten(2))

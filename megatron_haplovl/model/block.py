@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_haplovl.config.schema import PostDecoderConfig, PreDecoderConfig, RopeScalingConfig
 from megatron_haplovl.model.attention import SelfAttention
-from megatron_haplovl.model.context import SequenceContext
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.mlp import GatedMLP, PlainMLP, SwiGLU
 from megatron_haplovl.model.norm import RMSNorm
 
@@ -31,14 +31,14 @@ class Block(nn.Module):
         self.mlp = mlp
         self.recompute = "none"
 
-    def forward(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+    def forward(self, x_BSD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
         if self.recompute == "full":
-            return _checkpoint(self._both_halves, x_BSD, context)
-        return self._both_halves(x_BSD, context)
+            return _checkpoint(self._both_halves, x_BSD, inputs)
+        return self._both_halves(x_BSD, inputs)
 
-    def _both_halves(self, x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
+    def _both_halves(self, x_BSD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), inputs)
         if self.recompute == "selective":
             return x_BSD + _checkpoint(self._mlp_half, x_BSD)
         return x_BSD + self._mlp_half(x_BSD)

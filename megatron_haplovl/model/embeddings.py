@@ -46,11 +46,11 @@ class MultimodalEmbedding(nn.Module):
         # ZeRO-3 would wait for ever.
         # Under autocast the sums below come out in fp32 beside a bf16 projection, hence the casts.
         visual_PD = self._embed_patches(batch)
-        x_ND = x_BSD.flatten(0, 1).index_copy(0, batch.patch_target_P, visual_PD.to(x_BSD.dtype))
+        x_ZD = x_BSD.flatten(0, 1).index_copy(0, batch.patch_target_P, visual_PD.to(x_BSD.dtype))
         if self.image_newline is not None:
             newline_ND = self.image_newline.expand(batch.newline_target_N.numel(), -1)
-            x_ND = x_ND.index_copy(0, batch.newline_target_N, newline_ND.to(x_BSD.dtype))
-        return self.pre_norm(x_ND.view_as(x_BSD))
+            x_ZD = x_ZD.index_copy(0, batch.newline_target_N, newline_ND.to(x_BSD.dtype))
+        return self.pre_norm(x_ZD.view_as(x_BSD))
 
     def _embed_patches(self, batch: Batch) -> torch.Tensor:
         """Embeddings [P, D] of the patches that became tokens; a tile's cells have the same positions in every tile."""

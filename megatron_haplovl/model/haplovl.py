@@ -15,8 +15,8 @@ from torch import nn
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.kernels.mask import MixedMask, causal
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.block import Block, post_decoder_block, pre_decoder_block
-from megatron_haplovl.model.context import SequenceContext
 from megatron_haplovl.model.embeddings import MultimodalEmbedding
 from megatron_haplovl.model.heads import DistillationHeads, LossT, OutputHead
 from megatron_haplovl.model.norm import RMSNorm
@@ -32,14 +32,14 @@ def _mask(kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, image_attention: s
     return causal(mask) if image_attention == "causal" else mask
 
 
-def _unchanged(context: SequenceContext) -> SequenceContext:
-    return context
+def _unchanged(inputs: AttentionInputs) -> AttentionInputs:
+    return inputs
 
 
-def run_layers(layers: Iterable[nn.Module], x_BSD: torch.Tensor, context: SequenceContext) -> torch.Tensor:
+def run_layers(layers: Iterable[nn.Module], x_BSD: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
     """The hidden state after some layers between embedding and head; its width may change on the way."""
     for layer in layers:
-        x_BSD = layer(x_BSD, context) if isinstance(layer, Block) else layer(x_BSD)
+        x_BSD = layer(x_BSD, inputs) if isinstance(layer, Block) else layer(x_BSD)
     return x_BSD
 
 
@@ -50,7 +50,7 @@ class LayeredModel(nn.Module):
         super().__init__()
         self.attention_backend = attention_backend
         # Context parallelism, which is applied from outside, changes what the blocks are told here.
-        self.adapt_context: Callable[[SequenceContext], SequenceContext] = _unchanged
+        self.adapt_inputs: Callable[[AttentionInputs], AttentionInputs] = _unchanged
         self.image_attention = config.image_attention
         self.embedding = MultimodalEmbedding(config)
         self.pre_decoder = nn.ModuleList(pre_decoder_block(config.pre) for _ in range(config.pre.num_layers))
@@ -65,18 +65,18 @@ class LayeredModel(nn.Module):
                 flat[name] = child
         return flat
 
-    def context(
+    def attention_inputs(
         self, kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, position_ids_BS: torch.Tensor
-    ) -> SequenceContext:
+    ) -> AttentionInputs:
         """Mask and positions of a batch (its fields of these names), shared by every block."""
         mask = _mask(kv_start_BS, kv_end_BS, self.image_attention)
-        return self.adapt_context(SequenceContext(mask, position_ids_BS, self.attention_backend))
+        return self.adapt_inputs(AttentionInputs(mask, position_ids_BS, self.attention_backend))
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """What the last layer, the head, reads: [B, S, width]."""
-        context = self.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
+        inputs = self.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
         embedding, *inner, _head = self.layers().values()
-        return run_layers(inner, embedding(batch), context)
+        return run_layers(inner, embedding(batch), inputs)
 
 
 class HaploVLForDistillation(LayeredModel):

@@ -3,7 +3,7 @@
 Each function takes a module on the meta device, where nothing has been allocated yet, cuts its parameters to this
 rank's share and adds the collectives that its new role needs. Names of parameters do not change, and the modules' own
 code does not know: it reads its sizes from its weights. Which module gets which role is the table in
-`parallel/plan.py`.
+`parallel/tensor_parallel.py`.
 
 With sequence parallelism the hidden state outside the split computations is sharded along the sequence (dimension 1),
 so a collective that would all-gather or all-reduce a whole sequence becomes one that gathers or reduce-scatters it.

@@ -1,26 +1,13 @@
-"""Pipeline parallelism: which layers a stage keeps, and how it passes a micro-batch on.
-
-DeepSpeed has the schedule, the messages and the engine. To it a stage is one layer: a module that turns the tensors of
-the stage before into those for the next. Between stages travel the hidden state, the mask's two vectors and the
-positions. Whole batches are read on the first stage, which embeds them, and on the last, which has the loss.
-"""
+"""Pipeline parallelism: which layers a stage keeps. `engine.pipeline` says how a stage runs."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
-from megatron_haplovl.data.batch import Batch
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, run_layers
-from megatron_haplovl.parallel.groups import ParallelGroups
-
-_HEADS = ("lm_head", "distillation")
+from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 
 
 @dataclass(frozen=True)
@@ -30,7 +17,7 @@ class Stages:
     layers: tuple[str, ...]
     """Names of all layers, in order."""
     first: tuple[int, ...]
-    """Place in `layers` of each stage's first layer; see `parallel.partition`."""
+    """Place in `layers` of each stage's first layer; see `planning.partition`."""
 
     def of(self, stage: int) -> tuple[str, ...]:
         """Names of a stage's layers."""
@@ -66,91 +53,3 @@ def keep_stage(model: HaploVL | HaploVLForDistillation, layers: Sequence[str]) -
         copy = nn.Module()
         copy.text = words
         model.embedding = copy  # type: ignore[assignment]
-
-
-class MicroBatchSlot:
-    """The micro-batch that DeepSpeed has loaded on this rank, which is the one that comes next."""
-
-    def __init__(self) -> None:
-        self._batch: Batch | None = None
-
-    def put(self, batch: Batch) -> None:
-        """Called when DeepSpeed loads."""
-        assert self._batch is None
-        self._batch = batch
-
-    def take(self) -> Batch:
-        """Called by the forward pass that follows."""
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        return batch
-
-
-class PipelineStage(nn.Module):
-    """What DeepSpeed's pipeline engine runs on this rank.
-
-    Args:
-        model: with the layers of this stage only.
-        layers: their names.
-        slot: where the first and the last stage find the whole micro-batch.
-        loss: what the last stage ends in: (what the head reads, micro-batch) -> loss.
-        placeholders: of optimizer groups that have no parameter here.
-    """
-
-    def __init__(
-        self,
-        model: HaploVL | HaploVLForDistillation,
-        layers: Sequence[str],
-        slot: MicroBatchSlot,
-        loss: Callable[[torch.Tensor, Batch], torch.Tensor],
-        placeholders: nn.ParameterList,
-    ) -> None:
-        super().__init__()
-        self.model, self.slot, self.loss = model, slot, loss
-        self.placeholders = placeholders
-        self.is_first, self.is_last = layers[0] == "embedding", layers[-1] in _HEADS
-        self.inner = [name for name in layers if name != "embedding" and name not in _HEADS]
-
-    def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | torch.Tensor:
-        """One micro-batch.
-
-        Args:
-            tensors: hidden state [B, S, D] (not on the first stage), `kv_start_BS`, `kv_end_BS`, `position_ids_BS`.
-
-        Returns:
-            The same for the next stage; on the last stage the loss.
-        """
-        *before, kv_start_BS, kv_end_BS, position_ids_BS = tensors
-        if self.is_first or self.is_last:
-            batch = self.slot.take()
-            mask_vectors = (batch.kv_start_BS, batch.kv_end_BS)
-        else:
-            # Attention plans its work on the host, which waits for the device here.
-            mask_vectors = (kv_start_BS.cpu(), kv_end_BS.cpu())
-        context = self.model.context(*mask_vectors, position_ids_BS)
-        x_BSD = self.model.embedding(batch.to(position_ids_BS.device)) if self.is_first else before[0]
-        layers = self.model.layers()
-        x_BSD = run_layers((layers[name] for name in self.inner), x_BSD, context)
-        if self.is_last:
-            return self.loss(x_BSD, batch)
-        # Of a view on part of a sequence a message cannot be made.
-        return (x_BSD.contiguous(), kv_start_BS, kv_end_BS, position_ids_BS)
-
-
-def pipeline_module(stage: PipelineStage, groups: ParallelGroups) -> Any:
-    """DeepSpeed's description of a pipeline: one layer per stage, of which it builds its own.
-
-    Args:
-        stage: this rank's stage.
-        groups: the mesh; DeepSpeed's must be the same.
-    """
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
-    topology = PipeModelDataParallelTopology(
-        num_pp=groups.pipeline.size, num_mp=groups.tensor.size, num_dp=groups.replicas.size
-    )
-    layers = [stage] * groups.pipeline.size
-    # DeepSpeed prints where every single rank stands.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return PipelineModule(layers, topology=topology, partition_method="uniform")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_haplovl.checkpoint.find_checkpoint import find_checkpoint
-from megatron_haplovl.checkpoint.hf_sources import MappedWeights, open_language_model, open_vision_model
+from megatron_haplovl.checkpoint.find import find_checkpoint
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
-from megatron_haplovl.checkpoint.provenance import MAY_BE_NEW, NEW, provenance_table
-from megatron_haplovl.checkpoint.weights import read_config
 from megatron_haplovl.config.allowed import Allowed
+from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.conversion.hf_sources import MappedWeights, open_clip, open_language_model
+from megatron_haplovl.conversion.provenance import MAY_BE_NEW, NEW, provenance_table
 from megatron_haplovl.model.initialization import initial_value
-from megatron_haplovl.parallel.plan import local_part
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.parallel.tensor_parallel import local_part
 
 # What the other stage does not have. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
 # discarding the heads"), and stage 1 can start from a checkpoint of the whole model.
@@ -122,7 +122,7 @@ def _copy_sources(
         copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
         return source_of, left
     if init.vision_teacher is not None:
-        copy_mapped(open_vision_model(init.vision_teacher, config.model, allow))
+        copy_mapped(open_clip(init.vision_teacher, config.model, allow))
     if init.language_model is not None:
         stage1 = not any(name.startswith("post_decoder.") for name in model.shapes)
         weights = open_language_model(init.language_model, config.model, allow, embedding_only=stage1)

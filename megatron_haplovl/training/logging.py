@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megatron_haplovl.config.schema import LoggingConfig
-from megatron_haplovl.kernels import capabilities
 
 
 class _Sink(Protocol):
@@ -35,7 +35,7 @@ class _JsonLines:
 
 class _TensorBoard:
     def __init__(self, folder: str) -> None:
-        if not capabilities.has_tensorboard():
+        if importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard-dir needs the package tensorboard: pip install tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -51,7 +51,7 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, project: str, config: dict[str, Any]) -> None:
-        if not capabilities.has_wandb():
+        if importlib.util.find_spec("wandb") is None:
             raise ValueError("--wandb-project needs the package wandb: pip install wandb")
         import wandb
 

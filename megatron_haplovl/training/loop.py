@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.engine.metrics import reduce_metrics
+from megatron_haplovl.engine.steps import Sums
 from megatron_haplovl.model.haplovl import attention_mask
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
-from megatron_haplovl.training.metrics import reduce_metrics
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import Run
-from megatron_haplovl.training.steps import Sums
 
 
 @dataclass

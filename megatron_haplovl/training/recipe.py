@@ -96,6 +96,6 @@ def parameter_groups(
         if getattr(config, f"{part}_lr") is not None and (part, True) not in groups:
             raise ValueError(f"--{part.replace('_', '-')}-lr is given, but this run does not train that part")
     # DeepSpeed reduces group after group, copying together what is small; the post-decoder's matrices come first and
-    # alone (`parallel.engine_memory`).
+    # alone (`planning.engine_memory`).
     matrices_first = sorted(reversed(groups), key=lambda key: not key[1])
     return [groups[key] for key in matrices_first]

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 
-from megatron_haplovl.checkpoint.find_checkpoint import check_save_folder, find_resumable
-from megatron_haplovl.checkpoint.save_load import CheckpointWriter, load_checkpoint
+from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
-from megatron_haplovl.data.stream import DataStream, build_stream
+from megatron_haplovl.data.loader import BatchLoader, build_loader
+from megatron_haplovl.engine.checkpointing import CheckpointWriter, load_checkpoint
+from megatron_haplovl.engine.engine import build_engine
+from megatron_haplovl.engine.optimizer import ADAMW_NAMES, adamw_implementation
+from megatron_haplovl.engine.processes import initialize_processes
+from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
+from megatron_haplovl.parallel.context_parallel import apply_context_parallel
+from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.pipeline import Stages, keep_stage
-from megatron_haplovl.parallel.plan import apply_tensor_parallel, finish_tensor_parallel
-from megatron_haplovl.parallel.sequence import apply_context_parallel
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-from megatron_haplovl.parallel.stage_cut import stage_cut
-from megatron_haplovl.parallel.work import Work, work_of_batch
-from megatron_haplovl.training.engine import build_engine, build_losses
+from megatron_haplovl.parallel.tensor_parallel import apply_tensor_parallel, finish_tensor_parallel
+from megatron_haplovl.planning.stage_cut import stage_cut
+from megatron_haplovl.planning.work import Work, work_of_batch
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
-from megatron_haplovl.training.optimizer import ADAMW_NAMES, adamw_implementation
-from megatron_haplovl.training.recipe import apply_recipe, is_trained, trained_parts
-from megatron_haplovl.training.steps import DirectSteps, PipelinedSteps
+from megatron_haplovl.training.recipe import apply_recipe, is_trained, parameter_groups, trained_parts
+from megatron_haplovl.training.stages import build_losses
 from megatron_haplovl.training.teacher import teacher_width
 
 # Of the training data, what a pipeline's cut is computed from.
@@ -52,8 +50,8 @@ class Run:
     steps: DirectSteps | PipelinedSteps
     """How micro-batches go through the engine."""
     terms: tuple[LossTerm, ...]
-    train_data: DataStream
-    valid_data: DataStream | None
+    train_data: BatchLoader
+    valid_data: BatchLoader | None
     first_step: int
     """Optimizer steps already done when the run was resumed."""
     writer: CheckpointWriter | None
@@ -114,7 +112,11 @@ def setup(config: Config) -> Run:
     finish_tensor_parallel(model.module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
 
     head_inputs, terms = build_losses(config, model, device)
-    engine, steps = build_engine(model, config, device, head_inputs, terms)
+    groups_of_stages = None
+    if stages is not None:
+        groups_of_stages = {n: len(shape) for n, shape in model.shapes.items() if is_trained(n, config.recipe)}
+    optimizer_groups = parameter_groups(model.module, config.optimizer, trained=groups_of_stages)
+    engine, steps = build_engine(model, config, device, head_inputs, terms, optimizer_groups)
 
     first_step = 0
     if resumed is not None:
@@ -123,79 +125,9 @@ def setup(config: Config) -> Run:
     return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
 
 
-def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
-    """Join the process group that `deepspeed` or `torchrun` started; a plain `python` is a group of one.
-
-    Raises:
-        ValueError: srun or mpirun started several processes that know nothing of each other.
-    """
-    if config.run.device != "auto":
-        # Read by DeepSpeed when it is first imported.
-        os.environ["DS_ACCELERATOR"] = config.run.device
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    if "RANK" not in os.environ:
-        check_started_alone()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-    # DeepSpeed calls collectives by names that newer torch versions warn about on every rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if accelerator.device_name() == "cpu":
-        _share_cores()
-    else:
-        accelerator.set_device(local_rank)
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if accelerator.device_name() == "cpu" else None,
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-        )
-    groups = build_groups(
-        tensor=config.parallel.tensor_model_parallel_size,
-        context=config.parallel.context_parallel_size,
-        pipeline=config.parallel.pipeline_model_parallel_size,
-        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-    )
-    return torch.device(accelerator.device_name(local_rank)), groups
-
-
-def check_started_alone() -> None:
-    """For a process without RANK: processes that all take themselves for the only one would overwrite one another's
-    checkpoints.
-
-    Raises:
-        ValueError: srun, Open MPI, MPICH or Intel MPI say that they started several.
-    """
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name, 1)) > 1:
-            raise ValueError(
-                f"{name}={os.environ[name]}: this process is one of several, but has no RANK; let deepspeed or "
-                "torchrun start the training, under Slurm one of them on each machine (docs/launching.md)"
-            )
-
-
-def _share_cores() -> None:
-    """Split the cores among the ranks of this machine, unless the user has decided (OMP_NUM_THREADS)."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
-
-def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) -> tuple[DataStream, DataStream | None]:
+def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) -> tuple[BatchLoader, BatchLoader | None]:
     build = partial(
-        build_stream,
+        build_loader,
         config=config,
         dp_rank=groups.data.rank,
         dp_size=groups.data.size,
@@ -211,7 +143,7 @@ def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) ->
     return train_data, build(config.data.valid_data_path, num_steps=config.logging.eval_iters, shuffle=False)
 
 
-def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, data: DataStream) -> Stages | None:
+def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, data: BatchLoader) -> Stages | None:
     """Cut the layers by what they cost on the first packs of the training data."""
     parallel, schedule = config.parallel, config.schedule
     if groups.pipeline.size == 1:

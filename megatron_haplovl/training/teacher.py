@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from megatron_haplovl.checkpoint.hf_compatibility import vision_config_of
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.data.batch import Batch
 
 

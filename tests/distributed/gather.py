@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_haplovl.parallel.collectives import all_gather
-from megatron_haplovl.parallel.plan import split_dim
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.parallel.tensor_parallel import split_dim
 
 
 def full_weights(model: ShardedModel) -> Iterator[tuple[str, torch.Tensor]]:

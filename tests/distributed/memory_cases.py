@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.parallel.engine_memory import Buckets
+from megatron_haplovl.planning.engine_memory import Buckets
 from tests.distributed.cases import config
 
 RANKS, MEASURED_STEP = 4, 1

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_haplovl.parallel.engine_memory import DEFAULT_BUCKETS, engine_memory
+from megatron_haplovl.planning.engine_memory import DEFAULT_BUCKETS, engine_memory
 from tests.distributed.launch import run_ranks
 
 # As in worker_engine_memory.py, which imports DeepSpeed.

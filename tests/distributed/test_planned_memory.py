@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_haplovl.config.layout import Request
-from megatron_haplovl.parallel.estimate import RankMemory, estimate
-from megatron_haplovl.parallel.machine import DataSheet
-from megatron_haplovl.parallel.work import Work
+from megatron_haplovl.config.layout import Workload
+from megatron_haplovl.planning.estimate import RankMemory, estimate
+from megatron_haplovl.planning.machine import DataSheet
+from megatron_haplovl.planning.work import Work
 from megatron_haplovl.training.recipe import trained_parts
 from tests.distributed.launch import run_ranks
 from tests.distributed.live_bytes import LiveBytes, all_tensors
@@ -54,12 +54,12 @@ def read(path: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 def planned(case: tuple[str, int, str, str, str], rank: dict[str, Any]) -> RankMemory:
     """What the planner says of a rank for the fullest of its micro-batches."""
     config = memory_config(case, deepspeed_json=None)
-    request = Request(
+    workload = Workload(
         config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
     )
     plans = (
         estimate(
-            request,
+            workload,
             Work(**work),
             layout_of(config),
             DataSheet().cluster(RANKS),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_haplovl.config.cli import build_config
-from megatron_haplovl.training.deepspeed_config import deepspeed_config
+from megatron_haplovl.engine.deepspeed_config import deepspeed_config
 
 WIDTH, LAYERS, FROZEN = 384, 6, 2
 CASES: list[tuple[int, tuple[str, ...]]] = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401
 
-from megatron_haplovl.checkpoint.pieces import damaged_files
+from megatron_haplovl.checkpoint.manifest import damaged_files
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config

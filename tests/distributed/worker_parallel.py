@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 
 from megatron_haplovl.parallel.collectives import all_gather
-from megatron_haplovl.parallel.plan import split_dim
+from megatron_haplovl.parallel.tensor_parallel import split_dim
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.cases import STEPS, parallel_config

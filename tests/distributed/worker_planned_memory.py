@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from megatron_haplovl.parallel.work import work_of_batch
+from megatron_haplovl.planning.work import work_of_batch
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.live_bytes import LiveBytes, all_tensors

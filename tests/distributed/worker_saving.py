@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_haplovl.checkpoint import save_load
+from megatron_haplovl.checkpoint import write
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config
@@ -33,9 +33,9 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
 
 def full_disk_at(step: int, full_rank: int) -> Any:
     """This rank cannot write this step's checkpoint: the system refuses large files meanwhile."""
-    write_rank = save_load.write_rank
+    write_rank = write.write_rank
 
-    def write(folder: Path, rank: int, pieces: Any) -> None:
+    def write_part(folder: Path, rank: int, pieces: Any) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == full_rank and folder.name == f".global_step{step}.unfinished":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -44,7 +44,7 @@ def full_disk_at(step: int, full_rank: int) -> Any:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    save_load.write_rank = write
+    write.write_rank = write_part
     return write_rank
 
 
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     ):
         original = full_disk_at(4, rank)
         run(folder, name, name, **flags)
-        save_load.write_rank = original
+        write.write_rank = original
     # Other parts of the model are trained than before.
     other = {"recipe__freeze_post_decoder": True, "run__seed": 17}
     weights = {"checkpoint__load": str(folder / "beside"), "checkpoint__finetune": True}
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
         run(folder, "never saved", "never saved")
     except OSError as error:
         found["never saved"] = str(error)
-    save_load.write_rank = original
+    write.write_rank = original
     if dist.get_rank() == 0:
         (folder / "file").touch()
     dist.barrier()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.training.initial_weights import fill_weights
-from megatron_haplovl.training.setup import build_model, initialize_processes
+from megatron_haplovl.training.setup import build_model
 from tests.distributed.cases import config
 from tests.distributed.test_sharded_loading import LARGE
 

@@ -9,19 +9,10 @@ import stat
 import pytest
 import torch
 
-from megatron_haplovl.checkpoint.pieces import (
-    MANIFEST,
-    MOMENTS,
-    WEIGHT,
-    Piece,
-    PieceReader,
-    complete,
-    damaged_files,
-    mark_failed,
-    open_checkpoint,
-    write_rank,
-)
-from megatron_haplovl.checkpoint.weights import write_weights
+from megatron_haplovl.checkpoint.manifest import MANIFEST, damaged_files
+from megatron_haplovl.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, open_checkpoint
+from megatron_haplovl.checkpoint.weight_files import write_weights
+from megatron_haplovl.checkpoint.write import complete, mark_failed, write_rank
 
 SHAPES = {"rows": torch.Size((8, 3)), "columns": torch.Size((3, 8)), "whole": torch.Size((5,))}
 DIMS = {"rows": 0, "columns": 1, "whole": None}

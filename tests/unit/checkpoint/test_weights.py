@@ -12,16 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import peak_mib
+from megatron_haplovl.checkpoint.folders import read_iteration, resolve_checkpoint
 from megatron_haplovl.checkpoint.safetensors_stream import read_header
-from megatron_haplovl.checkpoint.weights import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    WeightReader,
-    read_config,
-    read_iteration,
-    resolve_checkpoint,
-    write_weights,
-)
+from megatron_haplovl.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, WeightReader, write_weights
+from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 

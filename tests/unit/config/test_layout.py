@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from megatron_haplovl.config.layout import CONSTRAINTS, Layout, Request, check_layout
+from megatron_haplovl.config.layout import CONSTRAINTS, Layout, Workload, check_layout
 from megatron_haplovl.config.presets import MODELS
 
-REQUEST = Request(MODELS["haplovl-8b"], seq_length=6144, global_batch_size=128)
-QWEN = Request(MODELS["haplovl-7b-pro"], seq_length=6144, global_batch_size=128)
+WORKLOAD = Workload(MODELS["haplovl-8b"], seq_length=6144, global_batch_size=128)
+QWEN = Workload(MODELS["haplovl-7b-pro"], seq_length=6144, global_batch_size=128)
 
 
 def test_possible_layouts() -> None:
@@ -23,45 +23,45 @@ def test_possible_layouts() -> None:
         Layout(data=8, zero_stage=1, offload_optimizer=True),
         Layout(data=8, zero_stage=3, offload_optimizer=True, offload_param=True),
     ):
-        assert check_layout(REQUEST, layout) == {}
+        assert check_layout(WORKLOAD, layout) == {}
     assert Layout(tensor=2, pipeline=3, context=5, data=7).ranks == 210
     assert Layout(tensor=2, pipeline=3, context=5, data=7).replicas == 35
 
 
 @pytest.mark.parametrize(
-    ("request_", "layout", "name", "message"),
+    ("workload", "layout", "name", "message"),
     [
-        (REQUEST, Layout(tensor=0), "sizes", "the tensor size must be at least 1, got 0"),
+        (WORKLOAD, Layout(tensor=0), "sizes", "the tensor size must be at least 1, got 0"),
         (QWEN, Layout(tensor=8), "heads", "--post-num-attention-heads 28 is not a multiple of .* 8 x .* 1 = 8"),
-        (REQUEST, Layout(tensor=4, context=8), "heads", "--pre-num-attention-heads 16 is not a multiple .* = 32"),
+        (WORKLOAD, Layout(tensor=4, context=8), "heads", "--pre-num-attention-heads 16 is not a multiple .* = 32"),
         (QWEN, Layout(tensor=7), "key/value heads", "--post-num-key-value-heads 4 .* not replicated"),
-        (REQUEST, Layout(tensor=4, context=4), "key/value heads", "--post-num-key-value-heads 8 .* 4 x .* 4 = 16"),
+        (WORKLOAD, Layout(tensor=4, context=4), "key/value heads", "--post-num-key-value-heads 8 .* 4 x .* 4 = 16"),
         (
-            dataclasses.replace(REQUEST, model=dataclasses.replace(REQUEST.model, vocab_size=1001)),
+            dataclasses.replace(WORKLOAD, model=dataclasses.replace(WORKLOAD.model, vocab_size=1001)),
             Layout(tensor=2),
             "widths",
             "--vocab-size 1001 is not a multiple of --tensor-model-parallel-size 2",
         ),
-        (dataclasses.replace(REQUEST, seq_length=6143), Layout(context=2), "sequence", "--seq-length 6143 .* = 2;"),
+        (dataclasses.replace(WORKLOAD, seq_length=6143), Layout(context=2), "sequence", "--seq-length 6143 .* = 2;"),
         (
-            dataclasses.replace(REQUEST, seq_length=6146),
+            dataclasses.replace(WORKLOAD, seq_length=6146),
             Layout(tensor=4, sequence_parallel=True),
             "sequence",
             "--seq-length 6146 .*--sequence-parallel.* = 4;",
         ),
-        (REQUEST, Layout(sequence_parallel=True), "sequence parallel", "needs --tensor-model-parallel-size above 1"),
-        (REQUEST, Layout(pipeline=61), "stages", "61 is more than the 60 layers"),
-        (dataclasses.replace(REQUEST, stage1=True), Layout(pipeline=27), "stages", "27 is more than the 26 layers"),
-        (REQUEST, Layout(pipeline=2, zero_stage=2), "pipeline and ZeRO", "use --zero-stage 1 or no pipeline"),
-        (REQUEST, Layout(pipeline=2, zero_stage=3), "pipeline and ZeRO", "--zero-stage 3"),
-        (REQUEST, Layout(zero_stage=0, offload_optimizer=True), "offloaded optimizer", "needs --zero-stage 1, 2 or 3"),
-        (REQUEST, Layout(zero_stage=2, offload_param=True), "offloaded parameters", "needs --zero-stage 3, not 2"),
-        (REQUEST, Layout(data=24), "batch", "--global-batch-size 128 is not a multiple of .* 24 data-parallel ranks"),
-        (REQUEST, Layout(data=64, micro_batch_size=4), "batch", "use a multiple of 256"),
+        (WORKLOAD, Layout(sequence_parallel=True), "sequence parallel", "needs --tensor-model-parallel-size above 1"),
+        (WORKLOAD, Layout(pipeline=61), "stages", "61 is more than the 60 layers"),
+        (dataclasses.replace(WORKLOAD, stage1=True), Layout(pipeline=27), "stages", "27 is more than the 26 layers"),
+        (WORKLOAD, Layout(pipeline=2, zero_stage=2), "pipeline and ZeRO", "use --zero-stage 1 or no pipeline"),
+        (WORKLOAD, Layout(pipeline=2, zero_stage=3), "pipeline and ZeRO", "--zero-stage 3"),
+        (WORKLOAD, Layout(zero_stage=0, offload_optimizer=True), "offloaded optimizer", "needs --zero-stage 1, 2 or 3"),
+        (WORKLOAD, Layout(zero_stage=2, offload_param=True), "offloaded parameters", "needs --zero-stage 3, not 2"),
+        (WORKLOAD, Layout(data=24), "batch", "--global-batch-size 128 is not a multiple of .* 24 data-parallel ranks"),
+        (WORKLOAD, Layout(data=64, micro_batch_size=4), "batch", "use a multiple of 256"),
     ],
 )
-def test_refused_layouts(request_: Request, layout: Layout, name: str, message: str) -> None:
-    sentence = check_layout(request_, layout)[name]
+def test_refused_layouts(workload: Workload, layout: Layout, name: str, message: str) -> None:
+    sentence = check_layout(workload, layout)[name]
     assert re.search(message, sentence), sentence
 
 

@@ -170,7 +170,7 @@ def test_mock_counts_are_those_of_its_samples() -> None:
             numbers.append(len(source.read(i).images))
             assert counts.tokens[i] == len(document.tokens)
             assert counts.text_tokens[i] == document.is_text.sum()
-            assert counts.visual_tokens[i] == len(document.patch_source)
+            assert counts.patch_tokens[i] == len(document.patch_source)
             assert counts.lm_tokens[i] == (document.labels != IGNORE_INDEX).sum()
         assert set(numbers) == {0, 1, 2}
     with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least"):

@@ -51,7 +51,7 @@ def test_every_sample_once_and_no_pack_too_long(packing: bool, shuffle: bool) ->
         expected = [
             int(c.lm_tokens[samples].sum()),
             int(c.text_tokens[samples].sum()),
-            int(c.visual_tokens[samples].sum()),
+            int(c.patch_tokens[samples].sum()),
             int(c.tokens[samples].sum()),
             len(samples),
         ]

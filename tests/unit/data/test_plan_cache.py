@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.pack_plan import PlanSettings
-from megatron_haplovl.data.plan_cache import PackPlan, PlanInputs, cached_plan
+from megatron_haplovl.data.pack_plan import PackPlan, PlanSettings
+from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
 from megatron_haplovl.data.sources import MockSource
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad")

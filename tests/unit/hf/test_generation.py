@@ -12,11 +12,11 @@ from PIL import Image
 
 from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
+from megatron_haplovl.conversion.export import export_checkpoint
+from megatron_haplovl.conversion.verify import fixed_inputs, training_batch
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploForConditionalGeneration, HaploProcessor
-from megatron_haplovl.hf.export import export_checkpoint
-from megatron_haplovl.hf.verify import fixed_inputs, training_batch
 from megatron_haplovl.model.haplovl import HaploVL
 from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 

@@ -14,7 +14,7 @@ from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.kernels.elementwise import rotate
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.model.context import SequenceContext
+from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
@@ -113,9 +113,9 @@ def test_rope_is_llamas(theirs, ours):
 
 def test_each_scaling_has_its_own_rotary_table():
     positions = torch.arange(8)[None]
-    context = SequenceContext(MixedMask(torch.zeros(1, 8), torch.ones(1, 8)), positions)
+    inputs = AttentionInputs(MixedMask(torch.zeros(1, 8), torch.ones(1, 8)), positions)
     for scaling in (RopeScalingConfig(), RopeScalingConfig("linear", 2.0)):
-        found = context.rope(8, 500.0, scaling, torch.float32)
+        found = inputs.rope(8, 500.0, scaling, torch.float32)
         for table, expected in zip(found, rope_table(positions, 8, 500.0, scaling, torch.float32), strict=True):
             assert torch.equal(table, expected)
 

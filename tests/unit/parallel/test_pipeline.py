@@ -8,11 +8,12 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
-from megatron_haplovl.parallel.pipeline import MicroBatchSlot, PipelineStage, Stages, keep_stage
+from megatron_haplovl.parallel.pipeline import Stages, keep_stage
 from tests.unit.model.test_model import TINY, make_batch
 
 BATCH = make_batch(["tItt", "IttI", "ttt"], 60)

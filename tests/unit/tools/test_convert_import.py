@@ -21,18 +21,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megatron_haplovl.checkpoint.hf_compatibility import language_config_of, vision_config_of
-from megatron_haplovl.checkpoint.weights import (
-    WeightReader,
-    read_config,
-    read_iteration,
-    resolve_checkpoint,
-    write_weights,
-)
+from megatron_haplovl.checkpoint.folders import read_iteration, resolve_checkpoint
+from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
 from megatron_haplovl.config.cli import build_config, flags_to_reach
+from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, InitConfig, ModelConfig, RopeScalingConfig
-from megatron_haplovl.hf.verify_import import compare_language_model, compare_vision_tower
+from megatron_haplovl.conversion.hf_compatibility import language_config_of, vision_config_of
+from megatron_haplovl.conversion.verify_import import compare_language_model, compare_vision_tower
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_haplovl.checkpoint.weights import WeightReader
+from megatron_haplovl.checkpoint.weight_files import WeightReader
 from megatron_haplovl.config.schema import Config, DataConfig
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer

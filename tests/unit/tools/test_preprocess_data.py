@@ -76,7 +76,7 @@ def test_what_is_written_is_what_was_given(
     counts = source.counts(VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad"))
     assert counts.lm_tokens.sum() == manifest.counts.loss_tokens
     assert counts.text_tokens.sum() == manifest.counts.tokens - manifest.counts.image_references
-    assert counts.visual_tokens.tolist() == [4 * len(source.read(i).images) for i in range(24)]
+    assert counts.patch_tokens.tolist() == [4 * len(source.read(i).images) for i in range(24)]
     summary = capsys.readouterr().out
     assert "24 samples" in summary and "5 distinct" in summary
 
@@ -213,7 +213,7 @@ def test_text_only_data_has_empty_image_files(tiny_spm_model: Path, tmp_path: Pa
     assert run(LlavaDataset(path, tmp_path, []), tiny_spm_model, prefix) == 0
     source = IndexedSource(str(prefix))
     assert source.read(2).images == ()
-    assert source.counts(VisionConfig()).visual_tokens.tolist() == [0, 0, 0]
+    assert source.counts(VisionConfig()).patch_tokens.tolist() == [0, 0, 0]
     assert np.load(f"{prefix}_image_sizes.npy").shape == (0, 2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_haplovl.config.cli import build_config
-from megatron_haplovl.training.setup import check_started_alone, initialize_processes
+from megatron_haplovl.engine.processes import check_started_alone, initialize_processes
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

@@ -6,14 +6,14 @@ import torch
 
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.data.batch import StepCounts
+from megatron_haplovl.engine.deepspeed_config import deepspeed_config
+from megatron_haplovl.engine.metrics import reduce_metrics, total_loss
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.parallel.groups import Group, ParallelGroups
 from megatron_haplovl.parallel.pipeline import Stages, keep_stage
-from megatron_haplovl.training.deepspeed_config import deepspeed_config
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
-from megatron_haplovl.training.metrics import reduce_metrics, total_loss
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import build_model
@@ -115,8 +115,8 @@ def test_a_stage_that_would_train_nothing_is_refused():
 
 
 def test_losses_are_divided_by_global_counts():
-    terms = (LossTerm("a", "text_tokens"), LossTerm("b", "visual_tokens"), LossTerm("c", "text_tokens", trained=False))
-    counts = StepCounts(lm_tokens=1, text_tokens=4, visual_tokens=0, tokens=9, documents=2)
+    terms = (LossTerm("a", "text_tokens"), LossTerm("b", "patch_tokens"), LossTerm("c", "text_tokens", trained=False))
+    counts = StepCounts(lm_tokens=1, text_tokens=4, patch_tokens=0, tokens=9, documents=2)
     sums = {"a": torch.tensor(6.0), "b": torch.tensor(0.0), "c": torch.tensor(2.0)}
     assert float(total_loss(sums, terms, counts)) == 1.5
     assert reduce_metrics(sums, terms, counts, Group()) == {"a": 1.5, "b": 0.0, "c": 0.5}

@@ -1,0 +1,91 @@
+"""Names in a --save folder, and which checkpoint a path means.
+
+SAVE/global_step100/               a complete checkpoint; there is none under such a name that is not
+    manifest.json, rank-*.safetensors    weights and optimizer state; see `checkpoint.pieces`
+    config.json                    settings, and the iteration
+    training_state.json            the position in the data
+SAVE/latest                        "global_step100", written last
+SAVE/latest_checkpointed_iteration.txt
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_haplovl.checkpoint.manifest import MANIFEST
+from megatron_haplovl.config.files import read_json
+
+_STEP_FOLDER = re.compile(r"global_step(\d+)")
+STATE_FILE = "training_state.json"
+_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder `global_stepN` that a path means: itself, or the newest one of a --save folder.
+
+    Raises:
+        ValueError: the path is neither, or `latest` names a folder that is missing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint folder")
+    latest = path / "latest"
+    if not latest.is_file():
+        if (path / "config.json").is_file():
+            return path
+        raise ValueError(f"{path}: neither a --save folder (no file `latest`) nor a checkpoint (no config.json)")
+    name = latest.read_text(encoding="utf-8").strip()
+    if not name or Path(name).name != name:
+        raise ValueError(f"{latest}: {name!r} is not the name of a folder beside it")
+    if not (path / name).is_dir():
+        raise ValueError(f"{latest}: names the checkpoint {name!r}, but {path / name} is missing")
+    return path / name
+
+
+def complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
+    """The checkpoints of a --save folder, newest first.
+
+    Args:
+        root: the folder.
+        up_to: leave out later steps than this one's: they come from a run that was gone back from.
+    """
+    found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
+    steps = sorted((step for step in found if (found[step] / MANIFEST).is_file()), reverse=True)
+    last = None if up_to is None else _STEP_FOLDER.fullmatch(up_to.name)
+    return [found[step] for step in steps if last is None or step <= int(last[1])]
+
+
+def read_iteration(checkpoint: str | Path) -> int:
+    """Optimizer steps that the model of a `global_stepN` folder has seen.
+
+    Raises:
+        ValueError: config.json is missing or does not say.
+    """
+    path = Path(checkpoint) / "config.json"
+    iteration = read_json(path).get("iteration")
+    if not isinstance(iteration, int):
+        raise ValueError(f"{path}: has no iteration")
+    return iteration
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a checkpoint is written until it is complete and gets its name."""
+    return folder.with_name(f".{folder.name}{_UNFINISHED}")
+
+
+def replaced(aside: Path) -> Path:
+    """Where the checkpoint lies meanwhile that another one of its step replaces.
+
+    Args:
+        aside: see :func:`unfinished`.
+    """
+    return aside.with_name(f"{aside.name}{_REPLACED}")
+
+
+def restore_replaced(root: Path) -> None:
+    """Give checkpoints their names back that were to be replaced when the run was killed."""
+    for replaced in root.glob(f".*{_UNFINISHED}{_REPLACED}"):
+        folder = root / replaced.name.removeprefix(".").removesuffix(f"{_UNFINISHED}{_REPLACED}")
+        if not folder.exists():
+            replaced.rename(folder)

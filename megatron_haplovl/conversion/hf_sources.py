@@ -1,0 +1,195 @@
+"""Weights of Hugging Face folders under the training model's names: CLIP, Llama / Qwen2, the released Haplo format."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_haplovl.checkpoint.weight_files import WeightReader, check_shape
+from megatron_haplovl.config.allowed import STRICT, Allowed
+from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config, read_hf_config
+from megatron_haplovl.conversion.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
+from megatron_haplovl.conversion.siglip_mapping import siglip_vision_table
+
+# What a folder may hold beside the tensors that are taken. Anything else is an error: it would change the outputs.
+_CLIP_EXTRA = re.compile(
+    r"(vision_model\.)?(embeddings\.(class_embedding|position_ids)|post_layernorm\.\w+)"
+    r"|text_model\..*|(visual|text)_projection\.weight|logit_scale"
+)
+_SIGLIP_EXTRA = re.compile(
+    r"(vision_model\.)?(embeddings\.position_ids|post_layernorm\.\w+|head\..*)|text_model\..*|logit_(scale|bias)"
+)
+_ROTARY_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ANYTHING = re.compile(".*")
+
+
+class MappedWeights:
+    """The tensors of a foreign folder under our names, read when they are asked for. Every shape is checked before.
+
+    Args:
+        reader: the folder's tensors.
+        table: what is taken from it. Constants are checked by whoever made the table.
+        extra: their names that may be left over.
+        allow: what may be missing or left over beside that.
+        prefix: of their names, in front of the table's.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is neither in the table nor in `extra`.
+    """
+
+    def __init__(
+        self, reader: WeightReader, table: Iterable[Entry], extra: re.Pattern[str], allow: Allowed, prefix: str = ""
+    ) -> None:
+        self.folder = reader.folder
+        self._reader = reader
+        self._entries: dict[str, Entry] = {}
+        self._prefix = prefix
+        left = set(reader.names())
+        for entry in table:
+            if _may_be_missing(entry, reader, allow, prefix):
+                continue
+            for name, shape in ((entry.theirs, entry.their_shape), *entry.theirs_too):
+                check_shape(reader, prefix + name, shape)
+                left.discard(prefix + name)
+            if entry.constant is None:
+                (ours,) = entry.ours
+                self._entries[ours] = entry
+        if unknown := sorted(name for name in left if not (extra.fullmatch(name) or allow.skips(name))):
+            raise ValueError(
+                f"{self.folder}: tensors that the model has no place for: {', '.join(unknown[:5])} "
+                f"({len(unknown)} in all); --allow-unexpected skips those that it names"
+            )
+        self.skipped = [(name, f"skipped: has no counterpart ({self.folder})") for name in sorted(left)]
+        """Their names of what is not taken, with the reason."""
+
+    def names(self) -> list[str]:
+        """Our names."""
+        return list(self._entries)
+
+    def origin(self, name: str) -> str:
+        """The folder, and what is done to the tensor beside renaming and reshaping; mostly nothing."""
+        note = self._entries[name].note
+        return f"{self.folder}, {note}" if note else str(self.folder)
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor in our form, in the number format in which it is stored."""
+        entry = self._entries[name]
+        assert entry.to_ours is not None, entry
+        theirs = (entry.theirs, *(further for further, _ in entry.theirs_too))
+        return entry.to_ours(*(self._reader.get(self._prefix + name) for name in theirs))
+
+
+def _may_be_missing(entry: Entry, reader: WeightReader, allow: Allowed, prefix: str = "") -> bool:
+    return prefix + entry.theirs not in reader and entry.constant is None and all(map(allow.lacks, entry.ours))
+
+
+def open_clip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
+    """Patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
+
+    The position embedding is interpolated where the folder's image size differs from the model's.
+
+    Args:
+        folder: a Hugging Face CLIPVisionModel or CLIPModel.
+        model: the sizes it must have.
+        allow: what may be missing or left over beside what is known of these models.
+
+    Raises:
+        ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
+    """
+    return _open_vision_tower(folder, model, allow, "clip", clip_vision_table, _CLIP_EXTRA)
+
+
+def open_siglip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
+    """The same from a Hugging Face SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
+
+    Raises:
+        ValueError: see :func:`open_clip`.
+    """
+    return _open_vision_tower(folder, model, allow, "siglip", siglip_vision_table, _SIGLIP_EXTRA)
+
+
+def _open_vision_tower(
+    folder: str | Path,
+    model: ModelConfig,
+    allow: Allowed,
+    family: str,
+    table: Callable[..., list[Entry]],
+    extra: re.Pattern[str],
+) -> MappedWeights:
+    config = check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json", family)
+    reader = WeightReader(folder)
+    marker = "embeddings.patch_embedding.weight"
+    prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
+    if len(prefixes) != 1:
+        raise ValueError(f"{folder}: expected one tensor *{marker} of a vision model, found {len(prefixes)}")
+    return MappedWeights(reader, table(model, side=config.image_size // config.patch_size), extra, allow, prefixes[0])
+
+
+def open_language_model(
+    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, embedding_only: bool
+) -> MappedWeights:
+    """Text embedding and, in stage 2, post-decoder, final norm and output head from a language model's folder.
+
+    Args:
+        folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
+        model: the sizes it must have.
+        allow: what may be missing or left over beside what is known of these models.
+        embedding_only: take `embedding.text.weight` only (stage 1).
+
+    Raises:
+        ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
+    """
+    config = read_hf_config(folder)
+    check_language_config(config, model, Path(folder) / "config.json", embedding_only=embedding_only)
+    reader = WeightReader(folder)
+    table = language_model_table(model, tied="lm_head.weight" not in reader and config.tie_word_embeddings)
+    if embedding_only:
+        table = [entry for entry in table if entry.ours == ("embedding.text.weight",)]
+    return MappedWeights(reader, table, _ANYTHING if embedding_only else _ROTARY_BUFFERS, allow)
+
+
+def open_haplo(
+    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, rows: int
+) -> tuple[MappedWeights, ModelConfig]:
+    """Every tensor of a folder in the released Haplo format.
+
+    Its blocks are gated and biased everywhere. Parts at the values at which the plain block computes the same are left
+    out; where training has moved a part in any block, the model keeps it in all of them.
+
+    Args:
+        folder: the released folder.
+        model: the sizes it must have. Its text embedding must be `folded`.
+        allow: what may be missing or left over.
+        rows: rows of the folder's embedding and output head. Those beyond the vocabulary must be zero.
+
+    Returns:
+        The tensors, and `model` with the settings that the released weights need beyond it.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape, there are unknown ones, or rows beyond the vocabulary are
+            not zero.
+    """
+    assert model.text_embedding == "folded"
+    reader = WeightReader(folder)
+    for entry in haplo_table(model, rows=rows):
+        if _may_be_missing(entry, reader, allow):
+            continue
+        check_shape(reader, entry.theirs, entry.their_shape)
+        if entry.constant is not None and bool((reader.get(entry.theirs) != entry.constant).any()):
+            assert entry.kept_by is not None
+            section, name = entry.kept_by
+            model = dataclasses.replace(
+                model, **{section: dataclasses.replace(getattr(model, section), **{name: True})}
+            )
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if rows > model.vocab_size and name in reader and bool(reader.get(name)[model.vocab_size :].any()):
+            raise ValueError(
+                f"{reader.folder}: {name} has trained rows beyond --vocab-size {model.vocab_size}; give --vocab-size "
+                f"{rows}"
+            )
+    return MappedWeights(reader, haplo_table(model, rows=rows), _ROTARY_BUFFERS, allow), model

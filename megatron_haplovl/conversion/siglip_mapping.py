@@ -1,0 +1,67 @@
+"""SigLIP's vision tower beside the training model.
+
+Its blocks are CLIP's. Around them it differs:
+
+    no class token, so that every row of its position embedding is a patch's
+    a bias on the patch embedding          added to the position embedding, which is added to the same patches
+    images normalised by 0.5 and 0.5       our patch embedding gets the same colours normalised as CLIP's are; both
+                                           are linear in the pixel, so its weight and that bias take up the difference
+    no norm in front of the blocks         ours, which is there, starts at weight 1 and bias 0; that is not the identity
+    norm and attention pooling behind      left out, as CLIP's are
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_mapping import Entry, resize_note, resize_positions, vision_blocks
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
+
+_NO_NORM = "SigLIP has none: starts at weight 1 and bias 0"
+
+
+def siglip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
+    """Names relative to SigLIP's vision tower.
+
+    Args:
+        model: sizes.
+        side: patches along one side of SigLIP's image; where the model's tile has another number, the position
+            embedding is interpolated.
+    """
+    d, k, tile = model.pre.hidden_size, model.vision.patch_size, model.vision.cells_per_side
+    patch = ("embeddings.patch_embedding.weight", (d, 3, k, k))
+    bias = ("embeddings.patch_embedding.bias", (d,))
+    with_bias = "with SigLIP's patch bias"
+    return [
+        Entry(
+            *patch,
+            ("embedding.patch.weight",),
+            ((d, 3 * k * k),),
+            lambda weight: (weight.float() * _scale()).flatten(1).to(weight.dtype),
+            note="for images normalised as CLIP's",
+        ),
+        Entry(
+            "embeddings.position_embedding.weight",
+            (side**2, d),
+            ("embedding.position",),
+            ((tile**2, d),),
+            lambda position, weight, bias: (
+                resize_positions(position.float(), tile) + bias.float() + (weight.float() * _shift()).sum((1, 2, 3))
+            ).to(position.dtype),
+            theirs_too=(patch, bias),
+            note=", ".join(filter(None, (resize_note(side, tile), with_bias))),
+        ),
+        Entry(*bias, ("embedding.pre_norm.weight",), ((d,),), torch.ones_like, note=_NO_NORM),
+        Entry(*bias, ("embedding.pre_norm.bias",), ((d,),), torch.zeros_like, note=_NO_NORM),
+        *vision_blocks(model),
+    ]
+
+
+# A pixel p is (p - mean) / std to us and (p - 0.5) / 0.5 to SigLIP, which is scale * ours + shift.
+def _scale() -> torch.Tensor:
+    return 2 * torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def _shift() -> torch.Tensor:
+    return 2 * torch.tensor(CLIP_MEAN).view(3, 1, 1) - 1

@@ -1,0 +1,262 @@
+"""The stream of batches that a training or evaluation loop reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_haplovl.config.schema import Config
+from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.data.dataset import PackDataset
+from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
+from megatron_haplovl.data.sources import IndexedSource, MockSource, Source
+from megatron_haplovl.data.tokenizer import load_tokenizer
+
+
+class BatchLoader:
+    """Batches of one rank, from a plan that all ranks share. Made by :func:`build_loader`.
+
+    Micro-batch m of step t on data-parallel rank r holds the packs
+    `t * global_batch_size + (m * dp_size + r) * micro_batch_size + j`.
+    """
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        sources: Sequence[Source],
+        config: Config,
+        *,
+        steps_available: int,
+        plan_key: str,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        self.steps_available = steps_available
+        """Steps that the plan holds."""
+        self.plan_key = plan_key
+        """Hash of all that the order of the data depends on; equal keys give equal batches."""
+        self._plan = plan
+        self._global_batch_size = config.schedule.global_batch_size
+        self._sampler = _PackNumbers(
+            steps_available, self._global_batch_size, config.schedule.micro_batch_size, dp_rank, dp_size
+        )
+        workers = config.data.num_workers
+        # A generator of its own: otherwise starting to read would advance the global random state.
+        self._loader = DataLoader(
+            PackDataset(plan, sources, config.data.seq_length, config.model.vision),
+            batch_size=None,
+            sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
+        """All micro-batches from a step on, to the last step that is available.
+
+        The batches of a step do not depend on where reading began. Only one iterator is alive at a time: a new call
+        ends the one before it.
+        """
+        self._sampler.first_step = first_step
+        return iter(self._loader)
+
+    def packs(self, numbers: Sequence[int]) -> Batch:
+        """Some packs of the plan as one batch, beside the stream."""
+        batch: Batch = self._loader.dataset[list(numbers)]
+        return batch
+
+    def counts(self, step: int) -> StepCounts:
+        """Valid tokens in the whole global batch of a step, over all ranks."""
+        first = step * self._global_batch_size
+        return self._plan.counts(range(first, first + self._global_batch_size))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class _PackNumbers:
+    """Sampler: the pack numbers of each micro-batch of one rank."""
+
+    def __init__(self, steps: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise ValueError(
+                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} "
+                f"times {dp_size} data-parallel ranks"
+            )
+        assert 0 <= dp_rank < dp_size
+        self.first_step = 0
+        self._steps, self._global, self._micro = steps, global_batch_size, micro_batch_size
+        self._rank, self._size = dp_rank, dp_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self._steps):
+            for m in range(self._global // (self._micro * self._size)):
+                first = step * self._global + (m * self._size + self._rank) * self._micro
+                yield list(range(first, first + self._micro))
+
+    def __len__(self) -> int:
+        return (self._steps - self.first_step) * (self._global // (self._micro * self._size))
+
+
+def build_loader(
+    paths: tuple[str, ...],
+    config: Config,
+    *,
+    num_steps: int,
+    dp_rank: int,
+    dp_size: int,
+    aux_paths: tuple[str, ...] = (),
+    shuffle: bool = True,
+    barrier: Callable[[], None] | None = None,
+    is_builder: bool | None = None,
+    log: Callable[[str], None],
+) -> BatchLoader:
+    """Open the data, check it against the configuration, and plan it.
+
+    Args:
+        paths: one prefix, or weight-prefix pairs. Not read with `config.data.mock_data`.
+        config: model, data, schedule and seed.
+        num_steps: steps that will be asked for.
+        dp_rank: this process among those that read different data.
+        dp_size: their number.
+        aux_paths: auxiliary samples to join (stage 1), in the same form.
+        shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
+            epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
+            last global batch is filled up with empty packs (all padding, counted nowhere), so that no sample counts
+            twice.
+        barrier: waits for all processes; without it, each process builds what it does not find.
+        is_builder: whether this process builds the plan; default: data-parallel rank 0, or every process if there is
+            no barrier.
+        log: receives lines for the user.
+
+    Raises:
+        ValueError: a file is missing or truncated, data made with another tokenizer, token ids outside the vocabulary,
+            a sample longer than the sequence, or batch sizes that do not divide.
+    """
+    settings = PlanSettings(
+        seed=config.run.seed,
+        seq_length=config.data.seq_length,
+        packing=config.data.packing,
+        shuffle=shuffle,
+        skip_long_samples=config.data.skip_long_samples,
+    )
+    batch = config.schedule.global_batch_size
+    # An evaluation reads the first epoch only.
+    needed = max(1, num_steps) * batch if shuffle else 1
+    started = time.monotonic()
+    if config.data.mock_data:
+        mock_seed = settings.seed if shuffle else settings.seed + 1
+        mock = MockSource(config.model.vocab_size, config.model.vision, settings.seq_length, mock_seed)
+        inputs = PlanInputs([(1.0, mock)], [], config.model.vision, settings)
+        plan = PackPlan([build_epoch(*inputs.blend(), settings, 0)], cycle=shuffle)
+    else:
+        inputs = PlanInputs(open_sources(paths, config), open_sources(aux_paths, config), config.model.vision, settings)
+        _check_one_tokenizer([source for _, source in inputs.main + inputs.aux])
+        first_prefix = Path(inputs.main[0][1].name)
+        cache = Path(config.data.data_cache_path) if config.data.data_cache_path else first_prefix.parent / _CACHE
+        plan = cached_plan(
+            inputs,
+            cache,
+            min_packs=needed,
+            is_builder=(dp_rank == 0 or barrier is None) if is_builder is None else is_builder,
+            barrier=barrier or (lambda: None),
+            log=log,
+        )
+    _log_plan(plan, inputs, time.monotonic() - started, log)
+    return BatchLoader(
+        plan,
+        [source for _, source in inputs.main + inputs.aux],
+        config,
+        plan_key=inputs.key,
+        steps_available=num_steps if shuffle else min(num_steps, -(-plan.num_packs // batch)),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+_CACHE = "pack_plan_cache"
+
+
+def parse_blend(paths: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Read `PREFIX` or `WEIGHT PREFIX WEIGHT PREFIX ...`.
+
+    Raises:
+        ValueError: anything else, or a weight that is not positive.
+    """
+    if len(paths) == 1:
+        return [(1.0, paths[0])]
+    if len(paths) % 2:
+        raise ValueError(f"data paths must be one prefix or pairs of weight and prefix, got {' '.join(paths)!r}")
+    pairs = []
+    for weight, prefix in zip(paths[::2], paths[1::2], strict=True):
+        try:
+            value = float(weight)
+        except ValueError as error:
+            raise ValueError(f"{weight!r} before {prefix!r} is not a weight; give WEIGHT PREFIX pairs") from error
+        if not 0 < value < float("inf"):
+            raise ValueError(f"the weight {weight} of {prefix!r} must be positive")
+        pairs.append((value, prefix))
+    return pairs
+
+
+def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, Source]]:
+    """Open preprocessed data and check it against the model and its tokenizer.
+
+    Raises:
+        ValueError: see :func:`build_loader`.
+    """
+    if not paths:
+        return []
+    fingerprint = None
+    if config.data.tokenizer_model is not None:
+        fingerprint = load_tokenizer(config.data.tokenizer_model).fingerprint
+    sources: list[tuple[float, Source]] = []
+    for weight, prefix in parse_blend(paths):
+        source = IndexedSource(prefix)
+        if fingerprint is not None and source.manifest.tokenizer_fingerprint != fingerprint:
+            raise ValueError(
+                f"{prefix} was preprocessed with another tokenizer (fingerprint "
+                f"{source.manifest.tokenizer_fingerprint[:12]}) than --tokenizer-model {config.data.tokenizer_model} "
+                f"({fingerprint[:12]}); preprocess it again with this one"
+            )
+        largest = source.manifest.counts.largest_token_id
+        if largest >= config.model.vocab_size:
+            raise ValueError(
+                f"{prefix} contains the token id {largest}, outside of --vocab-size {config.model.vocab_size}"
+            )
+        sources.append((weight, source))
+    return sources
+
+
+def _check_one_tokenizer(sources: list[Source]) -> None:
+    """Data of two tokenizers in one run would train on nonsense, in silence."""
+    indexed = [source for source in sources if isinstance(source, IndexedSource)]
+    for source in indexed[1:]:
+        if source.manifest.tokenizer_fingerprint != indexed[0].manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{indexed[0].name} and {source.name} were preprocessed with different tokenizers; preprocess one of "
+                "them again"
+            )
+
+
+def _log_plan(plan: PackPlan, inputs: PlanInputs, seconds: float, log: Callable[[str], None]) -> None:
+    first = plan.epochs[0]
+    totals = dict(zip(COUNT_NAMES, first.counts.sum(axis=0).tolist(), strict=True))
+    fill = totals["tokens"] / (first.num_packs * inputs.settings.seq_length)
+    log(
+        f"pack plan: {totals['documents']} documents in {first.num_packs} packs per epoch ({100 * fill:.1f} % filled), "
+        f"{len(plan.epochs)} epochs planned, {seconds:.1f} s"
+    )
+    if first.stats["skipped_long"]:
+        limit = inputs.settings.seq_length
+        log(f"pack plan: {first.stats['skipped_long']} samples left out, longer than {limit} tokens")
+    if inputs.aux:
+        log(f"pack plan: {first.stats['not_joined']} main samples stayed alone, too long with an auxiliary sample")

@@ -1,0 +1,104 @@
+"""DeepSpeed's engine around this rank's part of the model, with losses, optimizer and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_haplovl.config.schema import Config
+from megatron_haplovl.data.batch import Batch
+from megatron_haplovl.engine.clipping import GradientClipping
+from megatron_haplovl.engine.deepspeed_config import deepspeed_config
+from megatron_haplovl.engine.optimizer import build_optimizer
+from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage, pipeline_module
+from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps, PipelineLoss
+from megatron_haplovl.engine.topology import DeepSpeedTopology
+from megatron_haplovl.losses.terms import LossTerm
+from megatron_haplovl.model.haplovl import HaploVLForDistillation
+from megatron_haplovl.parallel.sharded_model import ShardedModel
+
+HeadInputs = Callable[[Batch], tuple[Any, ...]]
+"""Micro-batch -> what the model's head is given besides the hidden state: the batch itself, targets, loss function."""
+
+
+def build_engine(
+    model: ShardedModel,
+    config: Config,
+    device: torch.device,
+    head_inputs: HeadInputs,
+    terms: tuple[LossTerm, ...],
+    optimizer_groups: list[dict[str, Any]],
+) -> tuple[Any, DirectSteps | PipelinedSteps]:
+    """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights; pipeline.
+
+    Args:
+        model: this rank's part of it, on the host.
+        config: the run's settings.
+        device: what it will run on.
+        head_inputs: what the model's head is given besides the hidden state.
+        terms: the losses, and what each is divided by.
+        optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group, some of them empty.
+    """
+    import deepspeed
+
+    groups, zero_stage = model.groups, config.parallel.zero_stage
+    settings = deepspeed_config(config, groups.data.size)
+    placeholders = _fill_empty_groups(optimizer_groups)
+    offloaded = config.parallel.offload_optimizer == "cpu"
+    optimizer = build_optimizer(optimizer_groups, config.optimizer, device, offloaded=offloaded)
+    clipping = None
+    if zero_stage == 0:
+        clipping = GradientClipping(model, config.optimizer.clip_grad)
+        optimizer.register_step_pre_hook(clipping)
+
+    def grad_norm() -> float:
+        return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
+
+    if isinstance(model.module, HaploVLForDistillation) and zero_stage == 3:
+        # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
+        deepspeed.zero.register_external_parameter(model.module.distillation, model.module.embedding.text.weight)
+    initialize = partial(deepspeed.initialize, optimizer=optimizer, config=settings, dist_init_required=False)
+
+    if model.stages is None:
+        engine, *_ = initialize(model=model.module, mpu=DeepSpeedTopology(groups) if groups.tensor.size > 1 else None)
+        steps: DirectSteps | PipelinedSteps = DirectSteps(
+            engine,
+            lambda batch: engine(*head_inputs(batch)),
+            terms,
+            grad_norm,
+            replicas=groups.replicas.size,
+            device=device,
+        )
+        return engine, steps
+
+    loss = PipelineLoss(
+        lambda hidden_BSD, batch: model.module.losses(hidden_BSD, *head_inputs(batch)),
+        terms,
+        scale=settings["gradient_accumulation_steps"] * groups.replicas.size,
+        device=device,
+    )
+    slot = MicroBatchSlot()
+    stage = PipelineStage(model.module, model.stages.of(groups.pipeline.rank), slot, loss, placeholders)
+    engine, *_ = initialize(model=pipeline_module(stage, groups))
+    # DeepSpeed would receive gradients in the buffer of activations, whatever their number formats.
+    engine._allocate_or_extend_buffers = lambda _index, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+    reads_data = stage.is_first or stage.is_last
+    return engine, PipelinedSteps(engine, slot, loss, grad_norm, optimizer, reads_data=reads_data)
+
+
+def _fill_empty_groups(groups: list[dict[str, Any]]) -> torch.nn.ParameterList:
+    """Give a placeholder, which nothing uses, to every group that has no parameter on this stage.
+
+    DeepSpeed adds up the gradient norm group by group over the stages, so every stage must have the same groups.
+    """
+    placeholders = torch.nn.ParameterList()
+    for group in groups:
+        if not group["params"]:
+            placeholders.append(torch.nn.Parameter(torch.zeros(1)))
+            # So that no rank has nothing to take the norm of, which DeepSpeed does not expect.
+            placeholders[-1].tensor_model_parallel = True
+            group["params"].append(placeholders[-1])
+    return placeholders

@@ -1,0 +1,187 @@
+"""How a step's micro-batches go through DeepSpeed: one after the other, or through its pipeline.
+
+Both classes do the same for the loop. They differ in who calls forward and backward: we do, or DeepSpeed's schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.engine.metrics import total_loss
+from megatron_haplovl.engine.pipeline import MicroBatchSlot
+from megatron_haplovl.losses.terms import LossTerm
+
+Sums = dict[str, torch.Tensor]
+"""Losses of this rank's micro-batches, summed over tokens."""
+
+
+class DirectSteps:
+    """Every rank runs whole micro-batches.
+
+    Args:
+        engine: DeepSpeed's ordinary engine.
+        losses: micro-batch -> sums of the losses, through the engine.
+        terms: what the sums are divided by.
+        grad_norm: the norm of the last step's gradients before clipping.
+        replicas: ranks over which DeepSpeed averages gradients.
+        device: where the batches are needed.
+    """
+
+    reads_data = True
+    """Whether this rank reads batches at all."""
+
+    def __init__(
+        self,
+        engine: Any,
+        losses: Callable[[Batch], Sums],
+        terms: Sequence[LossTerm],
+        grad_norm: Callable[[], float],
+        *,
+        replicas: int,
+        device: torch.device,
+    ) -> None:
+        self._engine, self._losses, self._terms, self._grad_norm = engine, losses, terms, grad_norm
+        self._replicas, self._device = replicas, device
+
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, before_update: Callable[[Sums], None]) -> float:
+        """One optimizer step.
+
+        Args:
+            micro_batches: as many as the engine accumulates are taken.
+            counts: valid tokens of the whole global batch.
+            before_update: called once with this rank's sums, when no weight has changed yet.
+
+        Returns:
+            The gradients' norm before clipping, over all ranks.
+        """
+        sums = _zeros(self._terms, self._device)
+        accumulation = self._engine.gradient_accumulation_steps()
+        for micro_step in range(accumulation):
+            found = self._losses(next(micro_batches).to(self._device))
+            # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed
+            # over ranks; DeepSpeed averages them, which the factor undoes.
+            loss = total_loss(found, self._terms, counts) * self._replicas
+            self._engine.backward(loss, scale_wrt_gas=False)
+            _add(sums, found)
+            if micro_step == accumulation - 1:
+                before_update(sums)
+            self._engine.step()
+        return self._grad_norm()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
+        """This rank's sums over `number` micro-batches, in evaluation mode."""
+        sums = _zeros(self._terms, self._device)
+        self._engine.eval()
+        for _ in range(number):
+            _add(sums, self._losses(next(micro_batches).to(self._device)))
+        self._engine.train()
+        return sums
+
+
+class PipelineLoss:
+    """What the last stage ends in: from what the head reads to the loss of a micro-batch. Keeps the sums.
+
+    It is part of the stage's forward pass. A loss function beside it, as DeepSpeed takes one, would lose the head's
+    bf16 gradients: DeepSpeed clears what it finds when backward reaches the forward pass's output.
+
+    Args:
+        losses: (what the head reads, micro-batch) -> sums of the losses.
+        terms: what the sums are divided by.
+        scale: undoes DeepSpeed's averages over micro-batches and replicas.
+        device: where the batches are needed.
+    """
+
+    def __init__(
+        self,
+        losses: Callable[[torch.Tensor, Batch], Sums],
+        terms: Sequence[LossTerm],
+        *,
+        scale: float,
+        device: torch.device,
+    ) -> None:
+        self._losses, self._terms, self._scale, self._device = losses, terms, scale, device
+        self.counts = StepCounts(0, 0, 0, 0, 0)
+        """Valid tokens of the whole global batch that is under way."""
+        self.sums = _zeros(terms, device)
+
+    def __call__(self, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        found = self._losses(hidden_BSD, batch.to(self._device))
+        _add(self.sums, found)
+        return total_loss(found, self._terms, self.counts) * self._scale
+
+    def start(self, counts: StepCounts | None = None) -> None:
+        """Forget the sums and begin anew; without counts, only sums are wanted."""
+        self.sums = _zeros(self._terms, self._device)
+        if counts is not None:
+            self.counts = counts
+
+
+class PipelinedSteps:
+    """Every rank runs its stage; DeepSpeed's schedule calls forward, backward and the optimizer.
+
+    Args:
+        engine: DeepSpeed's pipeline engine.
+        slot: where the stage looks for whole micro-batches.
+        loss: what the last stage ends in.
+        grad_norm: as for :class:`DirectSteps`.
+        optimizer: the optimizer that is behind the engine's.
+        reads_data: whether this is the first or the last stage.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        slot: MicroBatchSlot,
+        loss: PipelineLoss,
+        grad_norm: Callable[[], float],
+        optimizer: torch.optim.Optimizer,
+        *,
+        reads_data: bool,
+    ) -> None:
+        self._engine, self._slot, self._loss, self._grad_norm = engine, slot, loss, grad_norm
+        self.reads_data = reads_data
+        self._before_update: Callable[[Sums], None] | None = None
+        # The schedule ends in the optimizer's step, so that what comes before it must be hooked in.
+        optimizer.register_step_pre_hook(lambda *_: self._call_before_update())
+
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, before_update: Callable[[Sums], None]) -> float:
+        """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
+        self._loss.start(counts)
+        self._before_update = before_update
+        self._engine.train_batch(self._for_schedule(micro_batches))
+        self._call_before_update()
+        return self._grad_norm()
+
+    def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
+        """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
+        self._loss.start()
+        self._engine.eval_batch(
+            self._for_schedule(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=number
+        )
+        return self._loss.sums
+
+    def _for_schedule(self, micro_batches: Iterator[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[()]]]:
+        """What DeepSpeed hands to the first stage, and no labels; the rest of a batch goes by the slot."""
+        for batch in micro_batches:
+            self._slot.put(batch)
+            yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
+
+    def _call_before_update(self) -> None:
+        # ZeRO steps group by group, and not at all where gradients are not finite.
+        if self._before_update is not None:
+            before_update, self._before_update = self._before_update, None
+            before_update(self._loss.sums)
+
+
+def _zeros(terms: Sequence[LossTerm], device: torch.device) -> Sums:
+    return {term.name: torch.zeros((), device=device) for term in terms}
+
+
+def _add(sums: Sums, found: Sums) -> None:
+    for name, value in found.items():
+        sums[name] += value.detach()
