@@ -169,8 +169,8 @@ def _addmm_operations(_: object, a_shape: list[int], b_shape: list[int], **__: o
 def count_operations(model: HaploVL, trained: frozenset[str]) -> tuple[dict[str, float], float]:
     """Operations of each layer's forward pass and of the whole backward pass, counted by torch as they are done."""
     batch = make_batch(model_config(), (0,), 20)  # One image: every pair is visible, and a dense kernel does them all.
-    context = dataclasses.replace(
-        model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
+    inputs = dataclasses.replace(
+        model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
     )
     forward: dict[str, float] = {}
 
@@ -182,10 +182,10 @@ def count_operations(model: HaploVL, trained: frozenset[str]) -> tuple[dict[str,
 
     x = counted("embedding", lambda: model.embedding(batch))
     for i, block in enumerate(model.pre_decoder):
-        x = counted(f"pre_decoder.{i}", lambda b=block, x=x: b(x, context))
+        x = counted(f"pre_decoder.{i}", lambda b=block, x=x: b(x, inputs))
     x = counted("connector", lambda: model.connector(x))
     for i, block in enumerate(model.post_decoder):
-        x = counted(f"post_decoder.{i}", lambda b=block, x=x: b(x, context))
+        x = counted(f"post_decoder.{i}", lambda b=block, x=x: b(x, inputs))
     x = counted("final_norm", lambda: model.final_norm(x))
     labels = torch.zeros(7, dtype=torch.int64)
     loss = counted("lm_head", lambda: next_token_loss(x.flatten(0, 1)[:7], model.lm_head.weight, labels)["lm loss"])
@@ -221,8 +221,8 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
 
     model = build(model_config(), torch.float32, False, STAGE2)
     batch = make_batch(model_config(), (0,), 20)
-    context = dataclasses.replace(
-        model.context(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
+    inputs = dataclasses.replace(
+        model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
     )
     for recompute in ("none", "selective", "full"):
         layers = predict_layers(model_config(), batch, torch.float32, recompute, False, STAGE2)
@@ -230,7 +230,7 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
             width = block.attention_norm.weight.numel()
             x = torch.randn(1, 20, width, requires_grad=True)
             with FlopCounterMode(display=False) as counter:
-                run_block(block, x, context, recompute).sum().backward()
+                run_block(block, x, inputs, recompute).sum().backward()
             layer = layers[name]
             assert layer.forward.total + layer.backward.total + layer.recomputed.total == counter.get_total_flops()
 
