@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_haplovl.config.cli import add_settings, build_config
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
-from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
+from megatron_haplovl.config.stages import RECIPES
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.planning.estimate import Estimate, estimate
@@ -50,12 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = _sequence(arguments, config)
     except ValueError as error:
         parser.error(str(error))
-    workload = Workload(
-        model=config.model,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.schedule.global_batch_size,
-        stage1=config.recipe.recipe == "distill",
-    )
+    workload = Workload.of(config)
     cluster = _cluster(arguments)
 
     plans: list[Estimate] = []
@@ -201,8 +197,8 @@ def _config(arguments: argparse.Namespace) -> Config:
         overrides["data", "seq_length"] = arguments.seq_length
     if arguments.global_batch_size is not None:
         overrides["schedule", "global_batch_size"] = arguments.global_batch_size
-    stage = "pretrain" if overrides.get(("recipe", "recipe")) == "distill" else "finetune"
-    config = build_config(stage, arguments.model, overrides)
+    recipe = overrides.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
+    config = build_config(RECIPES[recipe].stage.name, arguments.model, overrides)
     validate_model(config.model)
     for flag, value in (
         ("--gpus", arguments.gpus),
@@ -234,12 +230,11 @@ def _sequence(arguments: argparse.Namespace, config: Config) -> Work:
     side = vision.image_size * (2 if vision.image_aspect_ratio == "anyres" and vision.max_tiles >= 4 else 1)
     height, width = arguments.image_pixels or (side, side)
     image = image_layout(height, width, vision)
-    stage1 = config.recipe.recipe == "distill"
     return work_of_sequence(
         config.data.seq_length,
         images=[image.num_tokens] * arguments.images_per_document,
         text=arguments.text_tokens,
-        trained=arguments.text_tokens if stage1 else arguments.trained_tokens,
+        trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
         newlines=image.num_tokens - image.num_patches,
         cells_per_tile=vision.cells_per_tile,
         image_attention=config.model.image_attention,
@@ -419,7 +414,7 @@ def _write_json(
 ) -> None:
     content = {
         "arguments": vars(arguments),
-        "workload": dataclasses.asdict(workload),
+        "workload": {**dataclasses.asdict(workload), "stage": workload.stage.name},
         "sequence": dataclasses.asdict(work),
         "recommended": None if best is None else _record(best),
         "possible": [_record(plan) for plan in plans],

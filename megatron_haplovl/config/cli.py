@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS, STAGE_RECIPES
+from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.stages import STAGES, recipes_of
 from megatron_haplovl.config.validate import validate
 
 # Spelt with an underscore by every DeepSpeed user.
@@ -151,8 +152,8 @@ def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) 
     Raises:
         ValueError: an unknown stage or model, or a recipe of the other stage.
     """
-    if stage not in STAGE_DEFAULTS:
-        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGE_DEFAULTS)}")
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGES)}")
     if model not in MODELS:
         raise ValueError(f"unknown model preset {model!r}; choose from {sorted(MODELS)}")
     config = Config(model=MODELS[model])
@@ -162,10 +163,10 @@ def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) 
     settings["data", "seq_length"] = SEQ_LENGTHS[model]
     for path, value in {**settings, **overrides}.items():
         config = _replace(config, path, tuple(value) if isinstance(value, list) else value)
-    if config.recipe.recipe not in STAGE_RECIPES[stage]:
-        raise ValueError(
-            f"{stage}_haplovl.py trains --recipe {' or '.join(STAGE_RECIPES[stage])}, not {config.recipe.recipe}"
-        )
+    # A stage's other defaults would not fit another stage's recipe.
+    recipes = recipes_of(STAGES[stage])
+    if config.recipe.recipe not in recipes:
+        raise ValueError(f"{stage}_haplovl.py trains --recipe {' or '.join(recipes)}, not {config.recipe.recipe}")
     return config
 
 
