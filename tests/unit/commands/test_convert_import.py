@@ -1,4 +1,4 @@
-"""convert_checkpoint.py import: Hugging Face folders become checkpoints that a run starts from."""
+"""haplovl-convert import: Hugging Face folders become checkpoints that a run starts from."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from transformers import (
 
 from megatron_haplovl.checkpoint.folders import read_iteration, resolve_checkpoint
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
+from megatron_haplovl.commands import convert
 from megatron_haplovl.config.cli import build_config, flags_to_reach
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
@@ -34,7 +35,6 @@ from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.initial_weights import fill_weights
 from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model
-from tools import convert_checkpoint
 
 _LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 16)
 # Largest differences over ten seeds and all cases below: 1.1e-6 of a layer (values up to 6.7), 1.7e-6 at the end.
@@ -68,7 +68,7 @@ def _flags(model: ModelConfig) -> list[str]:
 
 
 def _import(save: Path, model: ModelConfig, *words: str) -> Path:
-    convert_checkpoint.main(["import", *_flags(model), "--save", str(save), *words])
+    convert.main(["import", *_flags(model), "--save", str(save), *words])
     return resolve_checkpoint(save)
 
 
