@@ -16,6 +16,7 @@ from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.live_bytes import LiveBytes, all_tensors
 from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS, memory_config
+from tests.distributed.topology import forget_topology
 
 
 def main(path: Path) -> None:
@@ -25,8 +26,7 @@ def main(path: Path) -> None:
     records = []
     for case in CASES:
         others = list(all_tensors())
-        # DeepSpeed keeps the last engine's topology in a global.
-        deepspeed.utils.groups.mpu = None
+        forget_topology()
         run = setup(memory_config(case, str(settings)))
         mine = measure(run, others)
         run.engine.destroy()

@@ -6,13 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config
 from tests.distributed.test_resume import CASES, CASES_OF_4_RANKS, RESUMED_AFTER, TRAIN_ITERS
+from tests.distributed.topology import forget_topology
 
 
 def main(folder: Path) -> None:
@@ -38,8 +38,7 @@ def main(folder: Path) -> None:
                 **layout,
                 **flags,
             )
-            # DeepSpeed keeps the last engine's topology in a global.
-            deepspeed.utils.groups.mpu = None
+            forget_topology()
             run = setup(c)
             train(run)
             run.logger.close()
