@@ -51,6 +51,6 @@ setup(
             "setuptools>=77",
             "triton>=3.6; platform_system == 'Linux'",
         ],
-        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5"],
+        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4"],
     },
 )
