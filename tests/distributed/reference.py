@@ -66,9 +66,14 @@ def train_serially(c: Config) -> tuple[list[dict[str, float]], dict[str, torch.T
         sum(losses.values()).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         if not gradients:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+            gradients = {name: _gradient(p) for name, p in model.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.clip_grad_norm_(trained, c.optimizer.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         metrics.append({**{name: loss.item() for name, loss in losses.items()}, "grad norm": norm.item()})
     return metrics, gradients, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.clone()

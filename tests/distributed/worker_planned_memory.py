@@ -44,7 +44,7 @@ def measure(run: Run, others: list[Any]) -> dict[str, Any]:
     accumulated = run.engine.gradient_accumulation_steps()
     stages = run.model.stages
     work = [
-        vars(work_of_batch(batch, run.config.recipe.recipe == "distill"))
+        vars(work_of_batch(batch, run.config.stage))
         for batch in islice(run.train_data.micro_batches(MEASURED_STEP), accumulated)
     ]
     batches = run.train_data.micro_batches()

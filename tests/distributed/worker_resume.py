@@ -18,11 +18,7 @@ from tests.distributed.topology import forget_topology
 def main(folder: Path) -> None:
     two_ranks = os.environ["WORLD_SIZE"] == "2"
     for name, recipe, zero_stage, bf16, layout in CASES if two_ranks else CASES_OF_4_RANKS:
-        for variant, flags in (
-            ("whole", {}),
-            ("stopped", {"checkpoint__exit_interval": RESUMED_AFTER}),
-            ("resumed", {}),
-        ):
+        for variant in ("whole", "stopped", "resumed"):
             save = str(folder / name / ("whole" if variant == "whole" else "broken"))
             c = config(
                 recipe,
@@ -36,7 +32,7 @@ def main(folder: Path) -> None:
                 logging__log_interval=1,
                 logging__metrics_file=str(folder / name / f"{variant}.jsonl"),
                 **layout,
-                **flags,
+                checkpoint__exit_interval=RESUMED_AFTER if variant == "stopped" else None,
             )
             forget_topology()
             run = setup(c)

@@ -40,7 +40,7 @@ def root(tmp_path):
 
 
 def find(path, **options):
-    log = []
+    log: list[str] = []
     return find_resumable(path, ONE, log.append, **options), log
 
 

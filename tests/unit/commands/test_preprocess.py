@@ -54,7 +54,7 @@ def test_what_is_written_is_what_was_given(
             (tiny_llava_dataset.image_folder / image).read_bytes() for image in images
         ]
         text = tokenizer.hf.decode(sample.token_ids[~sample.is_image].tolist(), skip_special_tokens=True)
-        trained = tokenizer.hf.decode(sample.token_ids[sample.loss_mask == 1].tolist(), skip_special_tokens=True)
+        trained = str(tokenizer.hf.decode(sample.token_ids[sample.loss_mask == 1].tolist(), skip_special_tokens=True))
         answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
         assert trained.split() == " ".join(answers).split()
         assert all(turn["value"].removeprefix("<image>\n").split()[-1] in text for turn in record["conversations"])
