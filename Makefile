@@ -1,21 +1,14 @@
-# For developers, in an environment with `pip install -c constraints.txt -e ".[test,dev]"`.
-.PHONY: check format lint types imports test
+# For developers. Everything runs in .venv, which is made at first use (tools/environment.sh).
+.PHONY: check full format test
 
-check: lint types imports test
+check:
+	bash tests/check.sh
+
+full:
+	bash tests/check.sh --full
 
 format:
-	ruff format .
-	ruff check --fix .
-
-lint:
-	ruff format --check .
-	ruff check .
-
-types:
-	mypy
-
-imports:
-	lint-imports
+	bash -c 'export EXTRAS=test,dev; source tools/environment.sh && ruff format . && ruff check --fix .'
 
 test:
 	bash tests/run.sh

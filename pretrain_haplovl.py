@@ -1,24 +1,6 @@
-r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillation (paper Sec. 3.2).
+"""Stage 1 from this checkout; see `megatron_haplovl/pretrain.py`."""
 
-    deepspeed pretrain_haplovl.py --model haplovl-debug --mock-data \
-        --train-iters 10 --lr-warmup-iters 0 --global-batch-size 4
-"""
-
-from megatron_haplovl.config.cli import parse_args
-from megatron_haplovl.training.loop import train
-from megatron_haplovl.training.refusals import refusals_in_one_line
-from megatron_haplovl.training.setup import setup
-
-
-def main() -> None:
-    config = parse_args(
-        "pretrain", "Stage 1, modal expansion: distil CLIP and the text embedding into the pre-decoder."
-    )
-    with refusals_in_one_line():
-        run = setup(config)
-    train(run)
-    run.close()
-
+from megatron_haplovl.pretrain import main
 
 if __name__ == "__main__":
     main()

@@ -1,31 +1,44 @@
 """Package metadata. Exact versions for a reproducible environment are in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_ROOT = Path(__file__).parent
+_VERSION = re.search(r'^__version__ = "(.+)"$', (_ROOT / "megatron_haplovl/__init__.py").read_text(), re.MULTILINE)
+assert _VERSION is not None
+
 setup(
     name="megatron-haplovl",
-    version="0.1.0",
+    version=_VERSION[1],
     description="Distributed training of HaploVL, an early-fusion vision-language model in one transformer",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_haplovl", "megatron_haplovl.*"]),
-    package_data={"megatron_haplovl.data": ["templates/*.jinja"]},
+    package_data={"megatron_haplovl": ["py.typed"], "megatron_haplovl.data": ["templates/*.jinja"]},
+    entry_points={
+        "console_scripts": [
+            f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
+            for command in ("preprocess", "convert", "evaluate", "generate", "plan")
+        ]
+    },
     python_requires=">=3.11",
+    # The lower bounds are tested by tests/lower_bounds.txt (see CONTRIBUTING.md).
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.18",
+        # Its privates are used (megatron_haplovl/engine), and may change in any release.
+        "deepspeed>=0.18,<0.20",
         "transformers>=5.17",
-        "tokenizers>=0.22",
-        "safetensors>=0.5",
+        "tokenizers>=0.23.1",
+        "safetensors>=0.8",
         "sentencepiece>=0.2",
-        "protobuf",
+        "protobuf>=4.21.12",
         "numpy>=1.26",
         "pillow>=10",
         "jinja2>=3.1",
-        "tqdm",
+        "tqdm>=4.60",
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],
@@ -35,8 +48,9 @@ setup(
             "megatron-core>=0.16",
             "tensorboard",
             "matplotlib>=3.8",
+            "setuptools>=77",
             "triton>=3.6; platform_system == 'Linux'",
         ],
-        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5"],
+        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4"],
     },
 )

@@ -12,7 +12,7 @@ if [ "${1:-}" = "--full" ]; then
   selection=()
   shift
 fi
-EXTRAS=test source tools/environment.sh
+EXTRAS="${EXTRAS:-test}" source tools/environment.sh
 # A run that was killed while it compiled leaves a lock behind, for which the next one would wait for ever.
 if [ -d "$TORCH_EXTENSIONS_DIR" ]; then
   find "$TORCH_EXTENSIONS_DIR" -name lock -delete

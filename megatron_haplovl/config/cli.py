@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
         description: first lines of `--help`.
     """
     parser = argparse.ArgumentParser(
-        usage=f"deepspeed {stage}_haplovl.py --model NAME [flags]",
+        usage=f"deepspeed {_started(stage)} --model NAME [flags]",
         description=description,
         epilog=f"Unset flags take the model preset's value, then the default of this stage: {_stage_summary(stage)}.",
         allow_abbrev=False,
@@ -113,6 +114,12 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
         section = typing.get_type_hints(Config)[f.name]
         add_settings(parser, section, (f.name,))
     return parser
+
+
+def _started(stage: str) -> str:
+    """The script, or the module where that is what was started: a wheel has no scripts."""
+    module, main = f"megatron_haplovl.{stage}", sys.modules["__main__"].__spec__
+    return f"--module {module}" if main is not None and main.name == module else f"{stage}_haplovl.py"
 
 
 def _stage_summary(stage: str) -> str:

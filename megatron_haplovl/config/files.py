@@ -43,7 +43,7 @@ def read_config(checkpoint: str | Path) -> Config:
     if "model_type" in values:
         raise ValueError(
             f"{path}: is that of a Hugging Face model; give its folder as --language-model or --vision-teacher, or "
-            "convert it (tools/convert_checkpoint.py import)"
+            "convert it (haplovl-convert import)"
         )
     values.pop("iteration", None)
     config = _build(Config, values, str(path))

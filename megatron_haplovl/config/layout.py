@@ -1,6 +1,6 @@
 """How the ranks of a run are arranged, and which arrangements are possible. Pure arithmetic on settings.
 
-Used by the checks at start and by `tools/plan_parallelism.py`, so that both refuse the same things in the same words.
+Used by the checks at start and by `haplovl-plan`, so that both refuse the same things in the same words.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is packed (data preprocessed by tools/preprocess_data.py)."""
+    """What is read, and how it is packed (data preprocessed by haplovl-preprocess)."""
 
     data_path: tuple[str, ...] = setting(
         (), "prefixes of preprocessed data: one PREFIX, or WEIGHT PREFIX pairs to blend several", metavar="PREFIX"

@@ -122,7 +122,7 @@ def _validate_data(config: Config) -> None:
     if data.mock_data and (data.data_path or data.aux_data_path or data.valid_data_path):
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
     if not data.mock_data and not data.data_path:
-        raise ValueError("nothing to train on: give --data-path PREFIX (see tools/preprocess_data.py) or --mock-data")
+        raise ValueError("nothing to train on: give --data-path PREFIX (see haplovl-preprocess) or --mock-data")
     if config.logging.eval_interval is not None and not data.valid_data_path:
         raise ValueError("--eval-interval needs --valid-data-path")
 

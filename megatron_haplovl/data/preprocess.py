@@ -1,4 +1,4 @@
-"""From records to the files of a prefix. The command line around it is tools/preprocess_data.py."""
+"""From records to the files of a prefix. The command line around it is haplovl-preprocess."""
 
 from __future__ import annotations
 

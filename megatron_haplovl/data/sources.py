@@ -70,7 +70,7 @@ class Source(Protocol):
 
 
 class IndexedSource:
-    """The samples of one prefix written by tools/preprocess_data.py.
+    """The samples of one prefix written by haplovl-preprocess.
 
     Args:
         prefix: path without suffix.

@@ -81,7 +81,7 @@ def load_answerer(folder: str | Path, device: str = "auto") -> Answerer:
     if model_type != "haplo":
         raise ValueError(
             f"{folder}/config.json: model_type is {model_type!r}, not 'haplo'; export training checkpoints with "
-            "tools/convert_checkpoint.py"
+            "haplovl-convert"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

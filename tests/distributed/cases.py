@@ -67,6 +67,13 @@ SHARED_HEADS: dict[str, Any] = {
     "model__post__num_attention_heads": 8,
     "model__post__num_key_value_heads": 4,
 }
+_OFFLOADED: dict[str, dict[str, Any]] = {
+    "selective, DP 4, ZeRO 1": {"zero_stage": 1, "recompute_granularity": "selective"},
+    "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
+    "TP 2 x CP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 1},
+    "TP 2 x DP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "zero_stage": 2},
+    "TP 2 + SP x DP 2, ZeRO 3": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 3},
+}
 # Name -> (ranks, settings). With fewer ranks for tensor and context than there are, the rest is data-parallel.
 PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
     **{f"TP 2 x DP 2, ZeRO {z}": {"tensor_model_parallel_size": 2, "zero_stage": z} for z in (0, 1, 2, 3)},
@@ -114,16 +121,7 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
         **{"pipeline_model_parallel_size": 2, "zero_stage": 1},
         "recompute_granularity": "full",
     },
-    **{
-        f"optimizer on the host, {name}": {**layout, "offload_optimizer": "cpu"}
-        for name, layout in {
-            "selective, DP 4, ZeRO 1": {"zero_stage": 1, "recompute_granularity": "selective"},
-            "PP 2 x DP 2, ZeRO 1": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
-            "TP 2 x CP 2, ZeRO 1": {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "zero_stage": 1},
-            "TP 2 x DP 2, ZeRO 2": {"tensor_model_parallel_size": 2, "zero_stage": 2},
-            "TP 2 + SP x DP 2, ZeRO 3": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 3},
-        }.items()
-    },
+    **{f"optimizer on the host, {name}": {**layout, "offload_optimizer": "cpu"} for name, layout in _OFFLOADED.items()},
     "parameters on the host, full, TP 4 + SP, ZeRO 3": {
         **{"tensor_model_parallel_size": 4, "sequence_parallel": True},
         **{"offload_param": "cpu", "zero_stage": 3, "recompute_granularity": "full"},
@@ -197,6 +195,6 @@ def parallel_config(case: str, adamw: str) -> Config:
     settings |= {"precision__bf16": layout.startswith("bf16 "), "precision__compile": layout.startswith("compiled ")}
     settings["optimizer__adamw_implementation"] = adamw
     settings |= RELEASED_BLOCKS if layout.startswith("released ") else {}
-    kind = settings.get("parallel__pipeline_partition")
-    settings["parallel__pipeline_partition"] = CUTS.get((kind, recipe), kind or "auto")
+    kind = settings.get("parallel__pipeline_partition", "auto")
+    settings["parallel__pipeline_partition"] = CUTS.get((kind, recipe), kind)
     return config(recipe, **SHARED_HEADS, **settings)

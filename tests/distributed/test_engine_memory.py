@@ -48,7 +48,13 @@ def test_offloaded_memory(
 ) -> None:
     parameters, trained = LAYERS * WIDTH**2, (LAYERS - FROZEN) * WIDTH**2
     expected = engine_memory(
-        parameters, [trained], bf16=bf16, zero_stage=zero_stage, replicas=2, **dict.fromkeys(offload, True)
+        parameters,
+        [trained],
+        bf16=bf16,
+        zero_stage=zero_stage,
+        replicas=2,
+        offload_optimizer="offload_optimizer" in offload,
+        offload_param="offload_param" in offload,
     )
     total = expected.weights + expected.host
     element, share = 2 if bf16 else 4, trained / 2

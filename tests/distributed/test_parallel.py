@@ -1,6 +1,6 @@
 """Tensor, sequence, pipeline and context parallelism with ZeRO and offload against one plain torch process.
 
-The reference is that of `test_zero.py`, on data with several packed documents, several images, any-resolution images,
+The reference is `reference.py`, on data with several packed documents, several images, any-resolution images,
 text-only samples and a rank without images: losses, gradient norms, every first gradient, weights after two steps.
 
 Each of these was planted once, and made at least six of the cases fail: norm gradients of a sharded sequence not
@@ -38,7 +38,7 @@ from tests.distributed.cases import (
     parallel_case,
 )
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_zero import train_serially
+from tests.distributed.reference import train_serially
 
 # Measured worst cases over all layouts: loss 1.2e-7, norm 9.1e-8 (both relative), gradients 1.4e-6 (relative to the
 # largest of each parameter), weights 2.4e-6.

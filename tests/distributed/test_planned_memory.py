@@ -54,9 +54,7 @@ def read(path: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 def planned(case: tuple[str, int, str, str, str], rank: dict[str, Any]) -> RankMemory:
     """What the planner says of a rank for the fullest of its micro-batches."""
     config = memory_config(case, deepspeed_json=None)
-    workload = Workload(
-        config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
-    )
+    workload = Workload.of(config)
     plans = (
         estimate(
             workload,

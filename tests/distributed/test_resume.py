@@ -7,6 +7,7 @@ offload), and reading from the first pack after resuming.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_haplovl.checkpoint.pieces import PieceReader
 from tests.distributed.launch import run_ranks
 
 TRAIN_ITERS, RESUMED_AFTER = 6, 4
-CASES = [
+CASES: list[tuple[str, str, int, bool, dict[str, Any]]] = [
     (f"{recipe}-zero{zero_stage}-{'bf16' if bf16 else 'fp32'}", recipe, zero_stage, bf16, {})
     for recipe, zero_stage, bf16 in (
         ("distill", 0, False),

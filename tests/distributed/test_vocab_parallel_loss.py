@@ -66,6 +66,11 @@ def result_file(folder: Path, ranks: int, rank: int, dtype: torch.dtype, tokens:
     return folder / f"{ranks}-{rank}-{dtype}-{tokens}.pt"
 
 
+def gradient(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def reference(tokens: int) -> dict[str, torch.Tensor]:
     x = inputs(torch.float64, tokens)
     weight_VL = x.weight_VL.requires_grad_()
@@ -75,8 +80,8 @@ def reference(tokens: int) -> dict[str, torch.Tensor]:
     result = {
         "lm loss": loss,
         "lm token accuracy": (logits_MV.argmax(dim=1) == x.target_M).sum(),
-        "dhidden": x.hidden_ML.grad,
-        "dweight": weight_VL.grad,
+        "dhidden": gradient(x.hidden_ML),
+        "dweight": gradient(weight_VL),
     }
     x, teacher_ML = inputs(torch.float64, tokens), weight_VL.detach()[x.target_M]
     logits_MV = F.linear(x.hidden_ML * x.log_scale.exp(), weight_VL.detach())
@@ -88,8 +93,8 @@ def reference(tokens: int) -> dict[str, torch.Tensor]:
         "ctp loss": ctp,
         "feature loss": feature,
         "ctp accuracy": (logits_MV.argmax(dim=1) == x.target_M).sum(),
-        "dstudent": x.hidden_ML.grad,
-        "dlog_scale": x.log_scale.grad,
+        "dstudent": gradient(x.hidden_ML),
+        "dlog_scale": gradient(x.log_scale),
     }
 
 

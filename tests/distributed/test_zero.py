@@ -1,8 +1,6 @@
 """ZeRO 0-3 on two ranks against one plain torch process: losses, gradient norms and weights after two steps.
 
-The reference below knows nothing of DeepSpeed, of ranks or of accumulation: it sees the global batch as one tensor,
-divides by counts that it takes from the labels itself, and steps torch's AdamW. The two ranks see it in two
-micro-batches each.
+The reference (`reference.py`) sees the global batch as one tensor. The two ranks see it in two micro-batches each.
 
 Planted once to see these tests fail: the factor for DeepSpeed's averaging left out of `train_step`, and the counts of a
 part of the global batch instead of all of it. A mask that is causal only is the same on both sides;
@@ -11,24 +9,15 @@ part of the global batch instead of all of it. A mask that is causal only is the
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.loader import build_loader
-from megatron_haplovl.losses.distillation import distillation_loss
-from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.parallel.groups import build_groups
-from megatron_haplovl.training.initial_weights import fill_weights
-from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
-from megatron_haplovl.training.setup import build_model
-from megatron_haplovl.training.teacher import random_teacher
 from tests.distributed.cases import STEPS, config, result_file
 from tests.distributed.launch import run_ranks
+from tests.distributed.reference import train_serially, whole_batches
 
-ONE_RANK = build_groups()
 RECIPES = ("distill", "align", "full")
 
 # Measured worst cases over all recipes and stages: loss 2.3e-7, norm 1.0e-7 (relative), weights 5.3e-7.
@@ -47,59 +36,11 @@ def distributed(tmp_path_factory):
     return folder
 
 
-def whole_batches(c):
-    """The global batches of the first steps, each as one tensor, from a stream without ranks."""
-    schedule = dataclasses.replace(c.schedule, micro_batch_size=c.schedule.global_batch_size)
-    c = dataclasses.replace(c, schedule=schedule)
-    return build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1).micro_batches()
-
-
 @pytest.fixture(scope="module")
 def serial():
     """Recipe -> (losses and norms per step, weights) of the plain reference."""
     runs = {recipe: train_serially(config(recipe)) for recipe in RECIPES}
     return {recipe: (metrics, weights) for recipe, (metrics, _, weights) in runs.items()}
-
-
-def train_serially(c):
-    """(losses and norms per step, gradients of the first step, weights) of one plain process."""
-    stage1 = c.recipe.recipe == "distill"
-    teacher = random_teacher(c.model, c.init.teacher_layer, c.run.seed) if stage1 else None
-    whole = build_model(c, ONE_RANK)
-    fill_weights(whole, c)
-    model = whole.module
-    apply_recipe(model, c.recipe)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, c.optimizer),
-        lr=c.optimizer.lr,
-        betas=(c.optimizer.adam_beta1, c.optimizer.adam_beta2),
-        eps=c.optimizer.adam_eps,
-    )
-    metrics: list[dict[str, float]] = []
-    gradients: dict[str, torch.Tensor] = {}
-    batches = whole_batches(c)
-    for _ in range(STEPS):
-        batch = next(batches)
-        if teacher is None:
-            sums = model(batch, next_token_loss)
-            losses = {"lm loss": sums["lm loss"] / int((batch.labels_BS != IGNORE_INDEX).sum())}
-        else:
-            sums = model(batch, teacher(batch), distillation_loss)
-            text = int(batch.text_mask_BS.sum())
-            losses = {
-                "vision loss": sums["vision loss"] / batch.patch_target_P.numel(),
-                "feature loss": sums["feature loss"] / text,
-                "ctp loss": sums["ctp loss"] / text,
-            }
-        sum(losses.values()).backward()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not gradients:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        norm = torch.nn.utils.clip_grad_norm_(trained, c.optimizer.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics.append({**{name: loss.item() for name, loss in losses.items()}, "grad norm": norm.item()})
-    return metrics, gradients, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_a_rank_without_images_beside_one_with_images():

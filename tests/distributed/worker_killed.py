@@ -61,7 +61,8 @@ def main(folder: Path) -> None:
     while killed < KILLS:
         pid = child(folder, "killed", asynchronous=killed % 2 == 1)
         # Some saves go by, and then one is hit somewhere.
-        seen, passed = set(), random.randrange(1, 3)
+        seen: set[str] = set()
+        passed = random.randrange(1, 3)
         while len(seen) <= passed:
             seen.update(path.name for path in root.glob(".global_step*.unfinished"))
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run has ended, or failed"

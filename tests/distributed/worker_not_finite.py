@@ -6,20 +6,20 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config
+from tests.distributed.topology import forget_topology
 
 
 def main(folder: Path) -> None:
     found = {}
     for pipeline in (1, 2):
         for zero_stage, bf16 in ((0, False), (1, False), (1, True)):
-            deepspeed.utils.groups.mpu = None
+            forget_topology()
             layout = {"parallel__pipeline_model_parallel_size": pipeline, "parallel__zero_stage": zero_stage}
             run = setup(config("full", **layout, precision__bf16=bf16))
             parameters = dict(run.model.module.named_parameters())

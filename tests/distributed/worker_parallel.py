@@ -18,6 +18,7 @@ from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.cases import STEPS, parallel_config
 from tests.distributed.gather import full_weights
+from tests.distributed.topology import forget_topology
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
@@ -72,8 +73,7 @@ def on_the_host(engine: Any) -> dict[str, bool]:
 
 def main(folder: Path, adamw: str, cases: Sequence[str]) -> None:
     for case in cases:
-        # DeepSpeed keeps the last engine's topology in a global.
-        deepspeed.utils.groups.mpu = None
+        forget_topology()
         run = setup(parallel_config(case, adamw))
         gradients = gradients_before_step(run)
         batches = run.train_data.micro_batches()

@@ -16,6 +16,7 @@ from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
 from tests.distributed.live_bytes import LiveBytes, all_tensors
 from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS, memory_config
+from tests.distributed.topology import forget_topology
 
 
 def main(path: Path) -> None:
@@ -25,8 +26,7 @@ def main(path: Path) -> None:
     records = []
     for case in CASES:
         others = list(all_tensors())
-        # DeepSpeed keeps the last engine's topology in a global.
-        deepspeed.utils.groups.mpu = None
+        forget_topology()
         run = setup(memory_config(case, str(settings)))
         mine = measure(run, others)
         run.engine.destroy()
@@ -44,7 +44,7 @@ def measure(run: Run, others: list[Any]) -> dict[str, Any]:
     accumulated = run.engine.gradient_accumulation_steps()
     stages = run.model.stages
     work = [
-        vars(work_of_batch(batch, run.config.recipe.recipe == "distill"))
+        vars(work_of_batch(batch, run.config.stage))
         for batch in islice(run.train_data.micro_batches(MEASURED_STEP), accumulated)
     ]
     batches = run.train_data.micro_batches()

@@ -6,23 +6,19 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config
 from tests.distributed.test_resume import CASES, CASES_OF_4_RANKS, RESUMED_AFTER, TRAIN_ITERS
+from tests.distributed.topology import forget_topology
 
 
 def main(folder: Path) -> None:
     two_ranks = os.environ["WORLD_SIZE"] == "2"
     for name, recipe, zero_stage, bf16, layout in CASES if two_ranks else CASES_OF_4_RANKS:
-        for variant, flags in (
-            ("whole", {}),
-            ("stopped", {"checkpoint__exit_interval": RESUMED_AFTER}),
-            ("resumed", {}),
-        ):
+        for variant in ("whole", "stopped", "resumed"):
             save = str(folder / name / ("whole" if variant == "whole" else "broken"))
             c = config(
                 recipe,
@@ -36,10 +32,9 @@ def main(folder: Path) -> None:
                 logging__log_interval=1,
                 logging__metrics_file=str(folder / name / f"{variant}.jsonl"),
                 **layout,
-                **flags,
+                checkpoint__exit_interval=RESUMED_AFTER if variant == "stopped" else None,
             )
-            # DeepSpeed keeps the last engine's topology in a global.
-            deepspeed.utils.groups.mpu = None
+            forget_topology()
             run = setup(c)
             train(run)
             run.sinks.close()

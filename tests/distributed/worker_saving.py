@@ -85,16 +85,17 @@ def main(folder: Path) -> None:
         run(folder, "no folder", "file")
     except ValueError as error:
         found["no folder"] = str(error)
-    for name, flags in (
+    refused: tuple[tuple[str, dict[str, Any]], ...] = (
         ("other parts", {"recipe__freeze_post_decoder": True, "checkpoint__load": str(folder / "beside")}),
         ("damaged", {"checkpoint__load": str(folder / "whole")}),
         ("damaged weights", {"init__pretrained_checkpoint": str(folder / "whole")}),
-    ):
+    )
+    for name, flags in refused:
         try:
             run(folder, name, "other", **flags)
         except ValueError as error:
             found[name] = str(error)
-    fallback = {"checkpoint__load": str(folder / "whole"), "checkpoint__allow_fallback": True}
+    fallback: dict[str, Any] = {"checkpoint__load": str(folder / "whole"), "checkpoint__allow_fallback": True}
     run(folder, "fallback", "other", **fallback)
     run(folder, "fallback weights", "yet another", **fallback, checkpoint__finetune=True)
     dist.barrier()

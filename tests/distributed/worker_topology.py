@@ -6,18 +6,17 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import SHARED_HEADS, config
 from tests.distributed.test_topology import LAYOUTS, RECIPES, SAVED_AFTER, TRAIN_ITERS
+from tests.distributed.topology import forget_topology
 
 
 def run(recipe: str, layout: str, metrics: Path, **flags: object) -> None:
-    # DeepSpeed keeps the last engine's topology in a global.
-    deepspeed.utils.groups.mpu = None
+    forget_topology()
     settings = {f"parallel__{name}": value for name, value in LAYOUTS[layout][1].items()}
     c = config(
         recipe,

@@ -10,7 +10,16 @@ import torch.distributed as dist
 
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
-from tests.distributed.test_vocab_parallel_loss import BOUNDS, DTYPES, TOKENS, VOCAB, inputs, result_file, set_chunks
+from tests.distributed.test_vocab_parallel_loss import (
+    BOUNDS,
+    DTYPES,
+    TOKENS,
+    VOCAB,
+    gradient,
+    inputs,
+    result_file,
+    set_chunks,
+)
 
 
 def main(folder: Path) -> None:
@@ -29,7 +38,7 @@ def main(folder: Path) -> None:
                 weight_VL = x.weight_VL[start:end].clone().requires_grad_()
                 sums = next_token_loss(x.hidden_ML, weight_VL, x.target_M, **split)
                 (0.37 * sums["lm loss"]).backward()
-                result = {**sums, "dhidden": x.hidden_ML.grad, "dweight": weight_VL.grad}
+                result = {**sums, "dhidden": gradient(x.hidden_ML), "dweight": gradient(weight_VL)}
 
                 x = inputs(dtype, tokens)
                 embedding_VL = x.weight_VL[start:end]
@@ -37,7 +46,7 @@ def main(folder: Path) -> None:
                     x.visual_PD, x.visual_PD.detach(), x.hidden_ML, x.target_M, embedding_VL, x.log_scale, **split
                 )
                 (0.37 * sums["ctp loss"] + 1.9 * sums["feature loss"]).backward()
-                result |= {**sums, "dstudent": x.hidden_ML.grad, "dlog_scale": x.log_scale.grad}
+                result |= {**sums, "dstudent": gradient(x.hidden_ML), "dlog_scale": gradient(x.log_scale)}
                 torch.save(
                     {name: value.detach() for name, value in result.items()},
                     result_file(folder, ranks, rank, dtype, tokens),

@@ -87,7 +87,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
             num_attention_heads=4,
             num_key_value_heads=2,
             rms_norm_eps=1e-5,
-            rope_theta=10000.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     ).save_pretrained(folder / "llama")
     questions = [

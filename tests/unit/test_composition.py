@@ -18,6 +18,10 @@ def size(name: str) -> Callable[[Layout], bool]:
     return lambda layout: layout.get(name, 1) > 1
 
 
+def zero(stage: int) -> Callable[[Layout], bool]:
+    return lambda layout: layout["zero_stage"] == stage
+
+
 def data_parallel(layout: Layout) -> bool:
     shared = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
     ranks = 8 if layout in LARGE_LAYOUTS.values() else 4
@@ -31,7 +35,7 @@ HAS: dict[str, Callable[[Layout], bool]] = {
     "SP": lambda layout: layout.get("sequence_parallel", False),
     "PP": size("pipeline_model_parallel_size"),
     "CP": size("context_parallel_size"),
-    **{f"ZeRO {stage}": lambda layout, stage=stage: layout["zero_stage"] == stage for stage in range(4)},
+    **{f"ZeRO {stage}": zero(stage) for stage in range(4)},
     "optimizer on host": lambda layout: layout.get("offload_optimizer") == "cpu",
     "parameters on host": lambda layout: layout.get("offload_param") == "cpu",
     # Every layout runs both stages, and with data-parallel ranks one of them has no images in some micro-batch.

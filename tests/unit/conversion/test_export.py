@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megatron_haplovl.conversion.verify import compare_logits
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploConfig, HaploForConditionalGeneration, HaploProcessor
-from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
+from tests.fixtures.tiny_haplo import generate, random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _PLAIN = tiny_model()
 _PAD = VisionConfig(patch_size=4, image_size=8, image_aspect_ratio="pad", image_newline=False)
@@ -43,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return load_tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def _export(folder: Path, model: ModelConfig, tokenizer: TextTokenizer, **options: object) -> tuple[Path, Path]:
+def _export(folder: Path, model: ModelConfig, tokenizer: TextTokenizer, **options: Any) -> tuple[Path, Path]:
     config = Config(model=model, data=DataConfig(seq_length=96))
     step = save_training_checkpoint(random_haplovl(model), config, folder / "training")
     export_checkpoint(folder / "training", folder / "haplo", tokenizer, load_chat_template("vicuna_v1"), **options)
@@ -138,7 +139,7 @@ def test_marks_beyond_the_vocabulary_get_zero_rows_and_are_never_generated(
     loaded.lm_head.weight.data[: model.vocab_size] = -1.0
     loaded.model.norm.weight.data[:] = 1.0
     loaded.model.layers[-1].mlp.down_proj.bias.data[:] = 100.0
-    tokens = loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=None)
+    tokens = generate(loaded, {"input_ids": torch.tensor([[5, 6]])}, max_new_tokens=3, eos_token_id=None)
     assert int(tokens.max()) < model.vocab_size
 
 
@@ -151,7 +152,7 @@ def test_chat_messages_become_the_tokens_of_training(tmp_path: Path, tokenizer: 
     """The prompt that the processor renders is how preprocessing begins the same conversation."""
     _, folder = _export(tmp_path, _PLAIN, tokenizer)
     processor = HaploProcessor.from_pretrained(folder)
-    question = [{"type": "image"}, {"type": "text", "text": "what color circle"}]
+    question: Any = [{"type": "image"}, {"type": "text", "text": "what color circle"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     encoder = ConversationEncoder(tokenizer, load_chat_template("vicuna_v1"))

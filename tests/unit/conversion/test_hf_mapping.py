@@ -14,6 +14,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
@@ -26,7 +27,7 @@ from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL
-from tests.fixtures.tiny_haplo import random_haplovl, tiny_model
+from tests.fixtures.tiny_haplo import llama_config_of, random_haplovl, tiny_model
 
 # Largest differences over ten seeds: 1.9e-6 in the vision blocks (values up to 7.3), 6.6e-7 in the logits (2.4).
 _TOLERANCE = 1e-5
@@ -74,7 +75,7 @@ def vision_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def llama_folder(tmp_path: Path) -> Path:
-    language_model = LlamaForCausalLM(language_config_of(tiny_model()))
+    language_model = LlamaForCausalLM(llama_config_of(tiny_model()))
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     return tmp_path
@@ -149,7 +150,7 @@ def _our_logits(network: HaploVL, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama(tmp_path: Path, tied: bool) -> None:
     model = tiny_model()
-    language_model = LlamaForCausalLM(language_config_of(model, tie_word_embeddings=tied))
+    language_model = LlamaForCausalLM(llama_config_of(model, tie_word_embeddings=tied))
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)
@@ -162,7 +163,9 @@ def test_llama(tmp_path: Path, tied: bool) -> None:
 def test_qwen2_with_biases(tmp_path: Path) -> None:
     plain = tiny_model()
     model = dataclasses.replace(plain, post=dataclasses.replace(plain.post, qkv_bias=True))
-    language_model = Qwen2ForCausalLM(language_config_of(model))
+    config = language_config_of(model)
+    assert isinstance(config, Qwen2Config)
+    language_model = Qwen2ForCausalLM(config)
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)
@@ -297,7 +300,9 @@ def test_folding_rounds_once(tmp_path: Path) -> None:
     model = tiny_model()
     network = random_haplovl(model).to(torch.bfloat16)
     write_weights(dict(network.named_parameters()), tmp_path)
-    exact = network.embedding.text.weight.double() @ network.embedding.text_projector.weight.double().T
+    projector = network.embedding.text_projector
+    assert projector is not None
+    exact = network.embedding.text.weight.double() @ projector.weight.double().T
     name = "model.embed_tokens.weight"
     wide = dict(export_to_haplo(WeightReader(tmp_path), model, dtype=torch.float32))[name]
     torch.testing.assert_close(wide.double(), exact, atol=1e-6, rtol=1e-6)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_haplovl.checkpoint.folders import resolve_checkpoint
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
+from megatron_haplovl.commands import convert
 from megatron_haplovl.config.cli import flags_to_reach
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
@@ -23,7 +24,6 @@ from megatron_haplovl.conversion.verify import compare_logits
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
-from tools import convert_checkpoint
 
 _PLAIN = tiny_model(text_embedding="folded")
 _LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 16)
@@ -66,9 +66,7 @@ def _released(folder: Path, model: ModelConfig, tokenizer: TextTokenizer) -> tup
 
 def _import(folder: Path, save: Path, model: ModelConfig, *words: str) -> Path:
     flags = flags_to_reach(MODELS["haplovl-debug"], model)
-    convert_checkpoint.main(
-        ["import", "--model", "haplovl-debug", *flags, "--haplo", str(folder), "--save", str(save), *words]
-    )
+    convert.main(["import", "--model", "haplovl-debug", *flags, "--haplo", str(folder), "--save", str(save), *words])
     return resolve_checkpoint(save)
 
 

@@ -17,7 +17,7 @@ from megatron_haplovl.conversion.verify import fixed_inputs
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.hf import HaploForConditionalGeneration, HaploProcessor
-from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
+from tests.fixtures.tiny_haplo import generate, random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _ELSEWHERE = """
 import json, sys
@@ -73,4 +73,4 @@ def test_the_folder_needs_transformers_alone(tmp_path: Path) -> None:
     assert {name: value.tolist() for name, value in here.items()} == batch
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(logits), model(**here).logits, atol=0, rtol=1e-6)
-    assert model.generate(**here, max_new_tokens=4).tolist() == tokens
+    assert generate(model, here, max_new_tokens=4).tolist() == tokens

@@ -69,7 +69,8 @@ def trained_texts(encoder: ConversationEncoder, messages: list[dict[str, str]]) 
     """The text of each run of trained tokens."""
     encoded = encoder.encode(messages)
     runs = np.split(np.arange(len(encoded.loss_mask)), np.flatnonzero(np.diff(encoded.loss_mask)) + 1)
-    return [encoder.tokenizer.hf.decode(encoded.token_ids[run].tolist()) for run in runs if encoded.loss_mask[run[0]]]
+    trained = (encoded.token_ids[run].tolist() for run in runs if encoded.loss_mask[run[0]])
+    return [str(encoder.tokenizer.hf.decode(ids)) for ids in trained]
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -36,7 +37,9 @@ def make_batch(vision: VisionConfig) -> tuple[list[list[list[Sample]]], Batch]:
 def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
     packs, batch = make_batch(vision)
     allowed = torch.zeros(len(packs), SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool)
-    patches, newlines, tiles = [], [], []
+    patches: list[tuple[int, int]] = []
+    newlines: list[int] = []
+    tiles: list[npt.NDArray[np.float32]] = []
     for row, pack in enumerate(packs):
         # One entry per position: (document, image or None, token or None, trained)
         places: list[tuple[int, int | None, int | None, bool]] = []
@@ -54,7 +57,7 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
                     layout = image_layout(image.height, image.width, vision)
                     first = len(places)
                     sources = layout.patch_source().tolist()
-                    base = sum(len(t) for t in tiles) * vision.cells_per_tile
+                    base = sum(t.shape[0] for t in tiles) * vision.cells_per_tile
                     for r in range(layout.rows):
                         for c in range(layout.cols):
                             patches.append((base + sources[r * layout.cols + c], row * SEQ_LENGTH + len(places)))
@@ -66,10 +69,10 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
                     tiles.append(image_to_tiles(decode_image(image.data), vision))
                     image_number += 1
             positions += range(len(places) - start)
-        for i, (document, image, _, _) in enumerate(places):
+        for i, (own_document, own_image, _, _) in enumerate(places):
             for j, (other_document, other_image, _, _) in enumerate(places):
-                same_image = image is not None and image == other_image
-                allowed[row, i, j] = document == other_document and (j <= i or same_image)
+                same_image = own_image is not None and own_image == other_image
+                allowed[row, i, j] = own_document == other_document and (j <= i or same_image)
         for i in range(len(places), SEQ_LENGTH):
             allowed[row, i, i] = True
 

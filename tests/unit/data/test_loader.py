@@ -21,13 +21,17 @@ VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="anyres", 
 
 
 def make_config(cache: Path | None, **changes: Any) -> Config:
-    data = {"seq_length": 160, "num_workers": 0, "data_cache_path": None if cache is None else str(cache)}
+    data: dict[str, Any] = {
+        "seq_length": 160,
+        "num_workers": 0,
+        "data_cache_path": None if cache is None else str(cache),
+    }
     data.update({name: value for name, value in changes.items() if hasattr(DataConfig, name)})
-    schedule = {"global_batch_size": 4, "micro_batch_size": 2}
+    schedule: dict[str, Any] = {"global_batch_size": 4, "micro_batch_size": 2}
     schedule.update({name: value for name, value in changes.items() if hasattr(ScheduleConfig, name)})
     return Config(
         model=ModelConfig(vocab_size=changes.get("vocab_size", 500), vision=VISION),
-        data=DataConfig(**data),  # type: ignore[arg-type]
+        data=DataConfig(**data),
         schedule=ScheduleConfig(**schedule),
     )
 

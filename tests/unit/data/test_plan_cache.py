@@ -34,14 +34,14 @@ def test_key_depends_on_everything() -> None:
         make_inputs(vision=dataclasses.replace(VISION, image_newline=True)),
         dataclasses.replace(base, main=[], aux=base.main),
         *(
-            dataclasses.replace(base, settings=dataclasses.replace(SETTINGS, **{name: value}))
-            for name, value in {
-                "seed": 2,
-                "seq_length": 65,
-                "packing": False,
-                "shuffle": False,
-                "skip_long_samples": True,
-            }.items()
+            dataclasses.replace(base, settings=settings)
+            for settings in (
+                dataclasses.replace(SETTINGS, seed=2),
+                dataclasses.replace(SETTINGS, seq_length=65),
+                dataclasses.replace(SETTINGS, packing=False),
+                dataclasses.replace(SETTINGS, shuffle=False),
+                dataclasses.replace(SETTINGS, skip_long_samples=True),
+            )
         ),
     ]
     assert len({inputs.key for inputs in [base, *others]}) == 10

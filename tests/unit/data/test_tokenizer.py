@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -46,7 +47,7 @@ _WORDS = [
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_ids_equal_those_of_sentencepiece(tmp_path: Path, options: dict[str, object]) -> None:
+def test_ids_equal_those_of_sentencepiece(tmp_path: Path, options: dict[str, Any]) -> None:
     model = train_sentencepiece(tmp_path, **options)
     tokenizer = load_tokenizer(model)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model))

@@ -157,7 +157,7 @@ JOB = {
 def submit(folder: Path, variables: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """Run the batch script as slurmd does: a copy, from the folder of submission."""
     script = shutil.copy(REPOSITORY / "examples" / "slurm" / "train.sbatch", folder / "slurm_script")
-    return start(folder, ["bash", script, *words], {**JOB, **variables})
+    return start(folder, ["bash", str(script), *words], {**JOB, **variables})
 
 
 def test_slurm_starts_torchrun_on_every_machine(tmp_path):

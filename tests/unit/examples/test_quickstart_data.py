@@ -76,7 +76,7 @@ def brute_force(scene: dict[int, tuple[str, str, str]], question: str) -> str:
 
 @pytest.mark.parametrize("name", ["instructions.json", "heldout_instructions.json"])
 def test_answers_about_images_follow_from_the_scene(demo, name):
-    asked = Counter()
+    asked: Counter[str] = Counter()
     for record in records(demo, name):
         scene = scene_of_image(demo, record["image"])
         turns = record["conversations"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploForConditionalGeneration, HaploProcessor
 from megatron_haplovl.model.haplovl import HaploVL
-from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
+from tests.fixtures.tiny_haplo import generate, random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _TOKENS = 12
 _MODELS: dict[str, ModelConfig] = {
@@ -71,9 +71,9 @@ def test_generate(tmp_path: Path, tokenizer: TextTokenizer, name: str, implement
     alone = [processor(text=text, images=row_images or None) for text, row_images in zip(texts, images, strict=True)]
     for use_cache in (True, False):
 
-        def generate(inputs: dict[str, torch.Tensor], use_cache: bool = use_cache) -> list[list[int]]:
-            tokens = exported.generate(**inputs, max_new_tokens=_TOKENS, eos_token_id=None, use_cache=use_cache)
+        def answers(inputs: Mapping[str, torch.Tensor], use_cache: bool = use_cache) -> list[list[int]]:
+            tokens = generate(exported, inputs, max_new_tokens=_TOKENS, eos_token_id=None, use_cache=use_cache)
             return tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
-        assert generate(together) == expected
-        assert [generate(inputs)[0] for inputs in alone] == expected
+        assert answers(together) == expected
+        assert [answers(inputs)[0] for inputs in alone] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BatchFeature, DynamicCache
 from megatron_haplovl.hf import HaploConfig, HaploForConditionalGeneration
 from megatron_haplovl.hf.layers_haplo import mixed_mask
 from megatron_haplovl.hf.modeling_haplo import NEWLINE, TEXT
+from tests.fixtures.tiny_haplo import generate
 
 _IMAGE, _VIDEO = 28, 29
 _BASE = {
@@ -36,7 +38,7 @@ _PRE = {
 _SEED = 21
 # Over ten seeds, of logits up to 32: 2.1e-5 between eager and sdpa, 4.9e-5 between a row alone and in a batch.
 _TOLERANCE = 2e-4
-_GREEDY = {
+_GREEDY: dict[str, Any] = {
     "max_new_tokens": 8,
     "do_sample": False,
     "pad_token_id": 0,
@@ -45,8 +47,9 @@ _GREEDY = {
 }
 
 
-def _model(implementation: str = "sdpa", **base: object) -> HaploForConditionalGeneration:
-    config = HaploConfig(base_config={**_BASE, **base}, pre_config=_PRE, attn_implementation=implementation)
+def _model(implementation: str = "sdpa", **base: Any) -> HaploForConditionalGeneration:
+    settings: Any = {"attn_implementation": implementation}
+    config = HaploConfig(base_config={**_BASE, **base}, pre_config=_PRE, **settings)
     model = HaploForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(_SEED)
     for name, parameter in model.named_parameters():
@@ -58,7 +61,9 @@ def _model(implementation: str = "sdpa", **base: object) -> HaploForConditionalG
 
 def _row(*parts: int | tuple[int, ...], first: int = 0) -> dict[str, torch.Tensor]:
     """One sequence: a number is a text token, a tuple the visual sources of an image."""
-    ids, source, start = [], [], []
+    ids: list[int] = []
+    source: list[int] = []
+    start: list[int] = []
     for part in parts:
         block = (part,) if isinstance(part, int) else part
         ids += [part] if isinstance(part, int) else [_IMAGE] * len(block)
@@ -154,8 +159,8 @@ def test_other_implementations_are_refused() -> None:
 def test_cached_generation_equals_recomputation() -> None:
     model = _model()
     batch, _ = _batch()
-    cached = model.generate(**batch, **_GREEDY)
-    assert torch.equal(cached, model.generate(**batch, use_cache=False, **_GREEDY))
+    cached = generate(model, batch, **_GREEDY)
+    assert torch.equal(cached, generate(model, batch, use_cache=False, **_GREEDY))
     # The same by hand, without any of `generate`.
     inputs = _single()
     for _ in range(8):
@@ -173,12 +178,12 @@ def test_cached_generation_equals_recomputation() -> None:
 def test_each_row_of_a_padded_batch_is_as_alone() -> None:
     model = _model()
     batch, rows = _batch()
-    together = model.generate(**batch, **_GREEDY)
+    together = generate(model, batch, **_GREEDY)
     with torch.no_grad():
         logits = model(**batch).logits
     for i, row in enumerate(rows):
         length = row["input_ids"].shape[1]
-        alone = model.generate(**row, **_GREEDY)
+        alone = generate(model, row, **_GREEDY)
         assert together[i, -8:].tolist() == alone[0, -8:].tolist()
         with torch.no_grad():
             torch.testing.assert_close(logits[i, -length:], model(**row).logits[0], atol=_TOLERANCE, rtol=0)
@@ -187,11 +192,11 @@ def test_each_row_of_a_padded_batch_is_as_alone() -> None:
 def test_beams_and_several_answers_share_the_images() -> None:
     model = _model()
     batch, _ = _batch()
-    beams = model.generate(**batch, num_beams=3, **_GREEDY)
-    assert torch.equal(beams, model.generate(**batch, num_beams=3, use_cache=False, **_GREEDY))
+    beams = generate(model, batch, num_beams=3, **_GREEDY)
+    assert torch.equal(beams, generate(model, batch, num_beams=3, use_cache=False, **_GREEDY))
     # Beam search keeps at least the likelihood of the greedy answer.
-    repeated = model.generate(**batch, **{**_GREEDY, "do_sample": True}, num_return_sequences=2, top_k=1)
-    greedy = model.generate(**batch, **_GREEDY)
+    repeated = generate(model, batch, **{**_GREEDY, "do_sample": True}, num_return_sequences=2, top_k=1)
+    greedy = generate(model, batch, **_GREEDY)
     assert torch.equal(repeated, greedy.repeat_interleave(2, dim=0))
 
 
@@ -256,7 +261,7 @@ def test_newlines_need_a_newline() -> None:
         ({"num_attention_heads": 3}, "not a multiple of 3 heads"),
     ],
 )
-def test_settings_that_are_not_supported(base: dict[str, object], message: str) -> None:
+def test_settings_that_are_not_supported(base: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _model(**base)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_images_may_be_given_flat(tokenizer_path: Path) -> None:
         ({"text": ["red", "red two left"], "padding": False}, "different lengths"),
     ],
 )
-def test_calls_that_are_refused(tokenizer_path: Path, arguments: dict[str, object], message: str) -> None:
+def test_calls_that_are_refused(tokenizer_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _processor(tokenizer_path)(**arguments)
 
@@ -134,7 +135,7 @@ def test_calls_that_are_refused(tokenizer_path: Path, arguments: dict[str, objec
         ({"size": {"height": 8, "width": 16}}, "not a square"),
     ],
 )
-def test_image_settings_that_are_refused(changes: dict[str, object], message: str) -> None:
+def test_image_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HaploImageProcessor(**{"size": _SIZE, "patch_size": 4, "image_aspect_ratio": "anyres_max_4", **changes})
 

@@ -20,7 +20,8 @@ from megatron_haplovl.kernels.mask import MixedMask
 
 def mixed_mask(documents, padding):
     """Documents as lists of run lengths, positive for text, negative for an image; and the mask by its definition."""
-    image_of, document_of = [], []
+    image_of: list[tuple[int, int] | None] = []
+    document_of: list[int | str] = []
     for d, runs in enumerate(documents):
         for r, run in enumerate(runs):
             image_of += [(d, r) if run < 0 else None] * abs(run)

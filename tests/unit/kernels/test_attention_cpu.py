@@ -189,7 +189,9 @@ def test_at_real_sizes(case):
 
 def interval_mask(documents, padding):
     """As mixed_mask, without its loop over all pairs."""
-    start, end, position = [], [], 0
+    start: list[int] = []
+    end: list[int] = []
+    position = 0
     for runs in [*documents, *[[1]] * padding]:
         first = position
         for run in runs:

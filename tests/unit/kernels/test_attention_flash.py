@@ -5,6 +5,7 @@ that it is given, as the real one does.
 """
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -84,14 +85,18 @@ def expected_attention(q, k, v, mask, scale=SCALE):
     return torch.einsum("bhqs,bshk->bqhk", scores.softmax(dim=-1), v)
 
 
-def random_inputs(mask, heads, kv_heads, width=4, seed=0):
+def random_inputs(
+    mask, heads, kv_heads, width=4, seed=0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys, values and the weights of the output in the loss."""
     generator = torch.Generator().manual_seed(seed)
     batch, rows = mask.kv_start_BS.shape
-    shapes = ((rows, heads), (mask.num_keys, kv_heads), (mask.num_keys, kv_heads), (rows, heads))
-    return [
-        torch.randn(batch, n, h, width, generator=generator, dtype=torch.float64).requires_grad_() for n, h in shapes
-    ]
+
+    def draw(tokens, heads):
+        shape = (batch, tokens, heads, width)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return draw(rows, heads), draw(mask.num_keys, kv_heads), draw(mask.num_keys, kv_heads), draw(rows, heads)
 
 
 def batch_of(*masks):
@@ -108,11 +113,14 @@ def worst_errors(mask, plan, operator, heads=2, kv_heads=1, seed=0):
     return [(a - b).abs().max().item() for a, b in pairs]
 
 
+def mask_of(starts, ends):
+    """One sequence."""
+    return MixedMask(torch.tensor([starts], dtype=torch.int32), torch.tensor([ends], dtype=torch.int32))
+
+
 MASKS = {name: lambda layout=layout: mixed_mask(*layout)[0] for name, layout in LAYOUTS.items()} | {
     "only padding": lambda: mixed_mask([], 3)[0],
-    "padding first": lambda: MixedMask(
-        *(torch.tensor([x], dtype=torch.int32) for x in ([0, 1, 2, 2, 2], [1, 2, 3, 5, 5]))
-    ),
+    "padding first": lambda: mask_of([0, 1, 2, 2, 2], [1, 2, 3, 5, 5]),
     "images only, then text only": lambda: mixed_mask([[-3, -2], [4], [-2]], 1)[0],
     "batch": lambda: batch_of(mixed_mask([[5, -4, 3]], 0)[0], mixed_mask([[2, -2], [6]], 2)[0]),
     "batch without padding": lambda: batch_of(mixed_mask([[5, -4, 3]], 0)[0], mixed_mask([[12]], 0)[0]),
@@ -148,7 +156,7 @@ def test_gradcheck(plan):
     mask, _ = mixed_mask([[2, -3, 1], [-2]], 1)
     q, k, v, _ = random_inputs(mask, heads=2, kv_heads=1, width=2)
     operator = Emulation().operator()
-    assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, mask, SCALE, plan, operator), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, mask, SCALE, plan, operator), (q, k, v))
 
 
 def test_own_log_sum_exp_of_each_call_would_be_wrong():
@@ -156,7 +164,8 @@ def test_own_log_sum_exp_of_each_call_would_be_wrong():
     emulation, mask = Emulation(), mixed_mask([[3, -6, 2]], 0)[0]
 
     def backward(dout, saved, ragged, scale):
-        out, lse = emulation.forward(*saved[:3], ragged, scale)
+        q, k, v, *_ = saved
+        out, lse = emulation.forward(q, k, v, ragged, scale)
         return emulation.backward(dout, saved._replace(out_RHK=out, lse_HR=lse), ragged, scale)
 
     trapped = VarlenOperator("trapped", 256, emulation.forward, backward)
@@ -200,7 +209,7 @@ def test_calls_are_few_and_built_once():
     """Two calls, whatever the number of documents; one where there is no image, without copies beside padding."""
     mask, _ = mixed_mask([[3, -4, 2], [5], [-3, -2, 1]], 2)
     for plan in PLANS:
-        calls = []
+        calls: list[Any] = []
         emulation = Emulation()
 
         def forward(q, k, v, ragged, scale, calls=calls, emulation=emulation):
@@ -227,16 +236,16 @@ def test_inputs_of_any_strides():
     q, k, v, _ = random_inputs(mask, heads=2, kv_heads=1)
     operator = Emulation().operator()
     out = varlen_attention(q, k, v, mask, SCALE, "merged", operator)
-    strided = [x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in (q, k, v)]
-    assert strided[0].stride(-1) != 1
-    assert torch.equal(varlen_attention(*strided, mask, SCALE, "merged", operator), out)
+    a, b, c = (x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in (q, k, v))
+    assert a.stride(-1) != 1
+    assert torch.equal(varlen_attention(a, b, c, mask, SCALE, "merged", operator), out)
     # The gradient of a sum is one number, expanded.
     grads = [
         torch.autograd.grad(varlen_attention(*x, mask, SCALE, "merged", operator).sum(), x)
-        for x in ((q, k, v), strided)
+        for x in ((q, k, v), (a, b, c))
     ]
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    for grad, strided_grad in zip(*grads, strict=True):
+        assert torch.equal(grad, strided_grad)
 
 
 def test_half_precision():
@@ -280,7 +289,8 @@ def test_what_flash_attention_does_not_know(monkeypatch):
     mask, _ = mixed_mask([[3]], 0)
     for backend in (flash_attention, flash_merged_attention):
         with pytest.raises(ValueError, match="no FlashAttention-2: runs on NVIDIA GPUs, not on cpu"):
-            backend(*random_inputs(mask, heads=2, kv_heads=1)[:3], mask, SCALE)
+            q, k, v, _ = random_inputs(mask, heads=2, kv_heads=1)
+            backend(q, k, v, mask, SCALE)
     operator = dataclasses.replace(Emulation().operator(), largest_head=128)
     monkeypatch.setattr(flash_operators, "_choice", lambda device, version: lambda: operator)
     monkeypatch.setattr(flash_operators, "flash_operator", lambda device, version: operator)
@@ -380,7 +390,8 @@ def gpu_operator(request):
 
 def long_mask(documents, padding=0):
     """As `mixed_mask`, without its square."""
-    starts, ends = [], []
+    starts: list[int] = []
+    ends: list[int] = []
     for runs in documents:
         first = len(starts)
         for run in runs:
@@ -390,7 +401,7 @@ def long_mask(documents, padding=0):
     for _ in range(padding):
         starts.append(len(starts))
         ends.append(len(ends) + 1)
-    return MixedMask(*(torch.tensor([x], dtype=torch.int32) for x in (starts, ends)))
+    return mask_of(starts, ends)
 
 
 def test_long_mask_is_mixed_mask():
@@ -431,7 +442,7 @@ def test_on_a_gpu_at_most_twice_the_error_of_dense_attention(gpu_operator, plan,
     group = heads // kv_heads
     exact = [
         with_gradients(
-            lambda *x: expected_attention(*x, mask, scale),
+            lambda q, k, v: expected_attention(q, k, v, mask, scale),
             q[:, :, g * group : (g + 1) * group],
             k[:, :, g : g + 1],
             v[:, :, g : g + 1],
@@ -440,7 +451,7 @@ def test_on_a_gpu_at_most_twice_the_error_of_dense_attention(gpu_operator, plan,
         for g in range(kv_heads)
     ]
     exact = [torch.cat(x, dim=2) for x in zip(*exact, strict=True)]
-    ours = with_gradients(lambda *x: varlen_attention(*x, mask, scale, plan, gpu_operator), *inputs)
+    ours = with_gradients(lambda q, k, v: varlen_attention(q, k, v, mask, scale, plan, gpu_operator), *inputs)
     theirs = with_gradients(dense, *inputs)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm()

@@ -101,10 +101,11 @@ def test_output_and_gradients_compiled(layout, dtype, tolerance):
     """Errors in units of the largest expected value."""
     mask, _ = mixed_mask(*LAYOUTS[layout])
     q, k, v, weight = inputs(mask, 7, 1, 64, dtype, "cuda")
-    results, expected = [], []
+    results: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
     for found, function, wide in ((results, flex_attention, dtype), (expected, reference_attention, torch.float64)):
-        leaves = [x.to(wide).requires_grad_() for x in (q, k, v)]
-        out = function(*leaves, mask, 0.125)
-        found += [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+        a, b, c = (x.to(wide).requires_grad_() for x in (q, k, v))
+        out = function(a, b, c, mask, 0.125)
+        found += [out.detach(), *torch.autograd.grad((out * weight).sum(), (a, b, c))]
     for result, wanted in zip(results, expected, strict=True):
         assert (result - wanted).abs().max() < tolerance * wanted.abs().max()

@@ -35,7 +35,9 @@ def stacked(*layouts):
     return MixedMask(torch.cat([m.kv_start_BS for m in masks]), torch.cat([m.kv_end_BS for m in masks]))
 
 
-def random_inputs(mask, heads, kv_heads, width, dtype, device, seed=0):
+def random_inputs(
+    mask, heads, kv_heads, width, dtype, device, seed=0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v as views of one tensor, as a fused projection makes them, and a weight of the output's shape."""
     batch, num_queries = mask.kv_start_BS.shape
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +61,8 @@ def errors(results, expected):
 
 
 def expected_results(q, k, v, weight, mask):
-    return run(reference_attention, *(x.detach().double().requires_grad_() for x in (q, k, v)), weight.double(), mask)
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    return run(reference_attention, q, k, v, weight.double(), mask)
 
 
 # Measured worst cases of output and gradients, interpreted: 7.4e-7, 6.7e-4 and 7.8e-3. The interpreter cuts digits off
@@ -147,9 +150,9 @@ def test_autocast_and_channels_that_are_not_contiguous(device):
     assert out.dtype == torch.float16
     # A gradient that is the same everywhere comes as a tensor without strides.
     grads = torch.autograd.grad(out.sum(), (q, k, v))
-    rounded = [x.detach().half().double().requires_grad_() for x in (q, k, v)]
-    expected = reference_attention(*rounded, mask, 0.25)
-    expected_grads = torch.autograd.grad(expected.sum(), rounded)
+    q, k, v = (x.detach().half().double().requires_grad_() for x in (q, k, v))
+    expected = reference_attention(q, k, v, mask, 0.25)
+    expected_grads = torch.autograd.grad(expected.sum(), (q, k, v))
     assert [x.dtype for x in grads] == [torch.float32] * 3
     assert max(errors([out, *grads], [expected, *expected_grads])) < TOLERANCE[torch.float16]
 
@@ -160,14 +163,15 @@ def test_autocast_and_channels_that_are_not_contiguous(device):
 def test_a_long_pack(heads, kv_heads, dtype):
     """6,144 tokens with images of up to 2,304, as in training."""
     documents = [[40, -2304, 300], [7, -576, -576, 200], [-1, 900], [64, -1152], *[[1]] * 24]
-    starts, ends = [], []
+    starts: list[int] = []
+    ends: list[int] = []
     for runs in documents:
         first = len(ends)
         for run_length in runs:
             n = len(ends)
             ends += range(n + 1, n + run_length + 1) if run_length > 0 else [n - run_length] * -run_length
         starts += [first] * (len(ends) - first)
-    mask = MixedMask(*(torch.tensor([x], dtype=torch.int32) for x in (starts, ends)))
+    mask = MixedMask(torch.tensor([starts], dtype=torch.int32), torch.tensor([ends], dtype=torch.int32))
     assert mask.num_keys == 6144
     inputs = random_inputs(mask, heads, kv_heads, 128, dtype, "cuda")
     results, expected = run(triton_attention, *inputs, mask), expected_results(*inputs, mask)

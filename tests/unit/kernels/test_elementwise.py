@@ -1,5 +1,7 @@
 """Each operation against its definition in plain torch, forward and gradient."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ def tables(dtype):
     return rope_table(torch.tensor([[0, 1, 2, 900, 5]]), 8, 10000.0, RopeScalingConfig(), dtype)
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {
     "rotate": (lambda x: rotate(x, *tables(x.dtype)), lambda x: plain_rotate(x, *tables(x.dtype)), [(1, 5, 3, 8)]),
     "quick_gelu": (quick_gelu, lambda x: x * torch.sigmoid(1.702 * x), [(4, 7)]),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-5), plain_rms_norm, [(3, 5, 8), (8,)]),

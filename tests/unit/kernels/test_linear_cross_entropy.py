@@ -83,11 +83,11 @@ def test_bf16_is_no_worse_than_the_plain_form_in_bf16(monkeypatch, rows):
     state 1.00 times and that of the head, added up over ten chunks, 1.55 times as far."""
     set_chunks(monkeypatch, rows, 3, torch.bfloat16)
     hidden, weight, target = make(torch.bfloat16)
-    ours = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    ours = (hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_())
     loss, _ = linear_cross_entropy(*ours, target)
     loss.backward()
     expected = in_fp64(hidden, weight)
-    loss64, _ = plain(*expected, target)
+    loss64, _ = plain(expected[0], expected[1], target)
     loss64.backward()
     loss16, _ = plain(hidden, weight, target)
     loss16.backward()
@@ -237,7 +237,7 @@ def test_autocast_is_that_of_a_linear_layer():
         loss, correct = linear_cross_entropy(hidden, weight, target)
         features = distill_tokens(hidden, hidden, weight.detach(), target)[2]
     loss.backward()
-    bf16 = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    bf16 = (hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_())
     expected = linear_cross_entropy(*bf16, target)
     expected[0].backward()
     assert (loss, correct) == expected and loss.dtype == torch.float32

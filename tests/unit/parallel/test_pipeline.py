@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def losses(model, stage1, hidden):
     return sum(model.losses(hidden, BATCH, teacher_PD, distillation_loss).values())
 
 
+def last_loss(model, stage1, hidden, _batch):
+    return losses(model, stage1, hidden)
+
+
 def run_stages(model, stages, stage1):
     tensors = (BATCH.kv_start_BS, BATCH.kv_end_BS, BATCH.position_ids_BS)
     for number in range(len(stages.first)):
@@ -44,7 +49,7 @@ def run_stages(model, stages, stage1):
             part,
             stages.of(number),
             slot,
-            lambda x, batch, part=part: losses(part, stage1, x),
+            partial(last_loss, part, stage1),
             torch.nn.ParameterList(),
         )
         if stage.is_first or stage.is_last:

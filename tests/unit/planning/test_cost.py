@@ -29,6 +29,7 @@ from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
+from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.parallel.tensor_parallel import split_dim
 from megatron_haplovl.planning.cost import layer_costs, model_operations
@@ -179,7 +180,7 @@ def count_operations(model: HaploVL, trained: frozenset[str]) -> tuple[dict[str,
     )
     forward: dict[str, float] = {}
 
-    def counted(name: str, run):  # type: ignore[no-untyped-def]
+    def counted(name: str, run):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_operations}) as counter:
             result = run()
         forward[name] = counter.get_total_flops()
@@ -225,15 +226,18 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
     from benchmarks.planner_memory import run_block
 
     model = build(model_config(), torch.float32, False, STAGE2)
+    assert isinstance(model, HaploVL)
     batch = make_batch(model_config(), (0,), 20)
     inputs = dataclasses.replace(
         model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
     )
     for recompute in ("none", "selective", "full"):
         layers = predict_layers(model_config(), batch, torch.float32, recompute, False, STAGE2)
-        for name, block in (("pre_decoder.1", model.pre_decoder[1]), ("post_decoder.1", model.post_decoder[1])):
-            width = block.attention_norm.weight.numel()
-            x = torch.randn(1, 20, width, requires_grad=True)
+        for name in ("pre_decoder.1", "post_decoder.1"):
+            block = model.get_submodule(name)
+            assert isinstance(block, Block)
+            assert isinstance(block.attention_norm.weight, torch.nn.Parameter)
+            x = torch.randn(1, 20, block.attention_norm.weight.numel(), requires_grad=True)
             with FlopCounterMode(display=False) as counter:
                 run_block(block, x, inputs, recompute).sum().backward()
             layer = layers[name]

@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 
 from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.conversion.hf_sources import VISION_TOWERS
@@ -30,7 +30,19 @@ SOURCE = torch.randperm(2 * CELLS, generator=torch.Generator().manual_seed(1))[:
 def batch_of(colours: torch.Tensor) -> Batch:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     tiles = (colours - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
-    return Batch(*[nothing] * 6, tiles, SOURCE[: len(colours) * CELLS], SOURCE, torch.zeros(0), visible_pairs=0)
+    return Batch(
+        tokens_BS=nothing,
+        labels_BS=nothing,
+        text_mask_BS=nothing,
+        position_ids_BS=nothing,
+        kv_start_BS=nothing,
+        kv_end_BS=nothing,
+        tiles_TCHW=tiles,
+        patch_source_P=SOURCE[: len(colours) * CELLS],
+        patch_target_P=SOURCE,
+        newline_target_N=torch.zeros(0),
+        visible_pairs=0,
+    )
 
 
 def tower_of(name: str):
@@ -45,7 +57,9 @@ def tower_of(name: str):
             "patch_size",
             "image_size",
         )
-        network = SiglipVisionModel(SiglipVisionConfig(**{key: getattr(settings, key) for key in names}))
+        network: PreTrainedModel = SiglipVisionModel(
+            SiglipVisionConfig(**{key: getattr(settings, key) for key in names})
+        )
     else:
         network = family.model_class(settings)
     for parameter in network.parameters():

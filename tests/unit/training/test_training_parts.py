@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from tests.unit.model.test_model import TINY
 
 
 def config(stage="finetune", **sections):
-    overrides = {(section, name): value for section, values in sections.items() for name, value in values.items()}
+    overrides: dict[tuple[str, ...], Any] = {
+        (section, name): value for section, values in sections.items() for name, value in values.items()
+    }
     return build_config(stage, "haplovl-debug", {("data", "mock_data"): True, **overrides})
 
 

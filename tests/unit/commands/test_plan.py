@@ -1,4 +1,4 @@
-"""plan_parallelism.py, from flags to the recommended layout."""
+"""haplovl-plan, from flags to the recommended layout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tools import plan_parallelism
+from megatron_haplovl.commands import plan as command
 
 GIB = 2**30
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     """Exit status and what was printed."""
-    status = plan_parallelism.main(list(words))
+    status = command.main(list(words))
     return status, capsys.readouterr().out
 
 
@@ -118,7 +118,7 @@ def test_offload_is_tried_where_it_is_named(tmp_path: Path, capsys: pytest.Captu
 )
 def test_flags_that_make_no_sense(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        plan_parallelism.main(["--model", "haplovl-8b", *words])
+        command.main(["--model", "haplovl-8b", *words])
     assert message in capsys.readouterr().err
 
 

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_haplovl.commands.preprocess import build_parser, preprocess
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
+from megatron_haplovl.data.preprocess import PrefixWriter
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import LlavaDataset, train_sentencepiece
 
 
-def load_tool() -> ModuleType:
-    path = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
-    spec = importlib.util.spec_from_file_location("preprocess_data", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["preprocess_data"] = module  # worker processes look the functions up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
-
-
 def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> int:
     words = [f"--input={dataset.json}", f"--image-folder={dataset.image_folder}", f"--output-prefix={prefix}"]
     words += [f"--tokenizer-model={tokenizer}", "--chat-template=vicuna_v1", "--workers=1", *flags]
-    status: int = TOOL.preprocess(TOOL.build_parser().parse_args(words))
-    return status
+    return preprocess(build_parser().parse_args(words))
 
 
 def files_of(prefix: Path) -> dict[str, bytes]:
@@ -69,7 +54,7 @@ def test_what_is_written_is_what_was_given(
             (tiny_llava_dataset.image_folder / image).read_bytes() for image in images
         ]
         text = tokenizer.hf.decode(sample.token_ids[~sample.is_image].tolist(), skip_special_tokens=True)
-        trained = tokenizer.hf.decode(sample.token_ids[sample.loss_mask == 1].tolist(), skip_special_tokens=True)
+        trained = str(tokenizer.hf.decode(sample.token_ids[sample.loss_mask == 1].tolist(), skip_special_tokens=True))
         answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
         assert trained.split() == " ".join(answers).split()
         assert all(turn["value"].removeprefix("<image>\n").split()[-1] in text for turn in record["conversations"])
@@ -199,7 +184,7 @@ def test_interrupted_run_leaves_nothing(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TOOL.PrefixWriter, "finish", interrupt)
+    monkeypatch.setattr(PrefixWriter, "finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_llava_dataset, tiny_spm_model, prefix)
     assert set(files_of(prefix)) <= {REPORT_SUFFIX}

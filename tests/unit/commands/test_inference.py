@@ -1,4 +1,4 @@
-"""convert_checkpoint.py, generate.py and evaluate.py, from a training checkpoint to a table of accuracies."""
+"""haplovl-convert, -generate and -evaluate, from a training checkpoint to a table of accuracies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_haplovl.checkpoint.weight_files import WeightReader
+from megatron_haplovl.commands import convert, evaluate, generate, preprocess
 from megatron_haplovl.config.schema import Config, DataConfig
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
@@ -19,7 +20,6 @@ from tests.fixtures.tiny_haplo import (
     tiny_model,
     train_tokenizer,
 )
-from tools import convert_checkpoint, evaluate, generate, preprocess_data
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(folder)
     for name, size in (("one.png", (8, 8)), ("wide.png", (8, 30))):
         noise_image(*size).save(folder / name)
-    convert_checkpoint.main(_export_arguments(folder))
+    convert.main(_export_arguments(folder))
     return folder
 
 
@@ -43,7 +43,7 @@ def _export_arguments(folder: Path, *more: str) -> list[str]:
 
 
 def test_export_and_verify(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert_checkpoint.main(_export_arguments(work, "--verify"))
+    convert.main(_export_arguments(work, "--verify"))
     report = capsys.readouterr().out.splitlines()
     reader = WeightReader(work / "haplo")
     parameters = sum(reader.get(name).numel() for name in reader.names())
@@ -55,7 +55,7 @@ def test_export_of_nothing(work: Path) -> None:
     arguments = _export_arguments(work)
     arguments[2] = str(work / "missing")
     with pytest.raises(SystemExit, match="error: .*missing: no such checkpoint folder"):
-        convert_checkpoint.main(arguments)
+        convert.main(arguments)
 
 
 def test_generate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,14 +147,14 @@ def test_tokenizer_and_template_come_from_the_training_data(work: Path, tmp_path
             *("--input", str(tmp_path / "records.json"), "--output-prefix", prefix, "--workers", "1"),
             *("--tokenizer-model", tokenizer, "--chat-template", template),
         ]
-        assert preprocess_data.preprocess(preprocess_data.build_parser().parse_args(arguments)) == 0
+        assert preprocess.preprocess(preprocess.build_parser().parse_args(arguments)) == 0
 
     def export(name: str, tokenizer_model: str | None, *data_path: str) -> Path:
         data = DataConfig(seq_length=96, tokenizer_model=tokenizer_model, data_path=data_path)
         config = Config(model=tiny_model(), data=data)
         save_training_checkpoint(random_haplovl(config.model), config, tmp_path / name)
         arguments = ["export", "--load", str(tmp_path / name), "--save", str(tmp_path / name / "haplo")]
-        convert_checkpoint.main(arguments)
+        convert.main(arguments)
         return tmp_path / name / "haplo"
 
     folder = export("good", tokenizer, prefixes["vicuna_v1"])

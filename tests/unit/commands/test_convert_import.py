@@ -1,4 +1,4 @@
-"""convert_checkpoint.py import: Hugging Face folders become checkpoints that a run starts from."""
+"""haplovl-convert import: Hugging Face folders become checkpoints that a run starts from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     LlamaForCausalLM,
+    PreTrainedModel,
     Qwen2ForCausalLM,
     SiglipConfig,
     SiglipModel,
@@ -23,6 +25,7 @@ from transformers import (
 
 from megatron_haplovl.checkpoint.folders import read_iteration, resolve_checkpoint
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
+from megatron_haplovl.commands import convert
 from megatron_haplovl.config.cli import build_config, flags_to_reach
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
@@ -33,15 +36,14 @@ from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.initial_weights import fill_weights
-from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model
-from tools import convert_checkpoint
+from tests.fixtures.tiny_haplo import llama_config_of, random_haplovl, save_training_checkpoint, tiny_model
 
 _LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 16)
 # Largest differences over ten seeds and all cases below: 1.1e-6 of a layer (values up to 6.7), 1.7e-6 at the end.
 _TOLERANCE = 1e-5
 
 
-def _save(network: torch.nn.Module, folder: Path, seed: int = 1) -> Path:
+def _save(network: PreTrainedModel, folder: Path, seed: int = 1) -> Path:
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -60,7 +62,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(LlamaForCausalLM(language_config_of(tiny_model())), tmp_path_factory.mktemp("llama"))
+    return _save(LlamaForCausalLM(llama_config_of(tiny_model())), tmp_path_factory.mktemp("llama"))
 
 
 def _flags(model: ModelConfig) -> list[str]:
@@ -68,7 +70,7 @@ def _flags(model: ModelConfig) -> list[str]:
 
 
 def _import(save: Path, model: ModelConfig, *words: str) -> Path:
-    convert_checkpoint.main(["import", *_flags(model), "--save", str(save), *words])
+    convert.main(["import", *_flags(model), "--save", str(save), *words])
     return resolve_checkpoint(save)
 
 
@@ -158,7 +160,7 @@ def test_a_folder_left_out_must_come_from_elsewhere(
     ids=["llama", "linear", "llama3", "qwen2"],
 )
 def test_every_layer_of_a_language_model(
-    tmp_path: Path, build: type, changes: dict[str, object], rope: dict[str, object]
+    tmp_path: Path, build: type, changes: dict[str, Any], rope: dict[str, object]
 ) -> None:
     model = tiny_model(post=dataclasses.replace(tiny_model().post, **changes))
     settings = language_config_of(model, rope_parameters={**rope, "rope_theta": model.post.rope_theta})
@@ -328,7 +330,7 @@ def test_siglip(tmp_path: Path, whole: bool, image_size: int, capsys: pytest.Cap
     vision = {**{name: getattr(vision_config_of(model), name) for name in names}, "image_size": 8}
     if whole:
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        network: torch.nn.Module = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+        network: PreTrainedModel = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
     else:
         network = SiglipVisionModel(SiglipVisionConfig(**vision))
     folder = _save(network, tmp_path / "siglip")

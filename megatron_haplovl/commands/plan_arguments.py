@@ -1,0 +1,200 @@
+"""The flags of `haplovl-plan`, and what they describe: a run, a packed sequence, a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron_haplovl.config.cli import add_settings, build_config
+from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
+from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
+from megatron_haplovl.config.stages import RECIPES
+from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.data.image_geometry import image_layout
+from megatron_haplovl.planning.machine import Cluster, DataSheet
+from megatron_haplovl.planning.work import Work, work_of_sequence
+
+_DESCRIPTION = """Which parallel layout fits a model on a cluster, and what each would cost.
+
+    %(prog)s --model haplovl-8b --gpus 64 [--json PATH] [flags]
+
+For every layout (tensor x pipeline x context x data-parallel ranks, ZeRO stage, recomputation, micro-batch size):
+memory per rank by kind, pipeline bubble, bytes sent per step, expected step time and MFU. One is recommended; what is
+impossible is refused with the constraint that fails. Sizes of the model and the recipe are set by the flags of the
+training scripts. Defaults describe nodes of eight H100; `docs/parallelism_plans.md` says where the figures come from
+and what is assumed.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model", choices=sorted(MODELS), required=True, help="preset; model flags override parts of it"
+    )
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens of a packed sequence (default: the preset's)"
+    )
+    parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences per step (default: the recipe's)")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16, or fp32 (default: bf16)"
+    )
+    parser.add_argument(
+        "--top", type=int, default=20, metavar="N", help="layouts to print, fastest first (default: 20)"
+    )
+    parser.add_argument("--json", metavar="PATH", help="write every layout, possible or refused, to this file")
+
+    _add_machine(parser)
+    _add_layouts(parser)
+    _add_data(parser)
+    add_settings(parser, RecipeConfig, ("recipe",), "")
+    add_settings(parser, ModelConfig, ("model",), "")
+    return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine", "Bandwidths are per GPU and direction, as the data sheet has them.")
+    machine.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    sold = DataSheet()
+    for name, text in (
+        ("gpus_per_node", "GPUs of a node"),
+        ("memory_gib", "memory of a GPU"),
+        ("reserved_gib", "of it, for CUDA's context, NCCL, libraries and fragmentation"),
+        ("peak_tflops", "dense bf16 arithmetic of a GPU"),
+        ("memory_gb_per_second", "memory bandwidth of a GPU"),
+        ("intra_node_gb_per_second", "between GPUs of a node"),
+        ("inter_node_gb_per_second", "between nodes"),
+        ("intra_hop_microseconds", "time of a ring's step inside a node beyond its bytes"),
+        ("inter_hop_microseconds", "the same between nodes"),
+        ("efficiency", "share of the peak that matrix products reach"),
+        ("attention_efficiency", "share of the peak that attention reaches on visible pairs"),
+        ("overlap", "share of ZeRO 3's messages that can pass beside arithmetic"),
+        ("host_link_gb_per_second", "between a GPU and its host, for offload"),
+        ("host_memory_gb_per_second", "memory bandwidth of the host, per GPU, for offload"),
+        ("bandwidth_efficiency", "share of the bandwidths, of memory and network, that is reached"),
+    ):
+        default = getattr(sold, name)
+        machine.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g})",
+        )
+
+
+def _add_layouts(parser: argparse.ArgumentParser) -> None:
+    layout = parser.add_argument_group("layouts", "Values to try; default: all that divide.")
+    for flag, text in (
+        ("--tensor-model-parallel-size", "ranks that share every matrix"),
+        ("--pipeline-model-parallel-size", "stages"),
+        ("--context-parallel-size", "ranks that share every sequence"),
+        ("--zero-stage", "ZeRO stages"),
+        ("--micro-batch-size", "sequences per forward pass"),
+    ):
+        layout.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
+    layout.add_argument(
+        "--recompute-granularity", nargs="+", choices=("none", "selective", "full"), help="what backward recomputes"
+    )
+    layout.add_argument(
+        "--offload-optimizer", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)"
+    )
+    layout.add_argument("--offload-param", nargs="+", choices=("none", "cpu"), default=["none"], help="(default: none)")
+    layout.add_argument(
+        "--pipeline-partition",
+        default="auto",
+        metavar="auto|parameters|uniform|LAYER,...",
+        help="where stages begin, as for the training (default: auto)",
+    )
+    layout.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with tensor parallelism (default: on)",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data", "A sequence is packed with equal documents of this kind.")
+    data.add_argument("--images-per-document", type=int, default=1, metavar="N", help="(default: 1)")
+    data.add_argument(
+        "--image-pixels",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of each image (default: one tile; with any resolution two by two)",
+    )
+    data.add_argument("--text-tokens", type=int, default=256, metavar="N", help="text tokens (default: 256)")
+    data.add_argument(
+        "--trained-tokens", type=int, default=128, metavar="N", help="of them, answer tokens (default: 128)"
+    )
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The run that the training scripts would build from these flags.
+
+    Raises:
+        ValueError: flags that contradict each other, or that no machine or run can have.
+    """
+    overrides: dict[tuple[str, ...], Any] = {
+        tuple(name.split(".")): value for name, value in vars(arguments).items() if "." in name
+    }
+    if arguments.seq_length is not None:
+        overrides["data", "seq_length"] = arguments.seq_length
+    if arguments.global_batch_size is not None:
+        overrides["schedule", "global_batch_size"] = arguments.global_batch_size
+    recipe = overrides.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
+    config = build_config(RECIPES[recipe].stage.name, arguments.model, overrides)
+    validate_model(config.model)
+    for flag, value in (
+        ("--gpus", arguments.gpus),
+        ("--gpus-per-node", arguments.gpus_per_node),
+        ("--global-batch-size", config.schedule.global_batch_size),
+        ("--seq-length", config.data.seq_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
+    for name in (
+        "peak_tflops",
+        "efficiency",
+        "attention_efficiency",
+        "bandwidth_efficiency",
+        "memory_gb_per_second",
+        "intra_node_gb_per_second",
+        "inter_node_gb_per_second",
+        "host_link_gb_per_second",
+        "host_memory_gb_per_second",
+    ):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
+    return config
+
+
+def sequence_from(arguments: argparse.Namespace, config: Config) -> Work:
+    """One packed sequence.
+
+    Raises:
+        ValueError: a document does not fit it.
+    """
+    vision = config.model.vision
+    side = vision.image_size * (2 if vision.image_aspect_ratio == "anyres" and vision.max_tiles >= 4 else 1)
+    height, width = arguments.image_pixels or (side, side)
+    image = image_layout(height, width, vision)
+    return work_of_sequence(
+        config.data.seq_length,
+        images=[image.num_tokens] * arguments.images_per_document,
+        text=arguments.text_tokens,
+        trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
+        newlines=image.num_tokens - image.num_patches,
+        cells_per_tile=vision.cells_per_tile,
+        image_attention=config.model.image_attention,
+    )
+
+
+def cluster_from(arguments: argparse.Namespace) -> Cluster:
+    """The machine that the flags describe."""
+    names = (field.name for field in dataclasses.fields(DataSheet))
+    return DataSheet(**{name: getattr(arguments, name) for name in names}).cluster(arguments.gpus)

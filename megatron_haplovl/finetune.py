@@ -1,0 +1,21 @@
+"""Stage 2: visual instruction tuning of the whole model, or of the connector only (paper Sec. 3.2).
+
+deepspeed --module megatron_haplovl.finetune --model haplovl-debug --mock-data --train-iters 10 --global-batch-size 4
+"""
+
+from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.training.loop import train
+from megatron_haplovl.training.refusals import refusals_in_one_line
+from megatron_haplovl.training.setup import setup
+
+
+def main() -> None:
+    config = parse_args("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
+    with refusals_in_one_line():
+        run = setup(config)
+    train(run)
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillation (paper Sec. 3.2).
+
+    deepspeed --module megatron_haplovl.pretrain --model haplovl-debug --mock-data \
+        --train-iters 10 --lr-warmup-iters 0 --global-batch-size 4
+"""
+
+from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.training.loop import train
+from megatron_haplovl.training.refusals import refusals_in_one_line
+from megatron_haplovl.training.setup import setup
+
+
+def main() -> None:
+    config = parse_args(
+        "pretrain", "Stage 1, modal expansion: distil CLIP and the text embedding into the pre-decoder."
+    )
+    with refusals_in_one_line():
+        run = setup(config)
+    train(run)
+    run.close()
+
+
+if __name__ == "__main__":
+    main()
