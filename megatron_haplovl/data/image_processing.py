@@ -85,7 +85,7 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
 
 
 def image_to_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.float32]:
-    """Fit an image into its tiles and normalise it (the pixels behind `image_geometry.image_layout`).
+    """Fit an image into its tiles and normalise it; `image_geometry.image_layout` describes the same tiles.
 
     Args:
         image: an RGB image.
