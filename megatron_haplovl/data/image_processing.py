@@ -21,7 +21,7 @@ from megatron_haplovl.data.image_geometry import (
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the pixels that OpenAI's CLIP was trained on (red, green, blue, of pixels in 0..1)."""
 CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-"""Their standard deviation."""
+"""Standard deviation of the same pixels."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded by default: where Pillow starts to warn of a decompression bomb."""

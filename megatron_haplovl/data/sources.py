@@ -36,7 +36,7 @@ class Sample:
     is_image: npt.NDArray[np.bool_]
     """`[n]`, True at placeholders."""
     images: tuple[EncodedImage, ...]
-    """In the order of the placeholders."""
+    """Images in the order of the placeholders."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages: the prefix."""
+        """The prefix, for messages."""
 
     @property
     def content_hash(self) -> str:
@@ -199,7 +199,7 @@ class MockSource:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
         return "mock data"
 
     @property

@@ -185,7 +185,7 @@ class _Bags:
 class _Plan:
     calls: tuple[_Call, ...]
     q_bags: _Bags | None
-    """None where the calls' queries, end to end, are all queries in order."""
+    """None if the calls' queries, end to end, are all queries in order."""
     k_bags: _Bags | None
     alone_rows: _Index | None
     """Queries that see only themselves (padding). In a call, each would take a tile and its scratch memory."""
