@@ -16,7 +16,7 @@ from megatron_haplovl.conversion.hf_compatibility import check_language_config, 
 from megatron_haplovl.conversion.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
 from megatron_haplovl.conversion.siglip_mapping import siglip_vision_table
 
-# What a folder may hold beside the tensors that are taken. Anything else is an error: it would change the outputs.
+# What a folder may hold beside the tensors that are taken. Anything else is an error, because it would change outputs.
 _CLIP_EXTRA = re.compile(
     r"(vision_model\.)?(embeddings\.(class_embedding|position_ids)|post_layernorm\.\w+)"
     r"|text_model\..*|(visual|text)_projection\.weight|logit_scale"
@@ -29,14 +29,14 @@ _ANYTHING = re.compile(".*")
 
 
 class MappedWeights:
-    """The tensors of a foreign folder under our names, read when they are asked for. Every shape is checked before.
+    """The tensors of a foreign folder under our names, read when they are asked for. Every shape is checked first.
 
     Args:
         reader: the folder's tensors.
-        table: what is taken from it. Constants are checked by whoever made the table.
-        extra: their names that may be left over.
+        table: what is taken from it. Whoever makes the table checks the constants.
+        extra: foreign names that may be left over.
         allow: what may be missing or left over beside that.
-        prefix: of their names, in front of the table's.
+        prefix: stands before the table's names in the folder.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is neither in the table nor in `extra`.
@@ -65,14 +65,14 @@ class MappedWeights:
                 f"({len(unknown)} in all); --allow-unexpected skips those that it names"
             )
         self.skipped = [(name, f"skipped: has no counterpart ({self.folder})") for name in sorted(left)]
-        """Their names of what is not taken, with the reason."""
+        """Foreign names of the tensors that are not taken, each with the reason."""
 
     def names(self) -> list[str]:
         """Our names."""
         return list(self._entries)
 
     def origin(self, name: str) -> str:
-        """The folder, and what is done to the tensor beside renaming and reshaping; mostly nothing."""
+        """The folder, and what is done to the tensor beside renaming and reshaping (mostly nothing)."""
         note = self._entries[name].note
         return f"{self.folder}, {note}" if note else str(self.folder)
 
@@ -91,12 +91,12 @@ def _may_be_missing(entry: Entry, reader: WeightReader, allow: Allowed, prefix: 
 def open_clip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
     """Patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
 
-    The position embedding is interpolated where the folder's image size differs from the model's.
+    The position embedding is interpolated if the folder's image size differs from the model's.
 
     Args:
         folder: a Hugging Face CLIPVisionModel or CLIPModel.
         model: the sizes it must have.
-        allow: what may be missing or left over beside what is known of these models.
+        allow: what may be missing or left over, beside what these models are known to lack or hold.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
@@ -105,7 +105,7 @@ def open_clip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -
 
 
 def open_siglip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
-    """The same from a Hugging Face SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
+    """As :func:`open_clip`, from a SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
 
     Raises:
         ValueError: see :func:`open_clip`.
@@ -138,7 +138,7 @@ def open_language_model(
     Args:
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
         model: the sizes it must have.
-        allow: what may be missing or left over beside what is known of these models.
+        allow: what may be missing or left over, beside what these models are known to lack or hold.
         embedding_only: take `embedding.text.weight` only (stage 1).
 
     Raises:
@@ -158,8 +158,8 @@ def open_haplo(
 ) -> tuple[MappedWeights, ModelConfig]:
     """Every tensor of a folder in the released Haplo format.
 
-    Its blocks are gated and biased everywhere. Parts at the values at which the plain block computes the same are left
-    out; where training has moved a part in any block, the model keeps it in all of them.
+    Its blocks are gated and biased everywhere. A part is left out if its values make the block compute the same as the
+    plain one. If training has moved a part in any block, the model keeps that part in all blocks.
 
     Args:
         folder: the released folder.

@@ -1,7 +1,7 @@
-"""Do our blocks compute what transformers computes with the folders that they were imported from?
+"""Whether our blocks compute what transformers computes with the folders that they were imported from.
 
-Asked layer by layer on a fixed batch in fp32. Our side is built one block at a time, so that only transformers' model
-is in memory whole.
+They are compared layer by layer on a fixed batch in fp32. Our side is built one block at a time, so that only
+transformers' model is in memory whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TowerDifference:
     largest_value: float
     """Largest value in these outputs."""
     end: float
-    """Largest difference at the end, each model having run through on its own: of the last layer, or of the logits."""
+    """Largest difference of the last layer's output, or of the logits, after each model has run through on its own."""
     largest_end: float
     """Largest value there."""
 
@@ -47,9 +47,9 @@ class TowerDifference:
 def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDifference:
     """Compare the embedding of patches and the pre-decoder's blocks with CLIP's or SigLIP's.
 
-    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. Where the
+    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. If the
     checkpoint's image size is another one, transformers interpolates its position embedding, too. SigLIP has no norm
-    in front of the blocks, so ours is left out beside it.
+    in front of the blocks, so ours is left out of the comparison with it.
 
     Args:
         checkpoint: a `global_stepN` folder.
