@@ -5,8 +5,8 @@ divides by counts that it takes from the labels itself, and steps torch's AdamW.
 micro-batches each.
 
 Planted once to see these tests fail: the factor for DeepSpeed's averaging left out of `train_step`, and the counts of a
-part of the global batch instead of all of it. A mask that is causal only is the same on both sides;
-`tests/unit/model/test_model.py` catches that.
+part of the global batch instead of all of it. A mask that is only causal would be the same on both sides;
+`tests/unit/model/test_model.py` catches it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPES = ("distill", "align", "full")
 # Measured worst cases over all recipes and stages: loss 2.3e-7, norm 1.0e-7 (relative), weights 5.3e-7.
 LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 5e-6
 # Measured: loss 1.9e-3, weights 3.6e-3 beyond their rounding to 8 bits. AdamW's first steps move every weight by about
-# the learning rate, 1e-3, whatever the gradient's size, so that where its sign is lost in rounding a weight may end two
+# the learning rate, 1e-3, whatever the gradient's size. If rounding loses the gradient's sign, a weight may end two
 # such steps away.
 BF16_LOSS_TOLERANCE, BF16_WEIGHT_TOLERANCE = 1e-2, 5e-3
 
@@ -103,7 +103,7 @@ def train_serially(c):
 
 
 def test_a_rank_without_images_beside_one_with_images():
-    """What the comparison below must include: peers hang there under ZeRO-3."""
+    """The comparison below must include such a batch, because it makes other programs hang under ZeRO-3."""
     streams = [
         build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2, log=lambda _: None)
         for rank in (0, 1)

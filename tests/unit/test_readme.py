@@ -1,4 +1,4 @@
-"""What the README names exists, and its commands have only flags that the programs know."""
+"""Files that the README names exist, and its commands have only flags that the programs know."""
 
 from __future__ import annotations
 
