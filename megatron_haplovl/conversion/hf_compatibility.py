@@ -43,16 +43,16 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
     The image size may differ: the position embedding is interpolated.
 
     Args:
-        config: the vision model's configuration.
-        model: the model that it must fit.
-        where: the file that it was read from.
+        config: as read.
+        model: what it must fit.
+        where: its file.
         family: "clip" or "siglip".
 
     Returns:
         The configuration of the vision tower.
 
     Raises:
-        ValueError: it is no such vision model, or a setting differs; the message names the flag.
+        ValueError: not such a vision model, or a setting differs; the message names the flag.
     """
     if config.model_type == family:
         config = config.vision_config

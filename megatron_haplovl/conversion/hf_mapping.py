@@ -68,8 +68,8 @@ def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
 
     Args:
         model: sizes.
-        side: patches along one side of CLIP's image; if the model's tile has another number, the position embedding is
-            interpolated.
+        side: patches along one side of CLIP's image; where the model's tile has another number, the position embedding
+            is interpolated.
     """
     d, tile = model.pre.hidden_size, model.vision.cells_per_side
     return [
@@ -242,7 +242,7 @@ def _qkv_rows(model: ModelConfig) -> tuple[tuple[str, int], ...]:
 
 
 def _patch(theirs: str, model: ModelConfig) -> Entry:
-    """A convolution's weight in their form; in ours, its windows are flattened."""
+    """A convolution's weight, and the same windows flattened."""
     d, k = model.pre.hidden_size, model.vision.patch_size
     return Entry(
         theirs,

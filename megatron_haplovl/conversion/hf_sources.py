@@ -16,7 +16,7 @@ from megatron_haplovl.conversion.hf_compatibility import check_language_config, 
 from megatron_haplovl.conversion.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
 from megatron_haplovl.conversion.siglip_mapping import siglip_vision_table
 
-# What a folder may hold beside the tensors that are taken. Anything else is an error, because it would change outputs.
+# What a folder may hold beside the tensors that are taken. Anything else is an error: it would change the outputs.
 _CLIP_EXTRA = re.compile(
     r"(vision_model\.)?(embeddings\.(class_embedding|position_ids)|post_layernorm\.\w+)"
     r"|text_model\..*|(visual|text)_projection\.weight|logit_scale"
@@ -105,7 +105,7 @@ def open_clip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -
 
 
 def open_siglip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
-    """As :func:`open_clip`, from a SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
+    """The same from a Hugging Face SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
 
     Raises:
         ValueError: see :func:`open_clip`.
@@ -138,7 +138,7 @@ def open_language_model(
     Args:
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
         model: the sizes it must have.
-        allow: what may be missing or left over, beside what these models are known to lack or hold.
+        allow: what may be missing or left over beside what is known of these models.
         embedding_only: take `embedding.text.weight` only (stage 1).
 
     Raises:

@@ -47,9 +47,9 @@ class TowerDifference:
 def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDifference:
     """Compare the embedding of patches and the pre-decoder's blocks with CLIP's or SigLIP's.
 
-    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. If the
+    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. Where the
     checkpoint's image size is another one, transformers interpolates its position embedding, too. SigLIP has no norm
-    in front of the blocks, so ours is left out of the comparison with it.
+    in front of the blocks, so ours is left out beside it.
 
     Args:
         checkpoint: a `global_stepN` folder.

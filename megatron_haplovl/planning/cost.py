@@ -23,7 +23,7 @@ from megatron_haplovl.planning.cost_units import (
 )
 from megatron_haplovl.planning.work import Work
 
-# Constants of `kernels/linear_cross_entropy.py`: bytes of a chunk's logits, and of softmax's fp32 block.
+# Of `kernels/linear_cross_entropy.py`: bytes of a chunk's logits and of the fp32 block that softmax works on.
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 _MOST_ROUNDINGS = 16
@@ -49,7 +49,7 @@ def layer_costs(
         layout: how ranks share the work; `data`, `pipeline` and `zero_stage` change nothing here.
         precision: number formats.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
-        stage1: count embedding, pre-decoder and distillation heads, and a teacher of the pre-decoder's sizes.
+        stage1: embedding, pre-decoder and distillation heads, with a teacher of the pre-decoder's sizes beside them.
     """
     costs = [_embedding(model, work, layout, precision, "embedding" in trained, stage1)]
 
@@ -73,8 +73,8 @@ def layer_costs(
 
 
 def model_operations(model: ModelConfig, work: Work, stage1: bool) -> float:
-    """Operations of forward and backward when everything trains, as MFU counts them: three times those of the student's
-    forward pass."""
+    """Operations of forward and backward when everything trains, as MFU counts them: three times the forward pass's, of
+    the student only."""
     whole = layer_costs(model, work, Layout(), Precision(), trained=set(), stage1=stage1)
     teacher = _teacher(model, work).total if stage1 else 0.0
     return 3.0 * (sum(layer.forward.total for layer in whole) - teacher)
