@@ -1,4 +1,4 @@
-"""The log line, and the other places where the same numbers go."""
+"""The log line, and the other places that the same numbers go to."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_haplovl.config.schema import OptimizerConfig, RecipeConfig
 
-# First part of a parameter's name -> the part of the model that freeze flags and learning rates speak of.
+# First part of a parameter's name -> the part of the model, as freeze flags and learning rates name it.
 _PART_OF = {
     "embedding": "embedding",
     "pre_decoder": "pre_decoder",
@@ -36,7 +36,7 @@ def part_of(parameter: str) -> str:
 
 
 def trained_parts(config: RecipeConfig) -> set[str]:
-    """Parts that a recipe trains, less what the freeze flags take away."""
+    """Parts that a recipe trains, without those that the freeze flags freeze."""
     frozen = {
         part for part in ("embedding", "pre_decoder", "connector", "post_decoder") if getattr(config, f"freeze_{part}")
     }
@@ -71,8 +71,8 @@ def parameter_groups(
     Args:
         model: its parameters that require a gradient are grouped.
         config: rates and decay.
-        trained: where the model is a pipeline stage, names and numbers of dimensions of all stages' trained
-            parameters: every stage then has every group, some of them empty.
+        trained: if the model is a pipeline stage, names and numbers of dimensions of all stages' trained parameters.
+            Every stage then has every group, some of them empty.
 
     Raises:
         ValueError: a learning rate for a part that is not trained.

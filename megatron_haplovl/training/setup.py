@@ -35,7 +35,7 @@ from megatron_haplovl.training.recipe import apply_recipe, is_trained, parameter
 from megatron_haplovl.training.stages import build_losses
 from megatron_haplovl.training.teacher import teacher_width
 
-# Of the training data, what a pipeline's cut is computed from.
+# Packs of the training data that a pipeline's cut is computed from.
 _PACKS_FOR_CUT = 16
 
 
@@ -74,7 +74,7 @@ def setup(config: Config) -> Run:
     """Build a run from its configuration. Called by every rank.
 
     Raises:
-        ValueError: whatever in files or flags keeps the run from starting.
+        ValueError: something in files or flags keeps the run from starting.
     """
     device, groups = initialize_processes(config)
     logger = RunLogger(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
@@ -82,7 +82,7 @@ def setup(config: Config) -> Run:
     logger.print(
         f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
-        f"on the host: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
+        f"offloaded: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
         f"AdamW: {ADAMW_NAMES[adamw]}"
     )
 
@@ -157,7 +157,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
         batch = data.packs(range(number))
         return work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)
 
-    # Read on one rank, so that a cut that is close to another is the same everywhere.
+    # The packs are read on one rank, so that all ranks take the same of two cuts that are nearly equal.
     work = groups.world.gather_objects(groups.world.together(first_packs))[0]
     layers, first = stage_cut(
         config.model,
@@ -186,7 +186,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
 def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = None) -> ShardedModel:
     """This rank's part of the module that the recipe trains (stage 1's, or the whole model), not yet filled.
 
-    Split before anything is allocated.
+    The model is split before anything is allocated.
 
     Raises:
         ValueError: a stage of the pipeline would train nothing.
@@ -199,7 +199,7 @@ def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = 
         else:
             module = HaploVL(config.model, backend)
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    # Context parallelism first: of each sequence a rank has a share, and of that share tensor ranks have parts.
+    # Context parallelism first: a rank has a share of each sequence, and tensor ranks have parts of that share.
     apply_context_parallel(module, groups.context)
     apply_tensor_parallel(module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
     if stages is not None:
@@ -221,7 +221,7 @@ def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe:
 
 def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
     """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
-    # Otherwise a block that is compiled too often goes on uncompiled, with a warning only.
+    # Otherwise a block that is compiled too often would go on uncompiled, with no more than a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in model.modules():
         if isinstance(module, Block):
@@ -229,7 +229,7 @@ def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
 
 
 def _mesh(groups: ParallelGroups) -> str:
-    """How the ranks are arranged, where they are not all data-parallel."""
+    """The layout in words, if the ranks are not all data-parallel."""
     if groups.data.size == groups.world.size:
         return ""
     return (
