@@ -182,7 +182,7 @@ def _validate_parallel(config: Config) -> None:
     workload = Workload(
         config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
     )
-    # The number of data-parallel ranks is known only when the processes have met.
+    # The number of data-parallel ranks shows only when the processes have met.
     layout = Layout(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,

@@ -21,7 +21,7 @@ from megatron_haplovl.model.haplovl import HaploVLForDistillation
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 HeadInputs = Callable[[Batch], tuple[Any, ...]]
-"""Micro-batch -> what the model's head gets besides the hidden state: the batch itself, targets, loss function."""
+"""Micro-batch -> what the model's head is given besides the hidden state: the batch itself, targets, loss function."""
 
 
 def build_engine(
@@ -58,7 +58,7 @@ def build_engine(
         return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
 
     if isinstance(model.module, HaploVLForDistillation) and zero_stage == 3:
-        # The head reads the embedding's matrix, so ZeRO-3 must gather it for the head, too.
+        # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
         deepspeed.zero.register_external_parameter(model.module.distillation, model.module.embedding.text.weight)
     initialize = partial(deepspeed.initialize, optimizer=optimizer, config=settings, dist_init_required=False)
 

@@ -146,7 +146,7 @@ class PipelinedSteps:
         self._engine, self._slot, self._loss, self._grad_norm = engine, slot, loss, grad_norm
         self.reads_data = reads_data
         self._before_update: Callable[[Sums], None] | None = None
-        # The schedule ends in the optimizer's step, so whatever must come before the step is hooked in.
+        # The schedule ends in the optimizer's step, so that what comes before it must be hooked in.
         optimizer.register_step_pre_hook(lambda *_: self._call_before_update())
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, before_update: Callable[[Sums], None]) -> float:
@@ -172,7 +172,7 @@ class PipelinedSteps:
             yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
     def _call_before_update(self) -> None:
-        # ZeRO steps group by group, and not at all if gradients are not finite.
+        # ZeRO steps group by group, and not at all where gradients are not finite.
         if self._before_update is not None:
             before_update, self._before_update = self._before_update, None
             before_update(self._loss.sums)

@@ -19,7 +19,7 @@ from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.tensor_parallel import local_part
 
-# Parts that the other stage lacks. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
+# What the other stage does not have. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
 # discarding the heads"), and stage 1 can start from a checkpoint of the whole model.
 _DROPPED = {
     re.compile(r"distillation\..*"): "dropped: stage 1 only",
@@ -138,7 +138,7 @@ def _copy_sources(
 
 
 def _reason_to_leave(name: str, allow: Allowed) -> str | None:
-    """Why a checkpoint's tensor may be left out if the model has no place for it."""
+    """Why a tensor of a checkpoint may be left out that the model has no place for."""
     for pattern, reason in _DROPPED.items():
         if pattern.fullmatch(name):
             return reason

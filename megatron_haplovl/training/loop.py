@@ -66,8 +66,8 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
     """One optimizer step over the global batch number `step`.
 
     Returns:
-        Losses of the step, equal on every rank ("loss" is their trained sum, "grad norm" the norm before clipping), and
-        this rank's visible (query, key) pairs.
+        Losses of the step, with "loss" their trained sum and "grad norm" the norm before clipping, equal on every rank;
+        and this rank's visible (query, key) pairs.
 
     Raises:
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is

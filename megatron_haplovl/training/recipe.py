@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_haplovl.config.schema import OptimizerConfig, RecipeConfig
 
-# First part of a parameter's name -> the part of the model, as freeze flags and learning rates name it.
+# First part of a parameter's name -> the part of the model that freeze flags and learning rates speak of.
 _PART_OF = {
     "embedding": "embedding",
     "pre_decoder": "pre_decoder",
@@ -36,7 +36,7 @@ def part_of(parameter: str) -> str:
 
 
 def trained_parts(config: RecipeConfig) -> set[str]:
-    """Parts that a recipe trains, without those that the freeze flags freeze."""
+    """Parts that a recipe trains, less what the freeze flags take away."""
     frozen = {
         part for part in ("embedding", "pre_decoder", "connector", "post_decoder") if getattr(config, f"freeze_{part}")
     }

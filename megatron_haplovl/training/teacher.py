@@ -41,7 +41,7 @@ class VisionTeacher(nn.Module):
             return batch.tiles_TCHW.new_zeros(0, self.width)
         tiles_TCHW = batch.tiles_TCHW.to(self.clip.dtype)
         if self.layer in (-1, self.clip.config.num_hidden_layers):
-            # Asking for all layers' outputs would keep them all.
+            # Without the other layers' outputs, which would all be kept.
             features_TLD = self.clip(tiles_TCHW).last_hidden_state
         else:
             features_TLD = self.clip(tiles_TCHW, output_hidden_states=True).hidden_states[self.layer]
@@ -49,7 +49,7 @@ class VisionTeacher(nn.Module):
 
 
 def teacher_width(folder: str | None, model: ModelConfig) -> int:
-    """Width of the features of the teacher in a folder, or without a folder of :func:`random_teacher`'s."""
+    """Width of the features of the teacher in a folder; without one, of :func:`random_teacher`."""
     return model.pre.hidden_size if folder is None else CLIPVisionConfig.from_pretrained(folder).hidden_size
 
 

@@ -1,4 +1,4 @@
-"""Files that the README names exist, and its commands have only flags that the programs know."""
+"""What the README names exists, and its commands have only flags that the programs know."""
 
 from __future__ import annotations
 
