@@ -2,13 +2,13 @@
 
     python benchmarks/attention.py [--json PATH] [--layouts A B C] [--heads 16:16x64 8:2x128]
 
-Heads are query heads : key/value heads x width. On a CPU the default is the pre-decoder's (CLIP-ViT-L: 16:16x64) and a
-quarter of the post-decoder's (Llama-3-8B: 32:8x128), on a GPU both whole.
+Heads are query heads : key/value heads x width. On a CPU the default is the pre-decoder's heads (CLIP-ViT-L: 16:16x64)
+and a quarter of the post-decoder's (Llama-3-8B: 32:8x128), on a GPU both whole.
 
-`ratio_vs_sdpa` is how many times faster than torch's scaled_dot_product_attention with the dense boolean mask;
-`share_of_ideal` is that ratio over S^2 / P, what skipping every hidden pair without any other loss would give; `tflops`
-counts visible pairs only: forward 4 P H K, backward 10 P H K. `max_error` is the largest deviation from fp64, over the
-output and (fwd+bwd) all gradients, relative to the largest value of each.
+`ratio_vs_sdpa` is how many times faster a backend is than torch's scaled_dot_product_attention with the dense boolean
+mask. `share_of_ideal` is that ratio over S^2 / P, the ratio of skipping every hidden pair without any other loss.
+`tflops` counts visible pairs only: forward 4 P H K, backward 10 P H K. `max_error` is the largest deviation from fp64,
+over the output and (fwd+bwd) all gradients, relative to the largest value of each.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def measure(name: str, heads: str, arguments: argparse.Namespace) -> list[dict[s
 
 
 def offered(backend: str, device: torch.device, dtype: torch.dtype, width: int, reference: bool) -> bool:
-    """Whether a backend runs here; the oracle only where it was asked for."""
+    """Whether a backend runs here; the oracle runs only if it was asked for."""
     try:
         resolve_backend(backend, device, dtype, width)
     except ValueError:
@@ -143,7 +143,7 @@ def passes(
     backend: str,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The records of forward, and of forward and backward."""
+    """The records of forward alone, and of forward with backward."""
     heads, width = tensors[0].shape[2:]
     without_grad = torch.no_grad()(run)
 

@@ -7,7 +7,7 @@ Writes bf16 folders of CLIP's and the language model's true shapes, filled with 
 converts them: Hugging Face -> training checkpoint -> released Haplo format -> training checkpoint. Beside it, the
 language model goes through transformers' `from_pretrained` and `save_pretrained`, if it fits into memory. Every step
 begins with its input out of the page cache and ends with its output on the disk. The disk's own rate is that of a
-plain copy of the same files, made before and after each step, for it changes.
+plain copy of the same files, made before and after each step, because the rate changes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="haplovl-8b", help="preset (default: haplovl-8b)")
     parser.add_argument("--layers", type=int, metavar="N", help="blocks of each decoder (default: the preset's)")
     parser.add_argument(
-        "--folder", default="conversion-benchmark", metavar="PATH", help="on the disk to measure; must not exist"
+        "--folder", default="conversion-benchmark", metavar="PATH", help="new folder, on the disk to measure"
     )
     parser.add_argument("--json", metavar="PATH", help="write the records to this file")
     arguments = parser.parse_args()
@@ -80,7 +80,7 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
     language = language_model_table(model, tied=False)
     size = 2 * sum(_elements(entry) for entry in (*vision, *language))
     # A folder is removed once the last step that reads it is done; a step's input, its result
-    # and a copy of the input are there together.
+    # and a copy of the input are on the disk together.
     if shutil.disk_usage(folder).free < 3.1 * size:
         raise ValueError(f"{folder}: needs {3.1 * size / 1e9:.0f} GB of free disk; give fewer --layers")
     write_weights(_fake(vision), folder / "clip")

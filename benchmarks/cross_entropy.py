@@ -39,12 +39,12 @@ def plain(hidden_ML: torch.Tensor, weight_VL: torch.Tensor, target_M: torch.Tens
 
 
 def chunked(hidden_ML: torch.Tensor, weight_VL: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:
-    """This package's; it also counts the right answers."""
+    """This package's form, which also counts the right answers."""
     return linear_cross_entropy(hidden_ML, weight_VL, target_M)[0]
 
 
 def forms(device: torch.device) -> dict[str, Loss]:
-    """Name -> loss; the plain form first, since the others are compared with it."""
+    """Name -> loss; the plain form comes first, because the others are compared with it."""
     found: dict[str, Loss] = {"plain": plain, "chunked": chunked}
     if device.type == "cuda":
         found["compiled"] = torch.compile(plain)
@@ -69,7 +69,7 @@ def reference(hidden_ML: torch.Tensor, weight_VL: torch.Tensor, target_M: torch.
 
 
 def largest_error(got: Gradients, expected: Gradients) -> float:
-    """Over all tensors that were computed."""
+    """The largest error over all tensors that were computed."""
     return max(float((got[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in got)
 
 
@@ -87,7 +87,7 @@ def measure(loss_fn: Loss, tensors: Gradients, backward: bool, expected: Gradien
         return {name: value for name, value in grads.items() if value is not None}
 
     result = {"median_ms": 1000 * median_seconds(run, 1, repeats)}
-    # Gradients that are there before would be freed on the way.
+    # Gradients of earlier calls would be freed while this one is measured.
     hidden_ML.grad = weight_VL.grad = None
     result["peak_mib"] = peak_mib(run, hidden_ML.device)
     got = run()
@@ -100,7 +100,7 @@ def measure(loss_fn: Loss, tensors: Gradients, backward: bool, expected: Gradien
 def records(
     device: torch.device, dtypes: list[str], tokens: int, vocab: int, width: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Every form, frozen and trained head, forward alone and with backward."""
+    """Records of every form, with frozen and trained head, forward alone and with backward."""
     for dtype in dtypes:
         random = torch.Generator(device).manual_seed(0)
         # Logits of a standard deviation of 2, so that the largest of so many words stands out, as in a trained model.

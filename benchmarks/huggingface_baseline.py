@@ -1,7 +1,7 @@
 """The straightforward implementation that the training-step benchmark compares with.
 
-transformers' own CLIP and Llama layers with eager attention, one padded row per sample, a dense 4-d mask, logits of
-every position: what a working first version built from the library looks like.
+It is what a working first version built from the library looks like: transformers' own CLIP and Llama layers with eager
+attention, one padded row per sample, a dense 4-d mask, logits of every position.
 """
 
 from __future__ import annotations

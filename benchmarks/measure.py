@@ -23,7 +23,7 @@ Record = Mapping[str, Any]
 def median_seconds(
     fn: Callable[[], object], warmup: int, repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Median time of `fn()`, after some calls that are not counted. Waits for the GPU where there is one."""
+    """Median time of `fn()`, after some calls that are not counted. Waits for the GPU if there is one."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else _nothing
     for _ in range(warmup):
         fn()
@@ -38,7 +38,7 @@ def median_seconds(
 
 
 def peak_mib(fn: Callable[[], object], device: torch.device | str) -> float:
-    """Most memory that `fn()` holds at one time beyond what was held before it, in MiB.
+    """Most memory that `fn()` holds at one time beyond what was held before the call, in MiB.
 
     CUDA: what torch's allocator gave out. CPU: the growth of the process's peak resident set (Linux only). Call `fn`
     once before, so that what libraries keep for good is not counted.
@@ -51,7 +51,7 @@ def peak_mib(fn: Callable[[], object], device: torch.device | str) -> float:
         fn()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    # Freed memory that the C library still holds would be used again without a trace; give it back first.
+    # The C library keeps freed memory and would use it again without a trace, so give it back first.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Sets the recorded peak to the present size.
     before_kib = _status_kib("VmRSS")

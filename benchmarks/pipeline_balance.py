@@ -1,4 +1,4 @@
-"""Time of every pipeline stage, predicted and measured, under our cut and under DeepSpeed's two.
+"""Time of every pipeline stage, predicted and measured, under our cut and under both of DeepSpeed's.
 
     python benchmarks/pipeline_balance.py [--json PATH] [--shrink N] [--stages 2 4 8] [--repeats N]
 
@@ -7,10 +7,10 @@ The model is haplovl-7b with all of its 58 blocks, and every width, the vocabula
 untrained question and a trained answer. Stage 2 trains everything; stage 1 distils, with a teacher of the
 pre-decoder's size in its last layer.
 
-`auto` is `planning.stage_cut`, with the rates that training takes for this device. `parameters` and `uniform` are
+`auto` is `planning.stage_cut`, with the rates that training assumes for this device. `parameters` and `uniform` are
 DeepSpeed's own functions on the same model. A stage is run alone in one process, forward and backward, on the hidden
 states and gradients that the whole model has at its borders; all stages of all cuts take turns. Imbalance is the
-slowest stage over the mean one, less one. A prediction is a stage's share of the whole: it is printed scaled to the
+slowest stage over the mean one, less one. A prediction is a stage's share of the whole; it is printed scaled to the
 measured sum.
 """
 
@@ -56,7 +56,7 @@ Layer = Callable[[torch.Tensor | None, AttentionInputs], torch.Tensor]
 
 
 def shrunk(model: ModelConfig, factor: int) -> ModelConfig:
-    """The same depths and head widths; all other sizes divided."""
+    """A model of the same depths and head widths, with all other sizes divided."""
     pre, post = model.pre, model.post
     return replace(
         model,
@@ -83,9 +83,9 @@ class FlatModel:
 
     model: LayeredModel
     layers: dict[str, Layer]
-    """In order; the first ignores its input, the last returns the loss."""
+    """The layers in order; the first ignores its input, the last returns the loss."""
     attention_inputs: Callable[[], AttentionInputs]
-    """Made anew for every micro-batch on every stage."""
+    """Makes the inputs anew for every micro-batch on every stage."""
 
 
 def flat_model(config: ModelConfig, batch: Batch, stage1: bool, dtype: torch.dtype) -> FlatModel:
@@ -144,7 +144,7 @@ class Stages:
 
 
 def cuts(model: FlatModel, stages: int, auto: tuple[int, ...], with_deepspeed: bool) -> dict[str, tuple[int, ...]]:
-    """Name of a partition -> first layer of every stage. DeepSpeed's as its `PipelineModule._partition_layers` does."""
+    """Name of a partition -> first layer of every stage; DeepSpeed's are made as `PipelineModule` makes them."""
     found = {"auto": auto}
     if with_deepspeed:
         from deepspeed.runtime.utils import partition_balanced, partition_uniform
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count the process's CPU time: for a machine that is shared with other work. Needs one thread",
+        help="count the process's CPU time, on a machine that is shared with other work; needs one thread",
     )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

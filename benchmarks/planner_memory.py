@@ -1,9 +1,9 @@
-"""Memory that the planner predicts, against memory that is measured in a real model: per layer, and the peak of a step.
+"""The memory that the planner predicts against that of a real model: per layer, and the peak of a step.
 
     python benchmarks/planner_memory.py [--json PATH]
 
 Per layer: the bytes that autograd keeps from forward to backward, each storage once. Peak: torch's `MemTracker` over
-forward and backward. A CPU will do: what our layers keep is the same on every device, but for a norm's statistics.
+forward and backward. A CPU will do, because our layers keep the same on every device, except a norm's statistics.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ STAGE1 = frozenset({"embedding", "pre_decoder", "distillation"})
 
 
 def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int, untrained: int = 0) -> Batch:
-    """One sequence of documents, each an image and so many text tokens of which the first ones are not trained, then
-    padding."""
+    """One sequence of documents, then padding.
+
+    Each document is an image and as many text tokens as `texts` says, of which the first `untrained` are not trained.
+    """
     random = np.random.default_rng(0)
     size = config.vision.image_size
     layout = image_layout(size, size, config.vision)
@@ -91,7 +93,7 @@ class _Kept:
 
 
 class SavedBytes:
-    """Counts what autograd keeps, each storage where it is first kept; weights are not counted."""
+    """Counts what autograd keeps: each storage once, where it is first kept, without weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._known = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -101,9 +103,9 @@ class SavedBytes:
         self._known.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def of(self, forward: Callable[[], Any]) -> tuple[Any, int]:
-        """What a forward pass returns, and the bytes it leaves for backward.
+        """What a forward pass returns, and the bytes that it leaves for backward.
 
-        What an operation keeps for a derivative that it takes at once is gone by then.
+        Some operations take a derivative at once; what they keep for it is gone by then and is not counted.
         """
         kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
@@ -138,7 +140,7 @@ def run_block(block: Block, x_BSD: torch.Tensor, inputs: AttentionInputs, recomp
 def build(
     config: ModelConfig, dtype: torch.dtype, stage1: bool, trained: frozenset[str]
 ) -> HaploVL | HaploVLForDistillation:
-    """A model with random weights of which these parts train."""
+    """A model with random weights; only the given parts train."""
     model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
     initialize_weights(dict(model.named_parameters()), config.init_std, seed=0)
     for name, parameter in model.named_parameters():
@@ -204,8 +206,8 @@ def predict_layers(
 
 
 def measure_peak(model: HaploVL, batch: Batch, recompute: str) -> int:
-    """Peak bytes of one forward and backward pass, weights and gradients included; the gradients are there before, as
-    in any micro-batch but the first."""
+    """Peak bytes of one forward and backward pass, weights and gradients included. The gradients exist before the pass,
+    as in any micro-batch but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     inputs = model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
@@ -228,7 +230,7 @@ def measure_peak(model: HaploVL, batch: Batch, recompute: str) -> int:
 
 
 def predict_peak(predicted: dict[str, LayerCost], dtype: torch.dtype) -> float:
-    """The same by the planner's rule: weights, gradients, and the worst moment of backward."""
+    """The peak by the planner's rule: weights, gradients, and the worst moment of backward."""
     weights = sum(layer.parameters + layer.trained_parameters for layer in predicted.values()) * dtype.itemsize
     return weights + most_held(list(predicted.values()))
 

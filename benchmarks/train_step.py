@@ -98,7 +98,7 @@ class MasterWeights:
 
 
 class Clock:
-    """Wall time by part of the step; a part's backward pass ends when the gradient of its input is there."""
+    """Wall time by part of the step; a part's backward pass ends when the gradient of its input is computed."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -110,7 +110,7 @@ class Clock:
         self._last = self._now()
 
     def lap(self, part: str) -> None:
-        """What has passed since the last lap belongs to this part."""
+        """Count the time since the last lap for this part."""
         now = self._now()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
@@ -191,7 +191,7 @@ def baseline(dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
 
 
 def model_flops() -> float:
-    """Arithmetic of one step of ours."""
+    """Operations in one step of ours."""
     made = documents()
     return training_flops(
         CONFIG,
@@ -203,7 +203,7 @@ def model_flops() -> float:
 
 
 def measure(name: str, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One record. The first step makes the optimizer state, so memory is that of a run under way."""
+    """One record. A first step has made the optimizer state, so the memory is that of a run under way."""
     parts: dict[str, float] = {}
     holder: list[Any] = []
 

@@ -32,8 +32,8 @@ class BalancedChooser:
     def choose(self, candidates: Sequence[Question], types: Iterable[str]) -> list[Question]:
         """Draw one question for every wanted type (a type may be wanted several times), none of them twice.
 
-        Nor are two of them about the same: in one conversation, `What is in the corner?` would answer `Where is it?`.
-        A type of which no question is left is passed over.
+        No two of them are about the same thing: in one conversation, `What is in the corner?` would answer `Where is
+        it?`. A type that has no question left is passed over.
         """
         shuffled = self._rng.sample(list(candidates), len(candidates))
         chosen: list[Question] = []

@@ -48,7 +48,7 @@ class Example:
     label: str
     """"true" or "false"."""
     boxes: tuple[Box, ...]
-    """As annotated, which is their order in image 0."""
+    """The boxes as annotated, which is their order in image 0."""
 
     def image(self, split: str, permutation: int) -> str:
         """Path of an image below the clone."""

@@ -99,7 +99,7 @@ def _text_record(split: str, number: int, scene: Scene, chooser: BalancedChooser
 
 
 def _wanted_types(rng: random.Random) -> list[str]:
-    """Types of one conversation's questions: counts are learned soon, places last, and get the turns accordingly."""
+    """Types of one conversation's questions. Places are learned last and get most turns, counts soon and get fewest."""
     wanted = [*TYPES, "position"]
     if rng.random() < 0.5:
         wanted.remove("count")

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written aside and renamed, and on the disk before that is said."""
+"""Files that survive a crash: each is written under another name, brought to the disk, and then renamed."""
 
 from __future__ import annotations
 

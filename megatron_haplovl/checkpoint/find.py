@@ -21,7 +21,7 @@ def find_resumable(path: str | Path, world: Group, *, allow_fallback: bool = Fal
         None if there is none yet.
 
     Raises:
-        ValueError: also, that it holds weights only.
+        ValueError: as :func:`find_checkpoint`, or the checkpoint holds weights only.
     """
     candidates = _agree_on_candidates(path, world, allow_fallback)
     if not candidates:
@@ -43,11 +43,11 @@ def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = Fa
     Args:
         path: see `resolve_checkpoint`.
         world: all ranks.
-        allow_fallback: where the newest is damaged, take the newest one before it that is whole.
+        allow_fallback: if the newest is damaged, take the newest one before it that is whole.
 
     Raises:
         ValueError: there is no checkpoint, a rank does not see it, `latest` names a folder that is missing, or the
-            newest checkpoint is damaged; with `allow_fallback`, all of them are.
+            newest checkpoint (with `allow_fallback`, every checkpoint) is damaged.
     """
     candidates = _agree_on_candidates(path, world, allow_fallback)
     if not candidates:
@@ -56,7 +56,9 @@ def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = Fa
 
 
 def check_save_folder(root: str | Path, resumed: Path | None, world: Group) -> None:
-    """Before a run begins: can its checkpoints be written, and is another run's folder meant? Called by every rank.
+    """Check, before a run begins, that its checkpoints can be written; warn if the folder holds another run's.
+
+    Called by every rank.
 
     Args:
         root: --save.
@@ -64,7 +66,7 @@ def check_save_folder(root: str | Path, resumed: Path | None, world: Group) -> N
         world: all ranks.
 
     Raises:
-        ValueError: it is no folder that can be written to.
+        ValueError: the folder cannot be written to.
     """
     root = Path(root)
 
@@ -88,19 +90,19 @@ def check_save_folder(root: str | Path, resumed: Path | None, world: Group) -> N
 
 
 def _agree_on_candidates(path: str | Path, world: Group, allow_fallback: bool) -> list[Path]:
-    """Those of the first rank: another one may see the folder later, or not at all."""
+    """The first rank's candidates, because another rank may see the folder later, or not at all."""
     mine = world.together(lambda: _candidates(Path(path), allow_fallback) if world.rank == 0 else [])
     candidates: list[Path] = world.gather_objects(mine)[0]
     return candidates
 
 
 def _candidates(path: Path, allow_fallback: bool) -> list[Path]:
-    """The checkpoint to take, and with a fall-back those before it; none if there is none yet."""
+    """The checkpoint to take and, with `allow_fallback`, those before it; empty if there is none yet."""
     if not path.is_dir():
         return []
     restore_replaced(path)
     if not (path / "latest").is_file() and not (path / "config.json").is_file():
-        # A run that was killed after its first checkpoint was complete, and before `latest` named it.
+        # The run was killed when its first checkpoint was complete but `latest` did not name it yet.
         found = complete_checkpoints(path)
         return found if allow_fallback else found[:1]
     try:
@@ -136,7 +138,7 @@ def _damage(folder: Path, world: Group) -> list[str]:
     if not folder.is_dir():
         return [f"rank {world.rank} does not see it; it must be on a file system that all ranks share"]
     if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        return []  # Imported.
+        return []  # An imported checkpoint has no checksums.
     try:
         return damaged_files(folder, world.rank, world.size)
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Names in a --save folder, and which checkpoint a path means.
 
-SAVE/global_step100/               a complete checkpoint; there is none under such a name that is not
+SAVE/global_step100/               a checkpoint; a folder with such a name is always complete
     manifest.json, rank-*.safetensors    weights and optimizer state; see `checkpoint.pieces`
     config.json                    settings, and the iteration
     training_state.json            the position in the data
@@ -48,7 +48,7 @@ def complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
 
     Args:
         root: the folder.
-        up_to: leave out later steps than this one's: they come from a run that was gone back from.
+        up_to: leave out later steps than this one's, which a run wrote before it was taken back to this checkpoint.
     """
     found = {int(match[1]): path for path in root.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))}
     steps = sorted((step for step in found if (found[step] / MANIFEST).is_file()), reverse=True)
@@ -75,7 +75,7 @@ def unfinished(folder: Path) -> Path:
 
 
 def replaced(aside: Path) -> Path:
-    """Where the checkpoint lies meanwhile that another one of its step replaces.
+    """Where an old checkpoint lies while a new one of the same step takes its name.
 
     Args:
         aside: see :func:`unfinished`.
@@ -84,7 +84,7 @@ def replaced(aside: Path) -> Path:
 
 
 def restore_replaced(root: Path) -> None:
-    """Give checkpoints their names back that were to be replaced when the run was killed."""
+    """Give a checkpoint its name back if the run was killed while another one was to replace it."""
     for replaced in root.glob(f".*{_UNFINISHED}{_REPLACED}"):
         folder = root / replaced.name.removeprefix(".").removesuffix(f"{_UNFINISHED}{_REPLACED}")
         if not folder.exists():

@@ -37,7 +37,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    # Manifests of earlier versions have none.
+    # Manifests of earlier versions have no digest.
     if manifest.pop("sha256", None) not in (None, manifest_digest(manifest)):
         raise ValueError(f"{folder / MANIFEST} has changed since it was written (its SHA-256 is another)")
     return manifest

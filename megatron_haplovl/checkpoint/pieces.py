@@ -1,12 +1,11 @@
-"""Storage of a run's tensors: every rank writes the pieces that it holds, and any arrangement of ranks reads them.
+"""Storage of a run's tensors: every rank writes the pieces that it holds, and a run of any layout reads them.
 
 A piece is a run of elements of one flattened tensor, or of one tensor-parallel part of it. It is stored under the
 parameter's name in the serial model, so that no layout has to be known to read it. Nothing is pickled.
 
     rank-00000.safetensors    one rank's pieces
     rank-00000.json           what they are pieces of, and the file's size and SHA-256
-    manifest.json             the same of all ranks and of the files beside theirs, and every parameter's shape;
-                              written last
+    manifest.json             the same for all ranks and for the other files, and every parameter's shape; written last
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from megatron_haplovl.checkpoint.weight_files import TensorSource, WeightReader
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, by the names that torch and DeepSpeed give them."""
+"""AdamW's moments, by the names that torch and DeepSpeed give them."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What some elements in a file are."""
+    """Says which elements of which tensor a stretch of a file holds."""
 
     name: str
-    """Of the parameter."""
+    """The parameter's name."""
     kind: str
     """WEIGHT or one of MOMENTS."""
     dim: int | None
-    """Along which tensor-parallel ranks share the tensor; None for one that all hold whole."""
+    """Dimension along which tensor-parallel ranks share the tensor; None if every rank holds it whole."""
     part: int
     parts: int
     start: int
@@ -52,10 +51,10 @@ class _Stored:
 
 
 class PieceReader:
-    """Reads the tensors of a checkpoint, whole or in parts, whatever the ranks were that wrote it.
+    """Reads the tensors of a checkpoint, whole or in parts, whichever ranks wrote it.
 
     Args:
-        folder: of one checkpoint.
+        folder: one checkpoint's folder.
 
     Raises:
         ValueError: there is no readable manifest.
@@ -81,10 +80,10 @@ class PieceReader:
         return name in self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter of the serial model.
+        """Shape of a parameter in the serial model.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no parameter of this name.
         """
         if name not in self._shapes:
             raise ValueError(f"{self.folder}: there is no tensor {name!r} among its {len(self._shapes)}")
@@ -104,13 +103,13 @@ class PieceReader:
         stored = self._stored_of(piece.name, piece.kind)
         if (stored[0].piece.dim, stored[0].piece.parts) == (piece.dim, piece.parts):
             return self._read(stored, piece.part, piece.start, piece.length)
-        # Tensor-parallel ranks have become more or fewer.
+        # The number of tensor-parallel ranks has changed.
         whole = self._whole(piece.name, piece.kind)
         mine = whole if piece.dim is None else whole.chunk(piece.parts, piece.dim)[piece.part]
         return mine.reshape(-1)[piece.start : piece.start + piece.length]
 
     def _whole(self, name: str, kind: str) -> torch.Tensor:
-        """Put together from the parts of all tensor-parallel ranks, as it is stored."""
+        """A whole tensor, put together from the parts of all tensor-parallel ranks, as it is stored."""
         shape = self.shape(name)
         stored = self._stored_of(name, kind)
         dim, parts = stored[0].piece.dim, stored[0].piece.parts
@@ -149,9 +148,9 @@ class PieceReader:
 
 
 def open_checkpoint(folder: str | Path) -> TensorSource:
-    """The weights of a checkpoint: of one that a run has saved, or of one that holds plain safetensors.
+    """The weights of a checkpoint, either one that a run has saved or one of plain safetensors.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: the folder holds neither.
     """
     return PieceReader(folder) if (Path(folder) / MANIFEST).is_file() else WeightReader(folder)

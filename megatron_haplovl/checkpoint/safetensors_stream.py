@@ -1,7 +1,7 @@
 """Safetensors files in a stream: written tensor by tensor, without knowing which ones will follow, and read in parts.
 
-The library maps files into memory, where everything that was read of them stays until they are closed. Here no more is
-held than what was asked for.
+The safetensors library maps files into memory, and what was read from them stays there until they are closed. Here no
+more is held than what was asked for.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class SafetensorsFile:
     """One file, to be used in a `with` statement: complete and on the disk when that ends without an exception.
 
     Args:
-        path: replaced where it exists.
+        path: replaced if it exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,8 +105,8 @@ class SafetensorsFile:
         self._file.seek(_DATA_START)
 
     def has_room_for(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether the header has room for one entry more, and the tensor would begin at a multiple of its elements'
-        size, without which it could not be mapped into memory."""
+        """Whether the header has room for one more entry, and the tensor would begin at a multiple of its elements'
+        size (otherwise it could not be mapped into memory)."""
         aligned = self.size % tensor.element_size() == 0
         return aligned and len(self._with(name, tensor)) < _DATA_START - _HEADER_START
 
@@ -123,7 +123,7 @@ class SafetensorsFile:
         self.size += tensor.nbytes
 
     def _with(self, name: str, tensor: torch.Tensor) -> str:
-        """The header with one entry more, as ASCII and without its closing brace."""
+        """The header with one more entry, as ASCII and without its closing brace."""
         if tensor.dtype not in _TYPE_NAMES:
             raise ValueError(f"{self.path}: {name} has the number format {tensor.dtype}, which cannot be written")
         entry = {

@@ -172,7 +172,7 @@ def write_weights(
 
     Args:
         tensors: name -> tensor, or pairs of them.
-        folder: created where it does not exist.
+        folder: created if it does not exist.
         max_shard_bytes: size at which the next shard begins.
 
     Returns:
@@ -232,7 +232,7 @@ def _read_ahead(pairs: Iterable[tuple[str, torch.Tensor]]) -> Generator[tuple[st
     def make() -> tuple[str, torch.Tensor] | None:
         if (pair := next(source, None)) is None:
             return None
-        # A copy, for a mapped file is read only where its tensor is touched first.
+        # Copied here, because a mapped file is read only when its tensor is first touched.
         return pair[0], pair[1].detach().to("cpu", copy=True)
 
     with ThreadPoolExecutor(1) as thread:

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.05
 
 
 def prepare(aside: Path, config: Config, iteration: int, plan_key: str) -> None:
-    """Make the folder that the ranks write into, with everything in it that is no tensor. Called by one rank.
+    """Make the folder that the ranks write into, with everything in it but the tensors. Called by one rank.
 
     What killed runs have left unfinished in the --save folder is removed.
 
@@ -59,9 +59,9 @@ def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tens
     mode = path.stat().st_mode
     try:
         save_file({str(i): tensor.contiguous() for i, (_, tensor) in enumerate(pieces)}, path)
-    except SafetensorError as error:  # Also of a full disk.
+    except SafetensorError as error:  # A full disk raises it, too.
         raise OSError(f"{path}: {error}") from error
-    # The library's own files are for their owner only.
+    # The library makes files that only their owner may read.
     with contextlib.suppress(OSError):  # Not every file system has modes.
         path.chmod(stat.S_IMODE(mode))
     to_disk(path)
@@ -81,11 +81,11 @@ def complete(
 
     Args:
         aside: where the ranks write.
-        folder: the name; what has it is replaced, now that the new one is complete.
+        folder: the new name; a checkpoint that has it already is replaced once the new one is complete.
         ranks: number of ranks that write.
         parameters: shapes in the serial model.
-        dtype: of the weights that the model computes with.
-        patience: seconds until a rank that has not written is given up.
+        dtype: number format of the weights that the model computes with.
+        patience: seconds to wait for a rank that has not written yet.
 
     Raises:
         OSError: a rank failed, or took too long.
@@ -136,5 +136,5 @@ def publish(folder: Path, keep_last: int | None) -> None:
     write_text(root / "latest", folder.name)
     if keep_last is not None:
         for old in complete_checkpoints(root, up_to=folder)[keep_last:]:
-            # Renamed before it goes, so that what has a checkpoint's name is whole at any moment.
+            # Renamed before it is deleted, so that a folder with a checkpoint's name is whole at any moment.
             shutil.rmtree(old.rename(unfinished(old)))

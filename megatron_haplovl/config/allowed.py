@@ -12,7 +12,7 @@ class Allowed:
     """What a source of weights may lack or hold beyond what its format allows: regular expressions of whole names.
 
     Raises:
-        ValueError: one is not a regular expression.
+        ValueError: a pattern is not a regular expression.
     """
 
     missing: Sequence[str] = ()

@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object.
 
     Raises:
-        ValueError: it is missing, or not that.
+        ValueError: the file is missing, or does not hold one object.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""How the ranks of a run are arranged, and which arrangements are possible. Pure arithmetic on settings.
+"""The layout of a run, that is how its ranks are arranged, and which layouts are possible. Pure arithmetic on settings.
 
 Used by the checks at start and by `haplovl-plan`, so that both refuse the same things in the same words.
 """
@@ -14,7 +14,7 @@ from megatron_haplovl.config.stages import FINETUNE, StageSpec
 
 @dataclass(frozen=True)
 class Layout:
-    """One arrangement of `tensor * context * data * pipeline` ranks."""
+    """One way to arrange `tensor * context * data * pipeline` ranks."""
 
     tensor: int = 1
     """Ranks that share every matrix (--tensor-model-parallel-size)."""
@@ -64,13 +64,13 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """Ranks with the same weights: those that ZeRO splits optimizer, gradients and parameters over."""
+        """Ranks with the same weights. ZeRO splits optimizer, gradients and parameters over them."""
         return self.context * self.data
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained, as far as it limits the arrangement."""
+    """What is to be trained, as far as it limits the layout."""
 
     model: ModelConfig
     seq_length: int
@@ -97,7 +97,7 @@ class Workload:
 
 
 def check_layout(workload: Workload, layout: Layout) -> dict[str, str]:
-    """What forbids this arrangement: constraint -> a sentence that says what to change; empty if nothing."""
+    """What forbids this layout: constraint -> a sentence that says what to change; empty if nothing does."""
     for name in ("tensor", "pipeline", "context", "data", "micro_batch_size"):
         if getattr(layout, name) < 1:
             return {"sizes": f"the {name} size must be at least 1, got {getattr(layout, name)}"}
@@ -189,7 +189,7 @@ def _pipeline_zero(_: Workload, layout: Layout) -> str | None:
 
 
 def _offload_optimizer(_: Workload, layout: Layout) -> str | None:
-    # DeepSpeed would not move anything, and not say so.
+    # DeepSpeed would move nothing, without a word.
     if layout.offload_optimizer and layout.zero_stage == 0:
         return "--offload-optimizer cpu moves what ZeRO splits; it needs --zero-stage 1, 2 or 3"
     return None
@@ -231,4 +231,4 @@ CONSTRAINTS: dict[str, Callable[[Workload, Layout], str | None]] = {
     "offloaded parameters": _offload_param,
     "batch": _batch,
 }
-"""Every constraint that needs no machine to be checked, by name."""
+"""Every constraint that can be checked without a machine, by name."""

@@ -29,8 +29,8 @@ class PreDecoderConfig:
     rope_theta: float = setting(10000.0, "base of the rotary embedding")
     gated_mlp: bool = setting(
         False,
-        "gate the MLP: down(activation(gate(x)) * up(x)), as a released checkpoint does whose training has moved up(x) "
-        "away from 1, at which the gated MLP is the plain one",
+        "gate the MLP: down(activation(gate(x)) * up(x)), for released checkpoints whose training has moved up(x) away "
+        "from 1 (with up(x) = 1 the gated MLP is the plain one)",
     )
 
 
@@ -40,7 +40,7 @@ class RopeScalingConfig:
 
     type: str = setting(
         "none",
-        "none; linear: every frequency divided by the factor; llama3: the low ones divided, the high ones kept, those "
+        "none; linear: all frequencies are divided by the factor; llama3: low ones are divided, high ones kept, those "
         "between blended (Llama 3.1)",
         choices=("none", "linear", "llama3"),
     )
@@ -68,7 +68,7 @@ class PostDecoderConfig:
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig, metadata={"prefix": "post-rope-scaling"})
     qkv_bias: bool = setting(False, "biases on the q, k and v projections (Qwen2.5)")
     linear_bias: bool = setting(
-        False, "biases on the o, gate, up and down projections, where a released checkpoint has trained them"
+        False, "biases on the o, gate, up and down projections, for released checkpoints that have trained them"
     )
 
 
@@ -291,14 +291,14 @@ class CheckpointConfig:
     save: str | None = setting(None, "folder that receives checkpoints")
     load: str | None = setting(
         None,
-        "resume everything from the newest checkpoint in this folder, if there is one, on any arrangement of ranks",
+        "resume everything from the newest checkpoint in this folder, if there is one; the layout may have changed",
     )
     finetune: bool = setting(
         False, "take only the weights from --load; moments, schedule and position in the data start anew"
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
-    async_save: bool = setting(False, "write checkpoints beside the training, which waits for a copy in the host only")
+    async_save: bool = setting(False, "write checkpoints while training goes on; it waits only for a copy on the host")
     allow_fallback: bool = setting(
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
     )
@@ -326,7 +326,7 @@ class RunConfig:
 
     seed: int = setting(1234, "seed of weights, data order and joining")
     device: str = setting(
-        "auto", "auto: a GPU where DeepSpeed's accelerator offers one, else the CPU", choices=("auto", "cpu", "cuda")
+        "auto", "auto: a GPU if DeepSpeed's accelerator offers one, else the CPU", choices=("auto", "cpu", "cuda")
     )
 
 
@@ -359,7 +359,7 @@ class Config:
 
     @property
     def weights_from(self) -> str | None:
-        """The checkpoint whose weights a run begins with that does not go on from one."""
+        """The checkpoint whose weights a new run begins with; a run that resumes ignores it."""
         return self.checkpoint.load if self.checkpoint.finetune else self.init.pretrained_checkpoint
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
 from megatron_haplovl.hf.processing_haplo import HaploProcessor
 
 PRE_NORM_EPSILON = 1e-5
-"""Of the norm before the first block: torch's default, which the released format fixes."""
+"""Epsilon of the norm before the first block: torch's default, which the released format fixes."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def export_checkpoint(
         dtype: number format of the weights; default: each tensor's own in the checkpoint.
 
     Raises:
-        ValueError: the folder holds anything but an earlier export, there is no checkpoint, it is damaged or one of
-            stage 1, or the format or the tokenizer cannot hold the model.
+        ValueError: the folder holds anything but an earlier export, there is no checkpoint, the checkpoint is damaged
+            or from stage 1, or the format or the tokenizer cannot hold the model.
     """
     checkpoint, folder = resolve_checkpoint(load), Path(save)
     if folder.is_dir() and any(folder.iterdir()) and not is_released(folder):
@@ -112,12 +112,12 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
     """The chat template that a run's data was preprocessed with, read from the data's manifests.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         tokenizer: checked against the manifests, too.
 
     Raises:
-        ValueError: there are no manifests (mock data, or data that has moved), they name several templates or one that
-            does not come with the package or has changed since, or the data was made with another tokenizer.
+        ValueError: there are no manifests (mock data, or data that has moved); they name several templates, or one that
+            does not come with the package or has changed since; or the data was made with another tokenizer.
     """
     manifests = {prefix: read_manifest(prefix) for _, prefix in parse_blend(config.data.data_path)}
     for prefix, manifest in manifests.items():
@@ -140,7 +140,7 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
 
 
 def embedding_rows(model: ModelConfig, tokenizer: TextTokenizer) -> int:
-    """Rows that the exported embedding needs: the vocabulary, and the marks where their ids lie beyond it.
+    """Rows that the exported embedding needs: the vocabulary, and the marks if their ids lie beyond it.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -261,6 +261,6 @@ def _name_portable_tokenizer(folder: Path) -> None:
     if settings["tokenizer_class"] == "TokenizersBackend":
         # The older name of the same class.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # Else it also gives token types, with which transformers 4 would call the model.
+    # Otherwise the tokenizer also gives token types, which transformers 4 would hand to the model.
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Our settings and those of CLIP, Llama and Qwen2: does a folder's config.json describe the model of the flags?"""
+"""Whether a folder's config.json describes the model of the flags: our settings beside CLIP's, Llama's and Qwen2's."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def check_language_config(config: PretrainedConfig, model: ModelConfig, where: P
     """Compare a Llama or Qwen2 configuration with the text embedding and (where the stage has one) the post-decoder.
 
     Raises:
-        ValueError: not such a model, a setting differs (the message names the flag), or it has a part that the
-            post-decoder lacks.
+        ValueError: it is no such model, a setting differs (the message names the flag), or the model has a part that
+            the post-decoder lacks.
     """
     if config.model_type not in ("llama", "qwen2"):
         raise ValueError(f"{where}: model_type {config.model_type!r} is neither 'llama' nor 'qwen2'")
@@ -124,11 +124,11 @@ def vision_config_of(model: ModelConfig) -> CLIPVisionConfig:
 
 
 def language_config_of(model: ModelConfig, **changes: Any) -> LlamaConfig | Qwen2Config:
-    """The Llama, or with biases of q, k and v the Qwen2, whose weights text embedding and post-decoder take over.
+    """The Llama (with biases of q, k and v: the Qwen2) whose weights text embedding and post-decoder take over.
 
     Args:
         model: sizes.
-        **changes: further settings of the configuration, or other ones.
+        **changes: settings of the configuration to add or to replace.
     """
     post = model.post
     settings: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _check(theirs: Any, ours: Any, name: str, flag: str, where: Path) -> None:
         raise ValueError(f"{where}: {name} is {theirs!r}, but the model has {ours!r}; change {flag} or the folder")
 
 
-# Our field -> Hugging Face's key, and both kinds of scaling with the fields that they have.
+# Our field -> Hugging Face's key, for both kinds of scaling.
 _ROPE_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",

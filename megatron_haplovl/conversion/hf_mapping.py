@@ -45,17 +45,17 @@ class Entry:
     """Names in the training model: one; several where `to_theirs` combines them; none for a constant."""
     our_shapes: tuple[Shape, ...]
     to_ours: Callable[..., torch.Tensor] | None = None
-    """None where the foreign tensor does not determine ours."""
+    """None if the foreign tensor does not determine ours."""
     to_theirs: Callable[..., torch.Tensor] | None = None
-    """None where our tensors do not determine the foreign one."""
+    """None if our tensors do not determine the foreign one."""
     constant: float | None = None
-    """The value of every element at which the foreign part does what ours does without it."""
+    """If every element has this value, the foreign model computes the same as ours, which lacks the part."""
     kept_by: tuple[str, str] | None = None
-    """Of a constant: the section and field of :class:`ModelConfig` that makes the tensor a part of our model, too."""
+    """For a constant: section and field of the :class:`ModelConfig` setting that gives our model this part, too."""
     theirs_too: tuple[tuple[str, Shape], ...] = ()
-    """Names and shapes of further foreign tensors that `to_ours` is given behind the first."""
+    """Names and shapes of further foreign tensors, which `to_ours` gets after the first."""
     note: str = ""
-    """What `to_ours` does to the values, where it does more than rename and reshape."""
+    """What `to_ours` does to the values, if it does more than rename and reshape."""
 
 
 def _direct(ours: str, theirs: str, shape: Shape) -> Entry:
@@ -94,7 +94,7 @@ class VisionTower:
 
 
 def vision_blocks(model: ModelConfig) -> list[Entry]:
-    """The blocks of a vision tower, which CLIP and SigLIP name alike."""
+    """The blocks of a vision tower; CLIP and SigLIP give them the same names."""
     d, ffn = model.pre.hidden_size, model.pre.ffn_hidden_size
     table: list[Entry] = []
     for n in range(model.pre.num_layers):
@@ -139,7 +139,7 @@ def haplo_table(model: ModelConfig, *, rows: int) -> list[Entry]:
     Args:
         model: sizes.
         rows: rows of the embedding and of the output head: the vocabulary, plus zero rows up to the ids of the image
-            and video marks where these lie beyond it.
+            and video marks if these lie beyond it.
     """
     d, post_width = model.pre.hidden_size, model.post.hidden_size
     padding = rows - model.vocab_size
@@ -217,7 +217,7 @@ def _haplo_post_blocks(model: ModelConfig) -> list[Entry]:
 
 
 def _bias(ours: str, theirs: str, rows: int, model: ModelConfig, setting: str) -> Entry:
-    """A bias of the post-decoder, which the setting of this name makes a part of our model."""
+    """A bias of the post-decoder; our model has it if the setting of this name is on."""
     if getattr(model.post, setting):
         return _direct(f"{ours}.bias", f"{theirs}.bias", (rows,))
     return _constant(f"{theirs}.bias", (rows,), 0.0, ("post", setting))
@@ -286,17 +286,17 @@ def _append_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def fold_text_embedding(text_VL: torch.Tensor, projector_DL: torch.Tensor) -> torch.Tensor:
-    """The one matrix `W P^T` [V, D] in fp32, that embeds a token as `projector(W[token])` does."""
+    """The one matrix `W P^T` [V, D] in fp32 that embeds a token as `projector(W[token])` does."""
     projector_LD = projector_DL.float().T
     folded_VD = torch.empty(text_VL.shape[0], projector_LD.shape[1])
-    # In slices, so that the vocabulary's matrix is never there in fp32 as a whole.
+    # In slices, so that memory never holds the vocabulary's whole matrix in fp32.
     for words, folded in zip(text_VL.split(_FOLDED_AT_ONCE), folded_VD.split(_FOLDED_AT_ONCE), strict=True):
         torch.mm(words.float(), projector_LD, out=folded)
     return folded_VD
 
 
 def resize_note(old: int, new: int) -> str:
-    """Says that :func:`resize_positions` changes something."""
+    """Says what :func:`resize_positions` changes; empty if it changes nothing."""
     return "" if old == new else f"interpolated (bicubic) from {old} x {old} to {new} x {new} cells"
 
 
@@ -308,7 +308,7 @@ def resize_positions(position_CD: torch.Tensor, side: int) -> torch.Tensor:
         side: cells along one side of the new grid.
 
     Returns:
-        [side^2, D] in the given number format; the tensor itself where the size is the same.
+        [side^2, D] in the given number format; the tensor itself if the size is the same.
     """
     old = math.isqrt(position_CD.shape[0])
     if old == side:
@@ -325,7 +325,7 @@ def export_to_haplo(
 
     Args:
         source: tensors under the training model's names.
-        model: its sizes.
+        model: sizes of the model.
         rows: see :func:`haplo_table`; default `model.vocab_size`.
         dtype: number format of the result; default that of each source tensor.
 

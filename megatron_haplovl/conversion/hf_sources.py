@@ -28,14 +28,14 @@ VISION_TOWERS = (CLIP, SIGLIP)
 
 
 class MappedWeights:
-    """The tensors of a foreign folder under our names, read when they are asked for. Every shape is checked before.
+    """The tensors of a foreign folder under our names, read when they are asked for. Every shape is checked first.
 
     Args:
         reader: the folder's tensors.
-        table: what is taken from it. Constants are checked by whoever made the table.
-        extra: their names that may be left over.
+        table: what is taken from it. Whoever makes the table checks the constants.
+        extra: foreign names that may be left over.
         allow: what may be missing or left over beside that.
-        prefix: of their names, in front of the table's.
+        prefix: stands before the table's names in the folder.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is neither in the table nor in `extra`.
@@ -64,14 +64,14 @@ class MappedWeights:
                 f"({len(unknown)} in all); --allow-unexpected skips those that it names"
             )
         self.skipped = [(name, f"skipped: has no counterpart ({self.folder})") for name in sorted(left)]
-        """Their names of what is not taken, with the reason."""
+        """Foreign names of the tensors that are not taken, each with the reason."""
 
     def names(self) -> list[str]:
         """Our names."""
         return list(self._entries)
 
     def origin(self, name: str) -> str:
-        """The folder, and what is done to the tensor beside renaming and reshaping; mostly nothing."""
+        """The folder, and what is done to the tensor beside renaming and reshaping (mostly nothing)."""
         note = self._entries[name].note
         return f"{self.folder}, {note}" if note else str(self.folder)
 
@@ -108,12 +108,12 @@ def vision_tower_of(folder: str | Path) -> tuple[VisionTower, PretrainedConfig]:
 def open_vision_tower(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
     """Patch and position embedding, pre_norm and pre-decoder from the folder of a vision transformer.
 
-    The position embedding is interpolated where the folder's image size differs from the model's.
+    The position embedding is interpolated if the folder's image size differs from the model's.
 
     Args:
         folder: a Hugging Face folder of one of VISION_TOWERS, with or without its text half.
         model: the sizes it must have.
-        allow: what may be missing or left over beside what is known of these models.
+        allow: what may be missing or left over, beside what these models are known to lack or hold.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
@@ -157,8 +157,8 @@ def open_haplo(
 ) -> tuple[MappedWeights, ModelConfig]:
     """Every tensor of a folder in the released Haplo format.
 
-    Its blocks are gated and biased everywhere. Parts at the values at which the plain block computes the same are left
-    out; where training has moved a part in any block, the model keeps it in all of them.
+    Its blocks are gated and biased everywhere. A part is left out if its values make the block compute the same as the
+    plain one. If training has moved a part in any block, the model keeps that part in all blocks.
 
     Args:
         folder: the released folder.

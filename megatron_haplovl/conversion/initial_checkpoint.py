@@ -27,7 +27,7 @@ class ImportSummary:
     """The `global_step0` folder."""
     bytes: int
     table: str
-    """For every part of the model where its tensors came from, and what was left out."""
+    """Where the tensors of every part of the model came from, and what was left out."""
 
 
 def write_initial_checkpoint(
@@ -39,10 +39,10 @@ def write_initial_checkpoint(
     sources, as if the checkpoint's weights came from the folders themselves.
 
     Args:
-        sources: where a tensor is in several, the last one wins.
+        sources: the folders' weights; if several hold a tensor, the last one wins.
         config: stored beside the weights; `config.model` has the sizes.
         save: like a --save folder: receives `global_step0` and `latest`.
-        dtype: number format of the weights; default: that in which each is stored.
+        dtype: number format of the weights; default: the one in which each is stored.
 
     Raises:
         ValueError: `save` holds the checkpoints of a run.

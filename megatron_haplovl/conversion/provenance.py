@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 NEW = "newly initialised"
 
-# What no pretrained model holds, so that it may start at random beside pretrained weights.
+# No pretrained model holds these, so they may start at random beside pretrained weights.
 MAY_BE_NEW = re.compile(r"embedding\.(text_projector\.weight|image_newline)|connector\.weight|distillation\..*")
 
 
@@ -16,7 +16,7 @@ def provenance_table(origins: Iterable[tuple[str, str]]) -> str:
     """Count tensors by part of the model and origin.
 
     Args:
-        origins: for every tensor its name and where it came from, or what became of it.
+        origins: the name of every tensor, and where it came from or what became of it.
     """
     rows = Counter((name.split(".", 1)[0], origin) for name, origin in origins)
     width = max(len(part) for part, _ in rows)

@@ -23,14 +23,14 @@ def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRIC
     """The weights of a released folder, and the model that holds them.
 
     Args:
-        folder: in the released Haplo format.
-        model: preset and flags. The text embedding becomes `folded`, and gated blocks and biases are switched on where
-            the weights need them; everything else must agree with the folder. The vocabulary may be smaller than the
-            folder's where the rows beyond it are zero, as an export pads them.
+        folder: a folder in the released Haplo format.
+        model: preset and flags. The text embedding becomes `folded`, and gated blocks and biases are switched on if the
+            weights need them; everything else must agree with the folder. The vocabulary may be smaller than the
+            folder's if the rows beyond it are zero, as an export pads them.
         allow: what may be missing or left over.
 
     Raises:
-        ValueError: the folder is none, or its settings, shapes or tensors contradict the model.
+        ValueError: it is no such folder, or its settings, shapes or tensors contradict the model.
     """
     where = Path(folder) / "config.json"
     if not is_released(folder):
@@ -46,7 +46,7 @@ def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRIC
 
 
 def _described_model(config: HaploConfig, model: ModelConfig, where: Path) -> ModelConfig:
-    """What config.json says, and of what it does not say, what `model` has."""
+    """The model that config.json describes; settings that it does not hold are those of `model`."""
     pre, post = config.pre_decoder, config.post_decoder
     for found, expected, what in (
         (pre.norm_mode, "layernorm", "pre_config's norm_mode"),

@@ -1,7 +1,7 @@
 """This package's Hugging Face classes as files of an exported model, which then loads where the package is missing.
 
 `from_pretrained(folder, trust_remote_code=True)` imports the files that `auto_map` names and those that they import as
-neighbours. What the classes use of the rest of the package is therefore put beside them, and imported from there.
+neighbours. The other modules that the classes use are therefore put beside them, and imported from there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_remote_code(folder: Path) -> None:
 
 
 def _sources() -> dict[str, str]:
-    """The files that hold the classes and what those import of this package, which they now import as neighbours."""
+    """The files of the classes and of the modules that they import from this package, all rewritten as neighbours."""
     entries = (*MODEL_AUTO_MAP.values(), *_PROCESSOR_AUTO_MAP.values())
     waiting = {_PACKAGE / "hf" / f"{entry.partition('.')[0]}.py" for entry in entries}
     sources: dict[Path, str] = {}

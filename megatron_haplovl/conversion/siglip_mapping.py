@@ -4,9 +4,9 @@ Its blocks are CLIP's. Around them it differs:
 
     no class token, so that every row of its position embedding is a patch's
     a bias on the patch embedding          added to the position embedding, which is added to the same patches
-    images normalised by 0.5 and 0.5       our patch embedding gets the same colours normalised as CLIP's are; both
+    images normalised by 0.5 and 0.5       our patch embedding gets the same colours, normalised as CLIP's are; both
                                            are linear in the pixel, so its weight and that bias take up the difference
-    no norm in front of the blocks         ours, which is there, starts at weight 1 and bias 0; that is not the identity
+    no norm in front of the blocks         ours has one; it starts at weight 1 and bias 0, which is not the identity
     norm and attention pooling behind      left out, as CLIP's are
 """
 
@@ -28,8 +28,8 @@ def siglip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
 
     Args:
         model: sizes.
-        side: patches along one side of SigLIP's image; where the model's tile has another number, the position
-            embedding is interpolated.
+        side: patches along one side of SigLIP's image; if the model's tile has another number, the position embedding
+            is interpolated.
     """
     d, k, tile = model.pre.hidden_size, model.vision.patch_size, model.vision.cells_per_side
     patch = ("embeddings.patch_embedding.weight", (d, 3, k, k))

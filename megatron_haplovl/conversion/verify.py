@@ -1,4 +1,4 @@
-"""Do the training model and the exported model compute the same? Asked on one fixed batch.
+"""Whether the training model and the exported model compute the same, on one fixed batch.
 
 Each model is fed by its own path from text and images to tensors, so that the data path is compared as well.
 """
@@ -44,8 +44,8 @@ def compare_logits(
 
     Args:
         checkpoint: a `global_stepN` folder of a training run.
-        folder: its export.
-        attn_implementation: of the exported model: "eager" or "sdpa".
+        folder: the checkpoint's export.
+        attn_implementation: the exported model's, "eager" or "sdpa".
     """
     config = read_config(checkpoint)
     tokenizer = load_tokenizer(folder)
@@ -73,7 +73,7 @@ def fixed_inputs(side: int) -> tuple[list[str], list[list[Image.Image]]]:
     """Texts and their images: none; a wide one; a tall and a small one.
 
     Args:
-        side: of a tile, in pixels.
+        side: side of a tile, in pixels.
     """
     rng = np.random.default_rng(0)
 

@@ -1,7 +1,7 @@
-"""Do our blocks compute what transformers computes with the folders that they were imported from?
+"""Whether our blocks compute what transformers computes with the folders that they were imported from.
 
-Asked layer by layer on a fixed batch in fp32. Our side is built one block at a time, so that only transformers' model
-is in memory whole.
+They are compared layer by layer on a fixed batch in fp32. Our side is built one block at a time, so that only
+transformers' model is in memory whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TowerDifference:
     largest_value: float
     """Largest value in these outputs."""
     end: float
-    """Largest difference at the end, each model having run through on its own: of the last layer, or of the logits."""
+    """Largest difference of the last layer's output, or of the logits, after each model has run through on its own."""
     largest_end: float
     """Largest value there."""
 

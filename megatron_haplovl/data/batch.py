@@ -10,6 +10,7 @@ Shape legend, used in every tensor name of the package:
     H  (in attention tensors) heads             K  width of one head
 
 A sequence holds several documents, a document several images; images of one sequence follow each other in token order.
+*Visual tokens* are patches and newlines together, *patch tokens* are patches alone.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class Batch:
     """(query, key) pairs that attend: the unit of attention's arithmetic."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device, but for the mask's vectors.
+        """The same batch on another device; only the mask's vectors stay on the host.
 
-        They stay on the host, where attention plans its work from them without waiting for the device.
+        Attention plans its work from them there, without waiting for the device.
         """
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
@@ -70,14 +71,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Valid tokens in one whole global batch, known from the plan: the denominators of the losses."""
+    """Valid tokens in one whole global batch, known from the pack plan: the denominators of the losses."""
 
     lm_tokens: int
     """Positions with a label, stage 2."""
     text_tokens: int
     """Text tokens, stage 1's L_feat and L_ctp (S in paper Eq. 3 and 4)."""
     patch_tokens: int
-    """Patch tokens without newlines, stage 1's L_v (hw in paper Eq. 2)."""
+    """Patch tokens (newlines not counted), stage 1's L_v (hw in paper Eq. 2)."""
     tokens: int
     """All tokens that are not padding."""
     documents: int

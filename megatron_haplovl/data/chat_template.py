@@ -74,7 +74,7 @@ class EncodedConversation:
     token_ids: npt.NDArray[np.int32]
     """`[n]`; one placeholder token for every image."""
     loss_mask: npt.NDArray[np.uint8]
-    """`[n]`; 1 where the token is one that the model learns to write. The first token never is."""
+    """`[n]`; 1 at every token that the model learns to write. The first token is never one of them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ConversationEncoder:
         """
         hf = self.tokenizer.hf
         try:
-            # Its declared result is a string; it is (texts, spans).
+            # It is declared to return a string, and returns (texts, spans).
             rendered: Any = render_jinja_template(
                 [messages],
                 chat_template=self.template.source,

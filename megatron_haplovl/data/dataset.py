@@ -51,7 +51,7 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
     """Lay out one sample, or two joined ones, as one document.
 
     Args:
-        samples: in order; each starts where the one before it ends.
+        samples: the samples in order; each starts where the one before it ends.
         vision: how images become tokens.
 
     Raises:
@@ -101,7 +101,7 @@ def _trained(sample: Sample) -> npt.NDArray[np.bool_]:
 
 
 def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) -> npt.NDArray[np.float32]:
-    # Preprocessing has decoded the image already and recorded its size, which is then the limit.
+    # Preprocessing has decoded the image already and recorded its size, which is the limit here.
     decoded = decode_image(image.data, max_pixels=image.height * image.width)
     if (decoded.height, decoded.width) != (image.height, image.width):
         raise ValueError(
@@ -114,7 +114,7 @@ def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) 
 
 
 class _Growing:
-    """Parts of an index array."""
+    """An index array that grows part by part."""
 
     def __init__(self) -> None:
         self._parts: list[IntArray] = [np.zeros(0, dtype=np.int64)]

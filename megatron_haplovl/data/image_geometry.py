@@ -54,7 +54,7 @@ class ImageLayout:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of the image: patches and newlines."""
+        """Visual tokens of the image: patches and newlines."""
         return self.rows * (self.cols + self.newline)
 
     def patch_source(self) -> npt.NDArray[np.int64]:
@@ -154,14 +154,14 @@ def _unpad(height: int, width: int, grid_rows: int, grid_cols: int) -> tuple[int
 def count_image_tokens(
     sizes_I2: npt.NDArray[np.int32], vision: VisionConfig
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokens (newlines included) and patches of many images.
+    """Visual tokens and patch tokens of many images.
 
     Args:
         sizes_I2: (height, width) in pixels.
         vision: tile and patch size and the way to treat the shape.
 
     Returns:
-        Two arrays `[N]`: all tokens, and patches only.
+        Two arrays `[I]`: visual tokens, and patch tokens.
     """
     unique, inverse = np.unique(np.asarray(sizes_I2).reshape(-1, 2), axis=0, return_inverse=True)
     layouts = [image_layout(int(height), int(width), vision) for height, width in unique]

@@ -21,7 +21,7 @@ from megatron_haplovl.data.image_geometry import (
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the pixels that OpenAI's CLIP was trained on (red, green, blue, of pixels in 0..1)."""
 CLIP_STD: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-"""Their standard deviation."""
+"""Standard deviation of the same pixels."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded by default: where Pillow starts to warn of a decompression bomb."""
@@ -85,7 +85,7 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Ima
 
 
 def image_to_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.float32]:
-    """Fit an image into its tiles and normalise it (the pixels behind `image_geometry.image_layout`).
+    """Fit an image into its tiles and normalise it; `image_geometry.image_layout` describes the same tiles.
 
     Args:
         image: an RGB image.

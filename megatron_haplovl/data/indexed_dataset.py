@@ -123,7 +123,7 @@ class IndexedDataset:
         return self._bytes[start : start + int(self.lengths[index]) * self._dtype.itemsize].view(self._dtype)
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        # A data loading process opens the files anew; pickling a map would copy the whole file.
+        # Each data loading process opens the files itself; pickling a map would copy the whole file.
         return IndexedDataset, (self._prefix,)
 
     def flat(self) -> npt.NDArray[Any]:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchLoader:
-    """Batches of one rank, from a plan that all ranks share. Made by :func:`build_loader`.
+    """Batches of one rank, from a pack plan that all ranks share. Made by :func:`build_loader`.
 
     Micro-batch m of step t on data-parallel rank r holds the packs
     `t * global_batch_size + (m * dp_size + r) * micro_batch_size + j`.
@@ -71,7 +71,7 @@ class BatchLoader:
         return iter(self._loader)
 
     def packs(self, numbers: Sequence[int]) -> Batch:
-        """Some packs of the plan as one batch, beside the stream."""
+        """Some packs of the plan as one batch, apart from the iteration."""
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
 
@@ -127,8 +127,8 @@ def build_loader(
         paths: one prefix, or weight-prefix pairs. Not read with `config.data.mock_data`.
         config: model, data, schedule and seed.
         num_steps: steps that will be asked for.
-        dp_rank: this process among those that read different data.
-        dp_size: their number.
+        dp_rank: this process's place among those that read different data.
+        dp_size: number of those processes.
         aux_paths: auxiliary samples to join (stage 1), in the same form.
         shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
             epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
@@ -237,7 +237,7 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
 
 
 def _check_one_tokenizer(sources: list[Source]) -> None:
-    """Data of two tokenizers in one run would train on nonsense, in silence."""
+    """Refuse data of two tokenizers, because a run would silently train on nonsense."""
     indexed = [source for source in sources if isinstance(source, IndexedSource)]
     for source in indexed[1:]:
         if source.manifest.tokenizer_fingerprint != indexed[0].manifest.tokenizer_fingerprint:
@@ -260,5 +260,5 @@ def _report(plan: PackPlan, inputs: PlanInputs, seconds: float) -> None:
         logger.info(f"pack plan: {first.stats['skipped_long']} samples left out, longer than {limit} tokens")
     if inputs.aux:
         logger.info(
-            f"pack plan: {first.stats['not_joined']} main samples stayed alone, too long with an auxiliary sample"
+            f"pack plan: {first.stats['not_joined']} main samples not joined: too long with an auxiliary sample"
         )

@@ -44,7 +44,7 @@ class Counts:
     samples: int
     text_only_samples: int
     tokens: int
-    """Token ids, an image counted as one (its visual tokens depend on the model)."""
+    """Token ids, an image counted as one (the number of its visual tokens depends on the model)."""
     loss_tokens: int
     """Tokens that are trained in stage 2."""
     image_references: int
@@ -54,7 +54,7 @@ class Counts:
     longest_sample: int
     """Token ids of the longest sample, an image counted as one."""
     largest_token_id: int
-    """Placeholders for images left out."""
+    """Placeholders for images are not counted."""
 
 
 @dataclass(frozen=True)

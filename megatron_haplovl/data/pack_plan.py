@@ -1,14 +1,14 @@
 """The pack plan: which samples stand in which packed sequence, for whole epochs, before the first step.
 
 All sample lengths are known from preprocessing, so the plan covers the whole data set. It depends on the data and the
-seed only, not on the number of processes: every topology reads the same plan, and a run can resume at any step.
+seed only, not on the number of processes: every layout reads the same plan, and a run can resume at any step.
 
 An epoch is made in four steps:
 
-1. Draw. As many samples as the main sources hold together; each source gives its share by weight, from an endless
-   stream of its own permutations that goes on from epoch to epoch. Without weights every sample is drawn once.
+1. Draw as many samples as the main sources hold together. Each source gives its share by weight, from an endless stream
+   of its own permutations, which goes on from epoch to epoch. Without weights every sample is drawn once.
 2. Join (stage 1, paper Sec. 4.1). Each main sample and the next auxiliary sample become one document, in random order.
-   Where the two are too long together, the main sample stays alone.
+   If the two are too long together, the main sample stays alone.
 3. Pack. Best fit, the longest first, within windows of the shuffled documents.
 4. Shuffle the packs.
 """
@@ -30,7 +30,7 @@ COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens", "tokens", "documents"
 """Columns of `EpochPlan.counts`."""
 
 _WINDOW = 8192
-# Purposes of a random stream, so that no two streams are the same.
+# A number for each use of a random stream, so that no two streams are the same.
 _DRAW_MAIN, _DRAW_AUX, _ORDER, _AUX_ORDER, _SIDE, _PACK_ORDER = range(6)
 
 
@@ -91,7 +91,7 @@ class PackPlan:
     """Epochs one after the other; a pack has one number through all of them.
 
     Args:
-        epochs: at least one.
+        epochs: the planned epochs, at least one.
         cycle: start over after the last epoch (otherwise packs behind the end are empty).
     """
 
@@ -129,7 +129,7 @@ class PackPlan:
 
 
 def check_lengths(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
-    """Numbers of the samples of each source that fit into a sequence.
+    """For each source, the numbers of the samples that fit into a sequence.
 
     Raises:
         ValueError: a sample is too long and `skip_long_samples` is off, or a source has no sample left.
@@ -183,7 +183,7 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
 
 
 def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:
-    # RandomState's sequences are frozen for ever; Generator's may change with numpy's version, and plans with them.
+    # RandomState's sequences are frozen for ever. Generator's may change with numpy's version, and would change plans.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([settings.seed, *key])))
 
 

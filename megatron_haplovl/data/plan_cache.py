@@ -1,4 +1,4 @@
-"""Keep pack plans on disk: a folder per plan, named by a hash of all that it depends on, in it a folder per epoch."""
+"""Pack plans on disk: one folder for each plan, named by a hash of all that the plan depends on, with its epochs."""
 
 from __future__ import annotations
 

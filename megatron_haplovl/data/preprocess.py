@@ -218,7 +218,7 @@ class PrefixWriter:
         """Complete the files, write the manifest and move everything to its name; the manifest comes last.
 
         Args:
-            processor: whose tokenizer and template made the samples.
+            processor: the processor whose tokenizer and template made the samples.
             skipped: records left out, by reason.
         """
         self._stack.close()
@@ -243,7 +243,7 @@ class PrefixWriter:
             files={suffix: _file_entry(self._part(suffix)) for suffix in names.DATA_SUFFIXES},
         )
         manifest.write(self._part(names.MANIFEST_SUFFIX))
-        # Without its manifest an older set of files cannot be read, so a mixture of old and new never can.
+        # Files without a manifest cannot be read, so nobody ever reads a mixture of old and new files.
         Path(f"{self._prefix}{names.MANIFEST_SUFFIX}").unlink(missing_ok=True)
         for suffix in (*names.DATA_SUFFIXES, names.MANIFEST_SUFFIX):
             os.replace(self._part(suffix), f"{self._prefix}{suffix}")

@@ -32,11 +32,11 @@ class Sample:
     token_ids: npt.NDArray[np.int32]
     """`[n]`, one placeholder per image."""
     loss_mask: npt.NDArray[np.uint8]
-    """`[n]`, 1 at tokens that are trained. The first token never is: nothing predicts it."""
+    """`[n]`, 1 at tokens that are trained. The first token never is, because nothing predicts it."""
     is_image: npt.NDArray[np.bool_]
     """`[n]`, True at placeholders."""
     images: tuple[EncodedImage, ...]
-    """In the order of the placeholders."""
+    """Images in the order of the placeholders."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SampleCounts:
     """Length in the packed sequence: text, patches and newlines."""
     text_tokens: npt.NDArray[np.int64]
     patch_tokens: npt.NDArray[np.int64]
-    """Patches only."""
+    """Newlines not counted."""
     lm_tokens: npt.NDArray[np.int64]
 
 
@@ -56,7 +56,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages: the prefix."""
+        """The prefix, for messages."""
 
     @property
     def content_hash(self) -> str:
@@ -116,7 +116,7 @@ class IndexedSource:
             tokens=text + _segment_sums(tokens_per_image[references], starts, lengths),
             text_tokens=text,
             patch_tokens=_segment_sums(patches_per_image[references], starts, lengths),
-            # Without the first token of each sample, which has no predecessor.
+            # The first token of each sample has no predecessor, so it is not counted.
             lm_tokens=_segment_sums(mask, mask_starts + 1, np.maximum(mask_lengths - 1, 0)),
         )
 
@@ -143,7 +143,7 @@ class IndexedSource:
 def _segment_sums(
     values: npt.NDArray[np.integer], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.int64]:
-    """Sums of `values[start : start + length]`, for segments in order that do not overlap."""
+    """Sums of `values[start : start + length]`; the segments are in order and do not overlap."""
     sums = np.zeros(len(starts), dtype=np.int64)
     filled = np.flatnonzero(lengths)
     if len(filled) == 0:
@@ -199,7 +199,7 @@ class MockSource:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """A name for messages."""
         return "mock data"
 
     @property

@@ -21,7 +21,7 @@ VIDEO_MARK = "<video>"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
-# Between them these show normalizer, whitespace, digits, byte fallback and merges.
+# Together these texts show normalizer, whitespace, digits, byte fallback and merges.
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  Two  spaces,\ta tab,\nand a line break \n",
@@ -126,7 +126,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         processor.Load(str(path))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
-    # Imported here, as it refuses to load beside an older protobuf; Hugging Face folders do not need it.
+    # Imported here, because it refuses to load beside an older protobuf, and Hugging Face folders do not need it.
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def _build_backend(proto: Any, path: Path) -> Tokenizer:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Merges of a BPE model, which sentencepiece does not store: any two pieces may join to a third, and the piece with
+    """Merges of a BPE model. Sentencepiece does not store them: any two pieces may join to a third, and the piece with
     the better score joins first."""
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}

@@ -1,4 +1,4 @@
-"""Saving and resuming a run, on any arrangement of ranks: between DeepSpeed's engine and the files of `checkpoint`."""
+"""Saving and resuming a run, in any layout: between DeepSpeed's engine and the files of `checkpoint`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CheckpointWriter:
         self._saved = not self._agree(error)
         if not self._saved:
             return
-        # A copy, for the training goes on.
+        # The pieces are copied, because the training goes on.
         make_optimizer_state(self._engine, None)
         pieces = [
             (local.piece, local.values.to("cpu", copy=True))
@@ -85,10 +85,10 @@ class CheckpointWriter:
             self._report(writing.result())
 
     def close(self) -> None:
-        """The same at the end of a run.
+        """Finish the last checkpoint at the end of a run.
 
         Raises:
-            OSError: its last checkpoint could not be saved.
+            OSError: the run's last checkpoint could not be saved.
         """
         self.finish()
         if not self._saved:
@@ -100,7 +100,7 @@ class CheckpointWriter:
             logger.info(self._done)
 
     def _agree(self, error: str | None) -> bool:
-        """Whether any rank has failed; says so once, on every rank the same."""
+        """Whether any rank has failed; the answer is the same on every rank, and one rank logs it."""
         errors = [text for text in self._model.groups.world.gather_objects(error) if text is not None]
         if errors and self._model.groups.world.rank == 0:
             logger.warning(f"saving failed, the run goes on: {'; '.join(dict.fromkeys(errors))}")
@@ -133,17 +133,17 @@ class CheckpointWriter:
 
     def _publish(self, aside: Path, folder: Path) -> None:
         dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
-        # Gives up before the others do, which wait in a collective for this rank's answer.
+        # Gives up before the other ranks do; they wait in a collective for this rank's answer.
         patience = 30.0 * self._config.parallel.distributed_timeout_minutes
         write.complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
         write.publish(folder, self._config.checkpoint.keep_last)
 
 
 def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Config, plan_key: str) -> int:
-    """Give the engine the optimizer's state, and what it computes weights from. Called by every rank.
+    """Give the engine the optimizer's state and the values that it computes weights from. Called by every rank.
 
-    The number of ranks, their arrangement and the ZeRO stage may be others than when it was saved. What the optimizer
-    is set to (rates, decay, betas, clipping) is taken from the flags, not from the checkpoint.
+    The number of ranks, the layout and the ZeRO stage may have changed since it was saved. The optimizer's settings
+    (rates, decay, betas, clipping) are taken from the flags, not from the checkpoint.
 
     Args:
         engine: a fresh DeepSpeed engine, whose weights come from the same checkpoint.

@@ -13,11 +13,11 @@ from megatron_haplovl.parallel.tensor_parallel import split_dim
 class GradientClipping:
     """Clips by the norm over all ranks when the optimizer is about to step; registered as its step pre-hook.
 
-    DeepSpeed's own does not report the norm, and in a pipeline leaves out what is whole on every tensor-parallel rank
-    of all stages but the first.
+    DeepSpeed's own clipping does not report the norm. In a pipeline it also leaves some gradients out: on all stages
+    but the first, those of parameters that every tensor-parallel rank holds whole.
 
     Args:
-        model: its gradients are complete sums over the replicas by then.
+        model: its gradients must be complete sums over the replicas by then.
         max_norm: 0 turns clipping off; the norm is still taken.
     """
 
@@ -25,7 +25,7 @@ class GradientClipping:
         self._model = model
         self.max_norm = max_norm
         self.norm = torch.zeros(())
-        """Of the last step, before clipping."""
+        """Norm of the last step's gradients, before clipping."""
 
     def __call__(self, _optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
         split: list[torch.Tensor] = []
@@ -36,7 +36,7 @@ class GradientClipping:
             if parameter.grad is not None:
                 (whole if split_dim(name) is None else split).append(parameter.grad)
         groups = self._model.groups
-        # Slices are different on every tensor-parallel rank, what is whole is the same.
+        # Slices differ between tensor-parallel ranks; a whole parameter's gradient is the same on all of them.
         square = groups.pipeline.sum(groups.tensor.sum(_square_norm(split, device)) + _square_norm(whole, device))
         self.norm = square.sqrt()
         if self.max_norm > 0.0:
@@ -44,5 +44,5 @@ class GradientClipping:
 
 
 def _square_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    # The norm of none at all would lie on the CPU.
+    # The norm of no gradients at all would lie on the CPU.
     return torch.nn.utils.get_total_norm(gradients).float().square().to(device)

@@ -10,7 +10,7 @@ from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 
 _SET_BY_FLAGS = ("optimizer", "scheduler", "fp16", "pipeline", "tensorboard", "wandb", "csv_monitor", "comet")
-"""Sections of a DeepSpeed JSON that would do what flags do here, differently."""
+"""Sections of a DeepSpeed JSON for what flags do here in another way."""
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
@@ -34,18 +34,18 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": schedule.global_batch_size // per_pass,
         "gradient_clipping": config.optimizer.clip_grad,
         # DeepSpeed keeps fp32 master weights beside bf16 ones only under ZeRO. Without it, fp32 weights and bf16
-        # arithmetic (autocast) are what gives the same training.
+        # arithmetic (autocast) give the same training.
         "bf16": {"enabled": config.precision.bf16 and config.parallel.zero_stage > 0},
         "torch_autocast": {"enabled": config.precision.bf16 and config.parallel.zero_stage == 0, "dtype": "bfloat16"},
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
-            # Without a word on it, DeepSpeed pins the host's memory where there is a GPU.
+            # Unless told otherwise, DeepSpeed pins the host's memory if there is a GPU.
             "offload_optimizer": {"device": config.parallel.offload_optimizer},
             "offload_param": {"device": config.parallel.offload_param},
         },
     }
     if config.parallel.offload_optimizer == "cpu" and config.optimizer.adamw_implementation == "torch":
-        # Without it, DeepSpeed offloads no optimizer but its own.
+        # By default DeepSpeed offloads no optimizer but its own.
         ours["zero_force_ds_cpu_optimizer"] = False
     quiet: dict[str, Any] = {
         "steps_per_print": 2**31 - 1,
@@ -54,7 +54,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     }
     if config.precision.bf16 and config.parallel.zero_stage > 0:
         quiet["data_types"] = {"grad_accum_dtype": "fp32"}
-    # Tensor-parallel ranks send their own hidden states: with sequence parallelism they differ.
+    # Every tensor-parallel rank sends its own hidden states, because with sequence parallelism they differ.
     quiet["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.deepspeed_config is None:
         return _as_engine_wants({**quiet, **ours}, config)
@@ -71,7 +71,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 
 
 def _check_offload(zero: dict[str, Any], path: str) -> None:
-    """Refuse what DeepSpeed would ignore without NVMe, and what moves optimizer state past the learning rates here.
+    """Refuse keys that DeepSpeed would ignore without NVMe, and one that our learning rates would not reach.
 
     With `ratio` below 1, DeepSpeed steps a second optimizer whose learning rate nothing schedules.
     """
@@ -87,8 +87,8 @@ def _check_offload(zero: dict[str, Any], path: str) -> None:
 
 
 def _as_engine_wants(settings: dict[str, Any], config: Config) -> dict[str, Any]:
-    """What only we say otherwise than DeepSpeed understands it."""
-    # It counts context-parallel ranks as data-parallel ones, so it must multiply out the global batch itself.
+    """Adapt the settings that DeepSpeed understands in another way than we mean them."""
+    # DeepSpeed counts context-parallel ranks as data-parallel ones, so it must multiply out the global batch itself.
     del settings["train_batch_size"]
     if config.parallel.zero_stage == 0:
         settings["gradient_clipping"] = 0.0  # See `engine.clipping`.

@@ -34,10 +34,10 @@ def build_engine(
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights; pipeline.
 
     Args:
-        model: this rank's part of it, on the host.
+        model: this rank's part of the model, on the host.
         config: the run's settings.
         device: what it will run on.
-        head_inputs: what the model's head is given besides the hidden state.
+        head_inputs: what the model's head gets besides the hidden state.
         terms: the losses, and what each is divided by.
         optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group, some of them empty.
     """
@@ -83,7 +83,7 @@ def build_engine(
     slot = MicroBatchSlot()
     stage = PipelineStage(model.module, model.stages.of(groups.pipeline.rank), slot, loss, placeholders)
     engine, *_ = initialize(model=pipeline_module(stage, groups))
-    # DeepSpeed would receive gradients in the buffer of activations, whatever their number formats.
+    # DeepSpeed would receive gradients in the buffer of activations, even if their number formats differ.
     engine._allocate_or_extend_buffers = lambda _index, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
     reads_data = stage.is_first or stage.is_last
     return engine, PipelinedSteps(engine, slot, loss, grad_norm, optimizer, reads_data=reads_data)
@@ -98,7 +98,7 @@ def _fill_empty_groups(groups: list[dict[str, Any]]) -> torch.nn.ParameterList:
     for group in groups:
         if not group["params"]:
             placeholders.append(torch.nn.Parameter(torch.zeros(1)))
-            # So that no rank has nothing to take the norm of, which DeepSpeed does not expect.
+            # DeepSpeed expects that every rank has something to take the norm of.
             placeholders[-1].tensor_model_parallel = True
             group["params"].append(placeholders[-1])
     return placeholders

@@ -21,7 +21,7 @@ class LocalPiece:
     values: torch.Tensor
     """Flat view of the engine's own memory."""
     is_written: bool
-    """False where another rank holds the same and writes it."""
+    """False if another rank holds the same elements and writes them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Place:
 def local_pieces(engine: Any, model: ShardedModel) -> Iterator[LocalPiece]:
     """All that this rank holds of the model's weights and of the optimizer's moments.
 
-    Trained weights are the fp32 ones that the optimizer steps. The optimizer's state must be there; see
+    Trained weights are the fp32 ones that the optimizer steps. The optimizer's state must exist; see
     :func:`make_optimizer_state`.
     """
     tensor, replicas = model.groups.tensor, model.groups.replicas
@@ -49,7 +49,7 @@ def local_pieces(engine: Any, model: ShardedModel) -> Iterator[LocalPiece]:
         dim = None if tensor.size == 1 else split_dim(name)
         shared: dict[str, Any] = {"name": name, "dim": dim}
         shared |= {"part": 0, "parts": 1} if dim is None else {"part": tensor.rank, "parts": tensor.size}
-        # What every tensor-parallel rank has whole is written by the first.
+        # The first tensor-parallel rank writes what all of them have whole.
         first_of_tensor = dim is not None or tensor.rank == 0
         if not parameter.requires_grad:
             values, start = _frozen(parameter, replicas.rank)
@@ -68,13 +68,13 @@ def local_pieces(engine: Any, model: ShardedModel) -> Iterator[LocalPiece]:
 
 
 def make_optimizer_state(engine: Any, step: int | None) -> None:
-    """Give AdamW the state that it otherwise makes in its first step: moments of zero, where it has none.
+    """Give AdamW the state that it otherwise makes in its first step: moments of zero, if it has none.
 
-    Known to torch's AdamW, to DeepSpeed's CPUAdam and FusedAdam and to apex.
+    Works with torch's AdamW, DeepSpeed's CPUAdam and FusedAdam, and apex.
 
     Args:
         engine: the DeepSpeed engine.
-        step: number of steps that it is to count as done; None leaves what is there.
+        step: number of steps that AdamW is to count as done; None leaves its number as it is.
     """
     optimizer = engine.basic_optimizer
     for key in _optimizer_keys(engine):
@@ -101,14 +101,14 @@ def _optimizer_keys(engine: Any) -> list[torch.Tensor]:
 
 
 def _flat_groups(optimizer: Any) -> Any:
-    """ZeRO 1 and 2; in bf16, ZeRO 1 is another class with other names."""
+    """The flat groups of ZeRO 1 and 2; in bf16, ZeRO 1 is another class with other names."""
     if hasattr(optimizer, "fp32_groups_flat_partition"):
         return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
 
 
 def _place(engine: Any, parameter: Any, replica: int) -> _Place | None:
-    """None where ZeRO has given this rank nothing of the parameter."""
+    """Where this rank's part of the parameter lies; None if ZeRO has given it no part."""
     optimizer = engine.optimizer
     match engine.zero_optimization_stage():
         case 0:
@@ -128,7 +128,7 @@ def _place(engine: Any, parameter: Any, replica: int) -> _Place | None:
 
 
 def _frozen(parameter: Any, replica: int) -> tuple[torch.Tensor, int]:
-    """What this rank holds of a frozen parameter, and its first element's place."""
+    """What this rank holds of a frozen parameter, and the place of its first element."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach().view(-1), 0
     size = parameter.ds_tensor.numel()

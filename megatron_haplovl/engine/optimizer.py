@@ -1,4 +1,4 @@
-"""The optimizer: AdamW by whichever implementation is asked for."""
+"""The optimizer: AdamW in the implementation that is asked for."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def adamw_implementation(config: OptimizerConfig, device: torch.device, *, offlo
     """What `--adamw-implementation` stands for on a device: torch, cpu_adam or fused_adam (DeepSpeed's), or apex.
 
     Args:
-        config: the wish.
+        config: says which implementation is asked for.
         device: what the model runs on.
-        offloaded: the optimizer steps on the host whatever the device (--offload-optimizer cpu).
+        offloaded: the optimizer steps on the host, whatever the device is (--offload-optimizer cpu).
     """
     match config.adamw_implementation:
         case "auto":
@@ -47,7 +47,7 @@ def build_optimizer(
         offloaded: see :func:`adamw_implementation`.
 
     Raises:
-        ValueError: an implementation that is not there, or not for this device.
+        ValueError: the implementation is not installed, or does not run on this device.
     """
     settings: dict[str, Any] = {
         "lr": config.lr,

@@ -1,8 +1,8 @@
 """How a pipeline stage passes a micro-batch on.
 
-DeepSpeed has the schedule, the messages and the engine. To it a stage is one layer: a module that turns the tensors of
-the stage before into those for the next. Between stages travel the hidden state, the mask's two vectors and the
-positions. Whole batches are read on the first stage, which embeds them, and on the last, which has the loss.
+DeepSpeed has the schedule, the messages and the engine. It sees a stage as one layer: a module that turns the tensors
+of the stage before into those for the next. The hidden state, the mask's two vectors and the positions travel between
+stages. Whole batches are read on the first stage, which embeds them, and on the last, which has the loss.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megatron_haplovl.parallel.groups import ParallelGroups
 
 
 class MicroBatchSlot:
-    """The micro-batch that DeepSpeed has loaded on this rank, which is the one that comes next."""
+    """The micro-batch that DeepSpeed has loaded on this rank and that comes next."""
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
 
     def put(self, batch: Batch) -> None:
-        """Called when DeepSpeed loads."""
+        """Called when DeepSpeed loads a micro-batch."""
         assert self._batch is None
         self._batch = batch
 
@@ -42,11 +42,11 @@ class PipelineStage(nn.Module):
     """What DeepSpeed's pipeline engine runs on this rank.
 
     Args:
-        model: with the layers of this stage only.
+        model: the model, with the layers of this stage only.
         layers: their names.
         slot: where the first and the last stage find the whole micro-batch.
-        loss: what the last stage ends in: (what the head reads, micro-batch) -> loss.
-        placeholders: of optimizer groups that have no parameter here.
+        loss: the end of the last stage: (the head's input, micro-batch) -> loss.
+        placeholders: parameters for the optimizer groups that have none on this stage.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class PipelineStage(nn.Module):
         x_BSD = run_layers((layers[name] for name in self.inner), x_BSD, inputs)
         if self.is_last:
             return self.loss(x_BSD, batch)
-        # Of a view on part of a sequence a message cannot be made.
+        # A message cannot be made of a view of part of a sequence.
         return (x_BSD.contiguous(), kv_start_BS, kv_end_BS, position_ids_BS)
 
 
 def pipeline_module(stage: PipelineStage, groups: ParallelGroups) -> Any:
-    """DeepSpeed's description of a pipeline: one layer per stage, of which it builds its own.
+    """DeepSpeed's description of a pipeline: one layer per stage. A rank builds the one of its own stage.
 
     Args:
         stage: this rank's stage.
-        groups: the mesh; DeepSpeed's must be the same.
+        groups: every group of this rank; DeepSpeed must arrange the ranks in the same way.
     """
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -103,6 +103,6 @@ def pipeline_module(stage: PipelineStage, groups: ParallelGroups) -> Any:
         num_pp=groups.pipeline.size, num_mp=groups.tensor.size, num_dp=groups.replicas.size
     )
     layers = [stage] * groups.pipeline.size
-    # DeepSpeed prints where every single rank stands.
+    # DeepSpeed prints the place of every single rank.
     with contextlib.redirect_stdout(io.StringIO()):
         return PipelineModule(layers, topology=topology, partition_method="uniform")

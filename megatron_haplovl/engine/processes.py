@@ -20,7 +20,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         ValueError: srun or mpirun started several processes that know nothing of each other.
     """
     if config.run.device != "auto":
-        # Read by DeepSpeed when it is first imported.
+        # DeepSpeed reads this when it is first imported.
         os.environ["DS_ACCELERATOR"] = config.run.device
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -62,11 +62,12 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
 
 
 def check_started_alone() -> None:
-    """For a process without RANK: processes that all take themselves for the only one would overwrite one another's
-    checkpoints.
+    """Refuse a process without RANK that was not started alone.
+
+    Several processes that all take themselves for the only one would overwrite one another's checkpoints.
 
     Raises:
-        ValueError: srun, Open MPI, MPICH or Intel MPI say that they started several.
+        ValueError: srun, Open MPI, MPICH or Intel MPI say that they started several processes.
     """
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(os.environ.get(name, 1)) > 1:

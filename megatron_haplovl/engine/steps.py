@@ -1,6 +1,6 @@
 """How a step's micro-batches go through DeepSpeed: one after the other, or through its pipeline.
 
-Both classes do the same for the loop. They differ in who calls forward and backward: we do, or DeepSpeed's schedule.
+Both classes do the same for the loop. They differ in who calls forward and backward: we or DeepSpeed's schedule.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ class DirectSteps:
 
 
 class PipelineLoss:
-    """What the last stage ends in: from what the head reads to the loss of a micro-batch. Keeps the sums.
+    """The end of the last stage: from the head's input to the loss of a micro-batch. Keeps the sums.
 
-    It is part of the stage's forward pass. A loss function beside it, as DeepSpeed takes one, would lose the head's
+    It is part of the stage's forward pass. A separate loss function, such as DeepSpeed takes, would lose the head's
     bf16 gradients: DeepSpeed clears what it finds when backward reaches the forward pass's output.
 
     Args:
-        losses: (what the head reads, micro-batch) -> sums of the losses.
+        losses: (the head's input, micro-batch) -> sums of the losses.
         terms: what the sums are divided by.
         scale: undoes DeepSpeed's averages over micro-batches and replicas.
         device: where the batches are needed.
@@ -148,7 +148,7 @@ class PipelinedSteps:
     Args:
         engine: DeepSpeed's pipeline engine.
         slot: where the stage looks for whole micro-batches.
-        loss: what the last stage ends in.
+        loss: the end of the last stage.
         grad_norm: as for :class:`DirectSteps`.
         optimizer: the optimizer that is behind the engine's.
         reads_data: whether this is the first or the last stage.

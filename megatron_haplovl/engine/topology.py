@@ -1,4 +1,4 @@
-"""The process groups as DeepSpeed asks for them."""
+"""The process groups in the form in which DeepSpeed asks for them."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ class Answerer:
         """Answer a batch of single-turn questions.
 
         Args:
-            prompts: questions; one with images and without marks gets a mark for each image put before it.
+            prompts: questions; if one has images but no marks, a mark for each image is put before it.
             images: the image files of each question.
             max_new_tokens: longest answer in tokens.
-            temperature: 0 is greedy; above, sampling.
+            temperature: 0 decodes greedily; above 0 the answer is sampled.
 
         Returns:
             The answers, without special tokens and surrounding spaces.
@@ -70,7 +70,7 @@ def load_answerer(folder: str | Path, device: str = "auto") -> Answerer:
     """Load an exported model in the number format in which it is stored.
 
     Args:
-        folder: in the released Haplo format.
+        folder: a model in the released Haplo format.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
     Raises:

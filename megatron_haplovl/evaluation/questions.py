@@ -35,7 +35,7 @@ def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Qu
 
     Args:
         path: the file.
-        image_folder: where the image paths begin; may be None where no question has an image.
+        image_folder: where the image paths begin; may be None if no question has an image.
 
     Raises:
         ValueError: the file cannot be read or is empty, or a question lacks its text or its answer, names an image that

@@ -40,9 +40,9 @@ class Score:
     count: int
     correct: int
     majority_correct: int
-    """Questions answered by always giving the most frequent answer of the question's type."""
+    """Questions that are right if the most frequent answer of their type is always given."""
     majority_answer: str | None
-    """That answer, normalised; None for several types together."""
+    """The most frequent answer, normalised; None for several types together."""
 
     @property
     def accuracy(self) -> float:
@@ -55,7 +55,7 @@ class Score:
         return self.majority_correct / self.count
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON summary."""
+        """Values for a JSON summary."""
         summary: dict[str, Any] = {
             "accuracy": self.accuracy,
             "majority_accuracy": self.majority_accuracy,
@@ -73,7 +73,7 @@ class Report:
     per_type: dict[str, Score]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON summary."""
+        """Values for a JSON summary."""
         return {
             **self.total.to_dict(),
             "per_type": {name: score.to_dict() for name, score in self.per_type.items()},
@@ -97,7 +97,7 @@ def score_answers(predictions: Sequence[str], answers: Sequence[str], types: Seq
 
     Args:
         predictions: what the model said.
-        answers: what is right, in the same order.
+        answers: the true answers, in the same order.
         types: kind of each question.
 
     Raises:
@@ -121,6 +121,6 @@ def score_answers(predictions: Sequence[str], answers: Sequence[str], types: Seq
 
 def _score(outcomes: list[tuple[str, bool]]) -> Score:
     counts = Counter(truth for truth, _ in outcomes)
-    # Of equally frequent answers the alphabetically first, so that a report does not depend on the order of the file.
+    # The alphabetically first of equally frequent answers, so that a report does not depend on the order of the file.
     answer, frequency = min(counts.items(), key=lambda item: (-item[1], item[0]))
     return Score(len(outcomes), sum(right for _, right in outcomes), frequency, answer)

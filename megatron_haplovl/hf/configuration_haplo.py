@@ -50,7 +50,7 @@ class HaploDecoderConfig:
     image_aspect_ratio: str = "anyres_max_6"
     """`anyres_max_N`, or for one tile per image `pad` or `resize`."""
     image_grid_pinpoints: list[list[int]] | None = None
-    """Any resolution: the [height, width] in pixels that a grid of tiles may have."""
+    """For any resolution: the [height, width] in pixels that a grid of tiles may have."""
     image_newline: bool = True
     default_image_size: int = 336
     image_attention: str = "bidirectional"
@@ -106,7 +106,8 @@ _PRE_DEFAULTS: dict[str, Any] = {
     "norm_mode": "layernorm",
     "attention_rope": True,
 }
-# A property of the base class, which would turn the assignment into a warning. It lives in `base_config` alone.
+# The base class has a property of this name and would answer an assignment with a warning. It lives in `base_config`
+# alone.
 _NOT_MIRRORED = ("rope_scaling",)
 
 
@@ -149,7 +150,7 @@ class HaploConfig(PreTrainedConfig):
         return HaploDecoderConfig.from_dict(self.pre_config)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json: the keys of `base_config` stand there alone, and not a second time outside."""
+        """The content of config.json: the keys of `base_config` stand inside it only, not a second time outside."""
         values: dict[str, Any] = super().to_dict()
         base = self._base_values()
         values = {name: value for name, value in values.items() if name not in base}
@@ -157,7 +158,7 @@ class HaploConfig(PreTrainedConfig):
         return values
 
     def _base_values(self) -> dict[str, Any]:
-        """`base_config` with what was since assigned to the attributes that mirror it."""
+        """`base_config`, with the present values of the attributes that mirror it."""
         assert self.base_config is not None
         return {
             name: value if name in _NOT_MIRRORED else getattr(self, name) for name, value in self.base_config.items()

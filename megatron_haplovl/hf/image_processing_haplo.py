@@ -24,8 +24,8 @@ class HaploImageProcessor(BaseImageProcessor):
         size: `{"height": ..., "width": ...}` of one tile in pixels; square.
         patch_size: side of a patch in pixels.
         image_aspect_ratio: `pad` or `resize` (one tile per image), or `anyres_max_N` (up to N tiles).
-        image_grid_pinpoints: any resolution: the [height, width] in pixels that a grid of tiles may have; default:
-            every grid of one to N tiles, which is also the only supported list.
+        image_grid_pinpoints: for any resolution, the [height, width] in pixels that a grid of tiles may have. The
+            default, every grid of one to N tiles, is also the only supported list.
         image_newline: whether each row of patches ends with a newline token.
         image_mean: mean per channel; CLIP's.
         image_std: standard deviation per channel; CLIP's.
@@ -75,7 +75,7 @@ class HaploImageProcessor(BaseImageProcessor):
 
     @property
     def vision(self) -> VisionConfig:
-        """The same settings as the training configuration holds them."""
+        """The same settings in the form of the training configuration."""
         mode, _, max_tiles = self.image_aspect_ratio.partition("_max_")
         tile = VisionConfig(
             patch_size=self.patch_size, image_size=self.size["height"], image_newline=self.image_newline

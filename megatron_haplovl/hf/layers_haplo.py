@@ -54,8 +54,8 @@ def rotary_table(
 
 
 def scale_frequencies(frequency: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
-    """Rotary frequencies stretched for long contexts: divided by the factor ("linear"), or those divided that turn
-    seldom over the original context, those kept that turn often, and those between blended ("llama3")."""
+    """Rotary frequencies, stretched for long contexts. "linear" divides all of them by the factor. "llama3" divides
+    those that turn seldom over the original context, keeps those that turn often, and blends those between."""
     if rope_type(scaling) == "default":
         return frequency
     assert scaling is not None

@@ -91,9 +91,9 @@ class HaploModel(HaploPreTrainedModel):
 
         Args:
             input_ids: [B, S] new tokens; placeholders at visual ones.
-            attention_mask: [B, K], 0 at padding, of cached and new tokens; default: no padding.
+            attention_mask: [B, K] for cached and new tokens, 0 at padding; default: no padding.
             position_ids: [B, S]; default: counted from the first token that is not padding.
-            past_key_values: cache of the tokens before.
+            past_key_values: cache of the earlier tokens.
             pixel_values: [T, 3, size, size] tiles of all images, in order.
             visual_source: [B, S], see the head of this file. Needed where there are visual tokens.
             attention_start_ids: [B, S], likewise.
@@ -257,8 +257,8 @@ class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # The cache of `generate` would have as many layers as the base configuration; here are two decoders. `forward`
-        # makes one that grows.
+        # The cache of `generate` would have as many layers as the base configuration, but there are two decoders.
+        # `forward` makes one that grows.
         return False
 
     def prepare_inputs_for_generation(
@@ -281,7 +281,7 @@ class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
         `next_sequence_length` and `is_first_iteration` are not needed: the cache says what is new.
 
         Raises:
-            ValueError: `inputs_embeds`, from which placeholders could not be told.
+            ValueError: `inputs_embeds` is given; embeddings do not show where the placeholders are.
         """
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds is not supported: give input_ids")
@@ -295,7 +295,7 @@ class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
             "output_hidden_states": kwargs.get("output_hidden_states") or False,
         }
         if past == 0:
-            # Without a cache the sequence has grown behind the prompt by tokens that are text.
+            # Without a cache, the sequence has grown behind the prompt by text tokens.
             new = input_ids.shape[1] - (input_ids.shape[1] if visual_source is None else visual_source.shape[1])
             if visual_source is not None and attention_start_ids is not None and new:
                 own_index = torch.arange(visual_source.shape[1], input_ids.shape[1], device=input_ids.device)

@@ -1,4 +1,4 @@
-"""Text, images and videos to the inputs of the model: marks expanded, mask vector and patch sources laid out."""
+"""From text, images and videos to the inputs of the model: expanded marks, the mask's vector and patch sources."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class HaploProcessor(ProcessorMixin):
         return [source]
 
     def _video_blocks(self, frames: Sequence[Image.Image], tiles: list[torch.Tensor]) -> list[_IntArray]:
-        """The visual sources of a video: one block for each frame, and one newline at the end that is its own."""
+        """The visual sources of a video: one block for each frame, and a newline at the end, a block of its own."""
         first = self._patches_before(tiles)
         features = self.image_processor.preprocess_frames(frames, return_tensors="pt")
         tiles.append(features["pixel_values"])

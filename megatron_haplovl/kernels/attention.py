@@ -2,7 +2,7 @@
 
 Every backend computes softmax(scale * q k^T + mask) v with grouped-query attention: query head h reads key/value head
 h // (heads / kv_heads). Shapes as in `data/batch.py`, with H query heads, G key/value heads of width K, S queries and T
-keys; T is S but in decoding, where a chunk of queries meets a cache of keys.
+keys; T equals S except in decoding, where a chunk of queries meets a cache of keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_haplovl.kernels.flash_operators import flash_operator, flash_unava
 from megatron_haplovl.kernels.mask import MixedMask
 
 BACKENDS = ("reference", "cpu_segments", "flash", "flash3", "flash4", "flash_merged", "triton", "flex", "sdpa")
-"""Names of `--attention-backend`, beside auto."""
+"""Names that `--attention-backend` takes, beside auto."""
 
 _GPU_ORDER = ("flash", "triton", "flex", "sdpa")
 _FLASH_VERSIONS = {"flash": 2, "flash3": 3, "flash4": 4, "flash_merged": 2}
@@ -81,7 +81,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, h
 
 
 def describe_backend(name: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """What a resolved backend runs on, and why none before it in the order of `auto` does: for the log."""
+    """A text for the log: what a resolved backend runs on, and why those that `auto` tries before it do not run."""
     detail = f" ({flash_operator(device, _FLASH_VERSIONS[name]).name})" if name in _FLASH_VERSIONS else ""
     reasons = []
     if device.type == "cuda" and name in _GPU_ORDER:
@@ -104,7 +104,7 @@ def reference_attention(
 def attention_probabilities(
     q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, mask: MixedMask, scale: float | None = None
 ) -> torch.Tensor:
-    """What each query attends to, [B, H, S, T], in (at least) fp32: for looking at, and for the reference."""
+    """Attention weights, [B, H, S, T], in (at least) fp32: the reference needs them, and a user may look at them."""
     if scale is None:
         scale = q_BSHK.shape[-1] ** -0.5
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
@@ -119,7 +119,7 @@ def sdpa_attention(
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention with the dense mask."""
     group = q_BSHK.shape[2] // k_BTGK.shape[2]
-    # `enable_gqa` leaves the fused kernels for the unfused one, so the key/value heads are repeated here.
+    # With `enable_gqa` torch takes the unfused kernel, so the key/value heads are repeated here instead.
     q_BHSK, k_BHTK, v_BHTK = (
         q_BSHK.transpose(1, 2),
         k_BTGK.repeat_interleave(group, dim=2).transpose(1, 2),

@@ -18,7 +18,7 @@ from megatron_haplovl.kernels.mask import MixedMask
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Measured on one core by timing plans from one call per segment to one call for everything: a call takes about 150 us
-# forward and backward beside its arithmetic (bf16: 250), which runs at some 70 GFLOP/s (bf16: 90). Around the best plan
+# (bf16: 250) forward and backward beside its arithmetic, which runs at some 70 GFLOP/s (bf16: 90). Around the best plan
 # the time is flat. Forward and backward are 14 operations per pair and channel.
 _CALL_SECONDS = 150e-6
 _FLOPS_PER_SECOND = 70e9
@@ -26,7 +26,7 @@ _FLOPS_PER_PAIR = 14
 
 
 def pairs_per_call(channels: int) -> float:
-    """Pairs that could be computed in the time a call takes, for heads x head width channels."""
+    """Pairs that could be computed in the time of a call's overhead; `channels` is heads x head width."""
     return _CALL_SECONDS * _FLOPS_PER_SECOND * torch.get_num_threads() / (_FLOPS_PER_PAIR * channels)
 
 
@@ -34,7 +34,7 @@ def cpu_segments_attention(
     q_BSHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask: MixedMask, scale: float
 ) -> torch.Tensor:
     """Attention by one fused call per planned rectangle; see `kernels.attention.attention`."""
-    # The operator takes any strides but for the channels.
+    # The operator takes any strides, but the channels must be contiguous.
     q_BSHK = q_BSHK if q_BSHK.stride(-1) == 1 else q_BSHK.contiguous()
     overhead = pairs_per_call(q_BSHK.shape[2] * q_BSHK.shape[3])
     calls = mask.derive(("cpu_segments", overhead), lambda: plan_calls(mask, overhead))
@@ -69,7 +69,7 @@ class _SegmentedAttention(torch.autograd.Function):
         out_BSHK = torch.empty_like(q_BSHK)
         wide = torch.promote_types(q_BSHK.dtype, torch.float32)
         logsumexp_BHS = torch.empty(batch, heads, rows, dtype=wide)
-        # One head's keys side by side: the operator stumbles over rows that lie a power of two apart.
+        # The keys of one head lie side by side, because the operator is slow on rows that lie a power of two apart.
         k_BGTK, v_BGTK = (x_BTGK.transpose(1, 2).contiguous() for x_BTGK in (k_BTGK, v_BTGK))
         for call in calls:
             b, row, key = call.sequence, slice(call.row_start, call.row_end), slice(call.key_start, call.key_end)

@@ -18,8 +18,8 @@ import torch
 from megatron_haplovl.kernels.attention_plan import Call, hidden_pairs
 from megatron_haplovl.kernels.mask import MixedMask
 
-# Scores that one core works on at a time, and the most that may lie in one matrix before its rows are divided, too.
-# Both measured, on cores with 2 MiB of cache each; half or twice as much makes little difference.
+# Bytes of scores that one core works on at a time, and that one matrix may hold before its rows are divided, too.
+# Both were measured on cores with 2 MiB of cache each; half or twice as much makes little difference.
 _SCORE_BYTES = 2**21
 _MOST_SCORE_BYTES = 2**22
 
@@ -45,9 +45,9 @@ def segmented_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [B, S, H, K], dk and dv [B, T, G, K]) in the dtype of q; sums over rectangles in (at least) fp32.
 
-    Keys and values come as [B, G, T, K], contiguous: the matrix products stumble over rows that lie a power of two
-    apart. Scores and their gradients are formed in (at least) fp32; the three products that take rounded factors in
-    any fused kernel (P and dS) run in the dtype of q.
+    Keys and values come as [B, G, T, K], contiguous, because the matrix products are slow on rows that lie a power of
+    two apart. Scores and their gradients are formed in (at least) fp32. The three products whose factors P and dS are
+    rounded in any fused kernel run in the dtype of q.
     """
     dtype, wide = q_BSHK.dtype, logsumexp_BHS.dtype
     kv_heads = k_BGTK.shape[1]
@@ -107,7 +107,7 @@ def _by_kv_head(x_BSHK: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def _hidden(mask: MixedMask, call: Call, group: int) -> _Hidden | None:
-    """Where the mask cuts into a call's rectangle; None where it does not."""
+    """Where the mask cuts into a call's rectangle; None if it does not."""
     if call.kind == "full":
         return None
 

@@ -1,17 +1,18 @@
 """Mixed-mask attention on NVIDIA GPUs by FlashAttention's variable-length operator.
 
 The operator computes many sequences in one call, each unmasked or bottom-right causal (the last query sees all keys,
-the one before it one key less, and so on). Two plans put the mixed mask together of that; every pair of a query and a
-key that it sees is computed once, and no other:
+the one before it one key less, and so on). Two plans compose the mixed mask from such calls. Both compute every pair of
+a query and a key that it sees once, and no other pair:
 
 * `flash`: one call for all text segments, each causal over its document's keys so far, and one for all images, each
   unmasked over the keys up to its end. Every query is in one call; keys are copied once per segment that sees them.
-* `flash_merged`: one causal call over whole documents, where nothing is copied, and one for what the tokens of an image
-  see of its later tokens. That strict upper triangle has queries 0..n-2 and keys 1..n-1, and is causal when both are
-  reversed. Queries in images are in both calls; their results are merged by log-sum-exp.
+* `flash_merged`: one causal call over whole documents, where nothing is copied, and one for the pairs of an image's
+  token and a later token of the same image. That strict upper triangle has queries 0..n-2 and keys 1..n-1, and is
+  causal when both are reversed. Queries in images are in both calls; their results are merged by log-sum-exp.
 
-The backward operator recomputes probabilities as exp(score - lse) and takes off rowsum(dout * out), both of the whole
-row. So both calls are given the *merged* output and log-sum-exp: with its own, the gradients of each would be wrong.
+The backward operator recomputes probabilities as exp(score - lse) and subtracts rowsum(dout * out), where `lse` and
+`out` are those of the whole row. So both calls are given the *merged* output and log-sum-exp: with its own, each call
+would give wrong gradients.
 
 Shape letters beside those of `data/batch.py`: S queries and T keys of a sequence, N queries and U keys of the whole
 micro-batch end to end, R queries and C keys of one call, A queries that see only themselves; H query heads, I for each
@@ -41,7 +42,7 @@ def flash_attention(
 ) -> torch.Tensor:
     """Attention by one call for text segments and one for images; see `kernels.attention.attention`.
 
-    `version` is FlashAttention's; see :func:`flash_operators.flash_operator`.
+    `version` is that of FlashAttention; see :func:`flash_operators.flash_operator`.
 
     Raises:
         ValueError: no FlashAttention on this device.
@@ -160,7 +161,7 @@ def _keys(mask: MixedMask, sequence: int, start: int, end: int) -> _IntArray:
 # --- Plans, on the device ---------------------------------------------------------------------------------------------
 
 
-# A slice where they follow each other, so that nothing is copied; otherwise their int64 numbers.
+# Numbers of rows: a slice where they follow each other, so that nothing is copied; otherwise int64.
 _Index = slice | torch.Tensor
 
 
@@ -184,7 +185,7 @@ class _Bags:
 class _Plan:
     calls: tuple[_Call, ...]
     q_bags: _Bags | None
-    """None where the calls' queries, end to end, are all queries in order."""
+    """None if the calls' queries, end to end, are all queries in order."""
     k_bags: _Bags | None
     alone_rows: _Index | None
     """Queries that see only themselves (padding). In a call, each would take a tile and its scratch memory."""
@@ -313,7 +314,7 @@ def _put(tensor: torch.Tensor, rows: _Index, values: torch.Tensor, dim: int = 0)
 def _merge(
     out_NHK: torch.Tensor, lse_HN: torch.Tensor, rows: _Index, out_RHK: torch.Tensor, lse_HR: torch.Tensor
 ) -> None:
-    """Adds more keys to rows that have a result: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i)."""
+    """Add more keys to rows that have a result: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i)."""
     before_RHK, before_HR = _take(out_NHK, rows), _take(lse_HN, rows, dim=1)
     share_RH1 = torch.sigmoid(lse_HR - before_HR).transpose(0, 1).unsqueeze(-1)
     merged_RHK = torch.lerp(before_RHK.to(share_RH1.dtype), out_RHK.to(share_RH1.dtype), share_RH1)

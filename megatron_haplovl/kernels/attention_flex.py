@@ -85,6 +85,6 @@ def _blocks(tokens: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _implementation(device_type: str) -> Callable[..., torch.Tensor]:
-    """On a GPU the fused kernel, compiled for the first shape and, once another comes, for all shapes."""
+    """On a GPU the fused kernel, compiled for the first shape and, once another shape comes, for all of them."""
     dense: Any = flex.flex_attention
     return dense if device_type == "cpu" else torch.compile(dense)

@@ -69,7 +69,7 @@ def hidden_pairs(mask: MixedMask, call: Call) -> torch.Tensor:
 
 
 def _cut_text(segment: Segment) -> list[Segment]:
-    """A long stretch of text as several: places where it may, but need not, be cut."""
+    """Divide a long stretch of text at the places where it may, but need not, be cut."""
     if segment.kind != "text":
         return [segment]
     cuts = [*range(segment.start, segment.end, _TEXT_BLOCK), segment.end]

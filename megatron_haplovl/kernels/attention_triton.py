@@ -26,12 +26,12 @@ def triton_attention(
 ) -> torch.Tensor:
     """Attention by Triton kernels; see `kernels.attention.attention`.
 
-    The tensors may be views of any strides whose channels are contiguous (others are copied). Under autocast they are
-    cast to its dtype. There may be more keys than queries: one chunk of a prefill, or one decoding step.
+    The tensors may be views of any strides if their channels are contiguous (others are copied). Under autocast they
+    are cast to its dtype. There may be more keys than queries: one chunk of a prefill, or one decoding step.
 
     Raises:
-        ValueError: a device, dtype or head width of :func:`triton_unavailable`, tensors of several dtypes, or a scale
-            that is not positive.
+        ValueError: a device, dtype or head width that :func:`triton_unavailable` names, tensors of several dtypes, or a
+            scale that is not positive.
     """
     if torch.is_autocast_enabled(q_BSHK.device.type):
         dtype = torch.get_autocast_dtype(q_BSHK.device.type)
@@ -105,7 +105,7 @@ class _TritonAttention(torch.autograd.Function):
         sizes = (num_queries, num_keys, _length_class(num_queries), scale, scale * math.log2(math.e))
         dq_BSHK, delta_BHS = torch.empty_like(out_BSHK), torch.empty_like(logsumexp_BHS)
         parts = _parts(batch * kv_heads, num_keys, group, q_BSHK.device)
-        # Of several parts, each is kept in fp32 until they are added up, in one order.
+        # Several parts are kept in fp32 until they are added up, in a fixed order.
         kind = torch.float32 if parts > 1 else k_BTGK.dtype
         dk_PBTGK, dv_PBTGK = (k_BTGK.new_empty((parts, *k_BTGK.shape), dtype=kind) for _ in range(2))
         with torch.cuda.device_of(q_BSHK):
@@ -148,17 +148,17 @@ class _TritonAttention(torch.autograd.Function):
 
 
 def _parts(programs_per_tile: int, num_keys: int, group: int, device: torch.device) -> int:
-    """Parts that the query heads of a group are divided into in the gradient of the keys.
+    """Number of parts into which the gradient of the keys divides the query heads of a group.
 
-    One where that gives every multiprocessor several tiles of keys, whose work differs a lot; else as many as it takes,
-    at the price of an fp32 buffer for each.
+    One part where that gives every multiprocessor several tiles of keys (their work differs a lot); otherwise as many
+    parts as that takes, at the price of an fp32 buffer for each.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return min(group, triton.cdiv(4 * processors, programs_per_tile * triton.cdiv(num_keys, 128)))
 
 
 def _intervals(mask: MixedMask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(kv_start, kv_end), contiguous: a chunk's vectors are views of the whole sequence's."""
+    """(kv_start, kv_end), made contiguous, because a chunk's vectors are views of the whole sequence's."""
     start_BS, end_BS = mask.vectors(device)
     return mask.derive(("contiguous", device), lambda: (start_BS.contiguous(), end_BS.contiguous()))
 
@@ -185,7 +185,7 @@ def _length_class(num_queries: int) -> int:
 
 
 def _that_fit(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Small tiles for wide elements and heads, whose large ones spill registers; large tiles for all else."""
+    """Small tiles for wide elements and heads, where large tiles spill registers; large tiles for all else."""
     wide = arguments["q"].dtype == torch.float32 or constants["HEAD_TILE"] > 128
     return [c for c in configs if (c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] < 64 * 64) == wide]
 

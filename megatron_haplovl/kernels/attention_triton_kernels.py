@@ -11,7 +11,7 @@ Offsets inside a tile are 32-bit, the place of a tile is 64-bit. Scores are in b
 The method is that of FlashAttention-2 (arXiv:2307.08691); no atomics, so every result is deterministic.
 """
 
-# Triton takes the types of what is not a constant from the launch; annotations would be read as its own.
+# Triton takes the types of all arguments but constants from the launch, and would read annotations as its own.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _forward_tiles(
     start_M, end_M, origin, left, full, count, num_keys, scale_log2,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_TILE: tl.constexpr
 ):  # fmt: skip
-    """`count` tiles of keys, all masked or all full, into the running output, maximum and sum."""
+    """Take `count` tiles of keys, all masked or all full, into the running output, maximum and sum."""
     for i in range(count):
         first = origin + i * BLOCK_N
         if MASKED:
@@ -188,7 +188,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Gradient of one tile of queries, and delta [B, H, S] = sum over channels of out * dout. Grid as the forward's.
 
-    `dq` has the layout of `out`.
+    `dq` has the strides of `out`.
     """
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -275,7 +275,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one head, over one part of its query heads.
 
-    Grid: (parts * B * G, tiles). `dk` and `dv` are laid out alike, [parts, B, T, G, K].
+    Grid: (parts * B * G, tiles). `dk` and `dv` are [parts, B, T, G, K] and have the same strides.
     """
     part = (tl.program_id(0) % parts).to(tl.int64)
     kv_head = ((tl.program_id(0) // parts) % kv_heads).to(tl.int64)

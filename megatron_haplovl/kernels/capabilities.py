@@ -1,4 +1,4 @@
-"""What kernels this machine offers beyond the required packages. Every optional kernel is asked about here only."""
+"""Which optional kernels this machine offers. No other module asks whether one is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def has_apex() -> bool:
 
 def has_flash_attention_2() -> bool:
     """Whether the flash-attn package is installed, 2.7 or newer (log-sum-exp without padding)."""
-    # Not by its module: flash-attn-4 has a part of the same name.
+    # Not looked up by its module, because flash-attn-4 has a part of the same name.
     installed = _version("flash-attn")
     return installed is not None and (2, 7) <= installed < (3, 0)
 
@@ -34,7 +34,7 @@ def has_triton() -> bool:
 
 
 def has_flex() -> bool:
-    """Whether FlexAttention can be compiled for a GPU: torch does that by Triton."""
+    """Whether FlexAttention can be compiled for a GPU; torch needs Triton for that."""
     return has_triton()
 
 

@@ -1,4 +1,4 @@
-"""The blocks' elementwise operations, with fewer passes over memory and fewer saved tensors than plain ones have.
+"""The blocks' elementwise operations, with fewer passes over memory and fewer saved tensors than plain ones need.
 
 A training step spends little arithmetic here and much memory traffic: composed of plain operations, RoPE makes five
 temporaries, quick-GELU saves two tensors of the MLP's width and SwiGLU three, and torch's RMSNorm on a CPU a normalised
@@ -38,7 +38,7 @@ def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
-    On a GPU torch's own kernels, which are fused in both directions; on a CPU torch has a fused form in neither.
+    On a GPU these are torch's own kernels, which are fused forward and backward; on a CPU torch has no fused form.
     """
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -112,7 +112,7 @@ class _RMSNorm(torch.autograd.Function):
         normal = wide_x * inverse
         dweight = (wide_grad * normal).flatten(0, -2).sum(dim=0)
         dnormal = wide_grad * weight
-        # What the norm itself takes off: the part of the gradient along x.
+        # The norm itself removes the part of the gradient along x.
         along = torch.linalg.vecdot(dnormal, normal).unsqueeze(-1).div_(x.shape[-1])
         dx = dnormal.sub_(normal.mul_(along)).mul_(inverse)
         return dx.to(x.dtype), dweight.to(weight.dtype), None

@@ -54,9 +54,9 @@ class VarlenOperator:
     forward: Callable[[Tensor, Tensor, Tensor, Ragged, float], tuple[Tensor, Tensor]]
     """(q_RHK, k_CGK, v_CGK, ragged, scale) -> out_RHK and, in fp32, lse_HR = log sum exp(scale * score)."""
     backward: Callable[[Tensor, Saved, Ragged, float], Gradients]
-    """(dout_RHK, saved, ragged, scale) -> dq_RHK, dk_CGK, dv_CGK. `out` and `lse` count as given: the probabilities are
-    exp(score - lse), and what is taken off their gradients is rowsum(dout * out). So they may be those of rows that see
-    more keys than the call has."""
+    """(dout_RHK, saved, ragged, scale) -> dq_RHK, dk_CGK, dv_CGK. `out` and `lse` are used as given: the probabilities
+    are exp(score - lse), and rowsum(dout * out) is subtracted from their gradients. So `out` and `lse` may belong to
+    rows that see more keys than the call has."""
 
 
 @cache
@@ -65,9 +65,9 @@ def flash_operator(device: torch.device, version: int = 2) -> VarlenOperator:
 
     Args:
         device: the GPU.
-        version: of FlashAttention. 2 is the one in torch, or what `torch.nn.attention.activate_flash_attention_impl`
-            put in its place; without one, the flash-attn package. 3 (Hopper) and 4 (Hopper and Blackwell) are packages
-            of their own, and are taken only where asked for.
+        version: FlashAttention's. 2 is the one in torch, or what `torch.nn.attention.activate_flash_attention_impl`
+            put in its place; if torch has none, the flash-attn package. 3 (Hopper) and 4 (Hopper and Blackwell) are
+            packages of their own, and are taken only if asked for.
 
     Raises:
         ValueError: not an NVIDIA GPU, one that is too old, or no such FlashAttention.
@@ -244,7 +244,7 @@ def flash_attention_4() -> VarlenOperator:
 
 
 def _bounds(ragged: Ragged) -> dict[str, Tensor | int]:
-    """The names that all packages have for them."""
+    """The bounds, under the names that all packages use."""
     return {
         "cu_seqlens_q": ragged.q_bounds_M,
         "cu_seqlens_k": ragged.k_bounds_M,

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Bytes of one chunk's logits, in the dtype of the matrix product. Measured on a CPU at V = 128,256 and L = 512: from 64
-# rows in fp32 and 256 in bf16 on, the three products run at full speed, which is 32 and 64 MiB. A GPU wants about a
+# Bytes of one chunk's logits, in the dtype of the matrix product. Measured on a CPU at V = 128,256 and L = 512: the
+# three products run at full speed from 64 rows in fp32 (32 MiB) and 256 rows in bf16 (64 MiB) on. A GPU wants about a
 # thousand rows, so that reading and writing the head's gradient once per chunk hides behind the arithmetic.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # Bytes of the fp32 logits that softmax works on at a time: they fit a cache, and calls cost little beside the work.
@@ -41,7 +41,7 @@ class _Settings:
     vocab_start: int
     vocab_size: int
     dtype: torch.dtype
-    """Of the matrix products."""
+    """Number format of the matrix products."""
     grad_enabled: bool
 
 
@@ -57,7 +57,7 @@ def linear_cross_entropy(
     """Cross-entropy of `softmax(hidden weight^T)`, summed over tokens (paper Eq. 1).
 
     Works under autocast as `F.linear` does. The logits are rounded to the dtype of the matrix product, everything after
-    that is fp32. The head's gradient is handed over, not copied, so backward runs once where the head is trained.
+    that is fp32. The head's gradient is handed over, not copied, so backward can run only once if the head is trained.
 
     Args:
         hidden_ML: inputs of the head. M = 0 gives losses and gradients of zero.
@@ -66,14 +66,15 @@ def linear_cross_entropy(
         group: ranks that share the vocabulary. Each gets the same `hidden_ML` and `target_M`, the same results, and the
             *whole* gradient of `hidden_ML`, already summed over the group.
         vocab_start: word of this rank's first row.
-        vocab_size: words of all ranks together; must be given with a group, whose ranks cut the same chunks by it.
+        vocab_size: words of all ranks together; required with a group, because all its ranks must cut the same chunks.
 
     Returns:
-        The sum of the losses, and how many targets have the largest logit (the first one, of equals); scalars in fp32.
+        The sum of the losses, and how many targets have the largest logit (among equals the first counts); scalars in
+        fp32.
 
     Raises:
-        ValueError: tensors or settings that do not fit, or (on a CPU) a target outside the vocabulary. On a GPU, where
-            looking would wait for the device, such a target fails an assertion there.
+        ValueError: tensors or settings that do not fit, or (on a CPU) a target outside the vocabulary. On a GPU such a
+            target fails an assertion on the device, because looking at it from here would wait for the device.
     """
     loss, correct, _ = _apply(hidden_ML, weight_VL, target_M, None, group, vocab_start, vocab_size)
     return loss, correct
@@ -255,7 +256,7 @@ def _row_statistics(
         table_KC4 = table_C4.new_empty(dist.get_world_size(settings.group), *table_C4.shape)
         dist.all_gather(list(table_KC4.unbind()), table_C4, group=settings.group)
     logsumexp_KC, target_KC, largest_KC, best_KC = table_KC4.unbind(dim=-1)
-    # Of equal logits the first word counts: `max` names the first rank, and that rank has named its first word.
+    # Among equal logits the first word counts: `max` names the first rank, and that rank has named its first word.
     winner_C = largest_KC.max(dim=0).indices
     best_C = best_KC.gather(0, winner_C.unsqueeze(0)).squeeze(0)
     return logsumexp_KC.logsumexp(dim=0), target_KC.amax(dim=0), best_C

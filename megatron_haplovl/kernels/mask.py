@@ -137,7 +137,7 @@ def mixed_mask(kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, image_attenti
 
 
 def causal(mask: MixedMask) -> MixedMask:
-    """The same documents with images as causal as text (the released package's fallback, for parity work)."""
+    """The mask in which images are as causal as text (the released package's fallback, for parity work)."""
     first = mask.num_keys - mask.kv_end_BS.shape[1]
     end_S = torch.arange(first + 1, mask.num_keys + 1, dtype=torch.int32, device=mask.kv_end_BS.device)
     return MixedMask(mask.kv_start_BS, end_S.expand_as(mask.kv_end_BS), mask.num_keys)

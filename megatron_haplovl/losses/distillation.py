@@ -1,6 +1,6 @@
 """Stage 1: the three losses that teach the pre-decoder images and text at once (paper Sec. 3.2, Eq. 2-4).
 
-All are sums over tokens, in fp32; M is the number of text tokens, P of visual tokens, L the language model's width.
+All are sums over tokens, in fp32. M is the number of text tokens, P of patch tokens, L the language model's width.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from megatron_haplovl.kernels.linear_cross_entropy import distill_tokens
 
 
 def vision_loss(student_PD: torch.Tensor, teacher_PD: torch.Tensor) -> torch.Tensor:
-    """Sum over visual tokens of 1 - cos(student, teacher) (Eq. 2)."""
+    """Sum over patch tokens of 1 - cos(student, teacher) (Eq. 2)."""
     return (1.0 - F.cosine_similarity(student_PD.float(), teacher_PD.float(), dim=-1)).sum()
 
 
 def scale_logits(student_ML: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """The student divided by the learned temperature (log_scale = -log tau, as in CLIP): x W^T are then Eq. 4's logits.
+    """The student divided by the learned temperature, so that x W^T is Eq. 4's logits.
 
-    Multiplied in fp32, for the scale's rounding would be in every logit.
+    `log_scale` is -log tau, as in CLIP. The product is in fp32, because the scale's rounding would be in every logit.
     """
     wide = torch.promote_types(student_ML.dtype, torch.float32)
     return (student_ML.to(wide) * log_scale.to(wide).exp()).to(student_ML.dtype)
@@ -41,7 +41,7 @@ def distillation_loss(
     """The three losses of stage 1, summed over tokens; keys as in `losses.terms.distillation_terms`.
 
     Args:
-        student_visual_PD: vision head's output at the visual tokens.
+        student_visual_PD: vision head's output at the patch tokens.
         teacher_visual_PD: vision teacher's features of the same patches.
         student_text_ML: text head's output at the text tokens.
         tokens_M: the *current* token of each text position.

@@ -28,7 +28,7 @@ class AttentionInputs:
     """What computes attention; context parallelism puts its exchange around it."""
     _rope: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    # Tables are kept between blocks, which a compiled block could neither see nor do.
+    # The tables are kept from block to block; a compiled block could neither keep them nor see that they are kept.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rope(
         self, head_width: int, theta: float, scaling: RopeScalingConfig, dtype: torch.dtype

@@ -19,7 +19,7 @@ from megatron_haplovl.model.norm import RMSNorm
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    `recompute` is what backward computes again instead of finding it kept: "none", "selective" (the MLP half, whose
+    `recompute` says what backward computes again and forward does not keep: "none", "selective" (the MLP half, whose
     wide tensors are most of what a block keeps; fused attention keeps little more than its inputs) or "full".
     """
 

@@ -43,14 +43,14 @@ class LayeredModel(nn.Module):
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
         self.attention_backend = attention_backend
-        # Context parallelism, which is applied from outside, changes what the blocks are told here.
+        # Context parallelism is applied from outside: it changes here what the blocks are told.
         self.adapt_inputs: Callable[[AttentionInputs], AttentionInputs] = _unchanged
         self.image_attention = config.image_attention
         self.embedding = MultimodalEmbedding(config)
         self.pre_decoder = nn.ModuleList(pre_decoder_block(config.pre) for _ in range(config.pre.num_layers))
 
     def layers(self) -> dict[str, nn.Module]:
-        """The flat layer list, by name. Of a pipeline stage, its own layers."""
+        """The flat layer list, by name; in a pipeline, only the layers of this stage."""
         flat: dict[str, nn.Module] = {}
         for name, child in self.named_children():
             if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -67,7 +67,7 @@ class LayeredModel(nn.Module):
         return self.adapt_inputs(AttentionInputs(mask, position_ids_BS, self.attention_backend))
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """What the last layer, the head, reads: [B, S, width]."""
+        """The input of the last layer, the head: [B, S, width]."""
         inputs = self.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
         embedding, *inner, _head = self.layers().values()
         return run_layers(inner, embedding(batch), inputs)

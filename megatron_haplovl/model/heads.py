@@ -59,7 +59,7 @@ class DistillationHeads(nn.Module):
         embedding_VL: torch.Tensor,
         loss_fn: Callable[..., LossT],
     ) -> LossT:
-        """`loss_fn` over all visual and all text tokens; see `losses.distillation.distillation_loss`."""
+        """`loss_fn` over all patch tokens and all text tokens; see `losses.distillation.distillation_loss`."""
         visual_PD = hidden_BSD.flatten(0, 1).index_select(0, batch.patch_target_P)
         text_MD = hidden_BSD[batch.text_mask_BS]
         return loss_fn(

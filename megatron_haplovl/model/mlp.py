@@ -1,4 +1,4 @@
-"""The feed-forward networks: CLIP's two-layer MLP, the gated form of it that is released, and Llama's SwiGLU."""
+"""The feed-forward networks: CLIP's two-layer MLP, its gated form in released checkpoints, and Llama's SwiGLU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class PlainMLP(nn.Module):
-    """down(activation(up(x))), with biases: the pre-decoder's (paper Sec. 3.1, "Pre-decoder")."""
+    """down(activation(up(x))), with biases: the pre-decoder's MLP (paper Sec. 3.1, "Pre-decoder")."""
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PlainMLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), with biases: the pre-decoder's in released checkpoints."""
+    """down(activation(gate(x)) * up(x)), with biases: the pre-decoder's MLP in released checkpoints."""
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class GatedMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the post-decoder's, without biases in the language models it comes from."""
+    """down(silu(gate(x)) * up(x)): the post-decoder's MLP, which has no biases in the inherited language models."""
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, *, bias: bool) -> None:
         super().__init__()

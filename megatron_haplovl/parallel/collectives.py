@@ -34,12 +34,12 @@ def copy_to_region(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Leave it where every rank has one term of a sum."""
+    """Leave a split computation where every rank has one term of a sum."""
     return conjugate(x, group, partial(_all_reduce, group=group), _identity)
 
 
 def gather_replicated(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """Leave it where every rank has one part along `dim`; what follows is the same on all ranks."""
+    """Leave a split computation where every rank has one part along `dim`; what follows is the same on all ranks."""
     return conjugate(x, group, partial(all_gather, group=group, dim=dim), partial(_own_part, group=group, dim=dim))
 
 
@@ -49,21 +49,21 @@ def scatter(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
 
 
 def gather_to_region(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """Enter with an input of which every rank has one part along `dim` (sequence parallelism)."""
+    """Enter a split computation with an input that is sharded along `dim` (sequence parallelism)."""
     return conjugate(
         x, group, partial(all_gather, group=group, dim=dim), partial(_reduce_scatter, group=group, dim=dim)
     )
 
 
 def reduce_scatter_from_region(x: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """Leave with one part along `dim` of the sum (sequence parallelism)."""
+    """Leave a split computation with this rank's part of the sum along `dim` (sequence parallelism)."""
     return conjugate(
         x, group, partial(_reduce_scatter, group=group, dim=dim), partial(all_gather, group=group, dim=dim)
     )
 
 
 def conjugate(x: torch.Tensor, group: Group, forward: Operation, backward: Operation) -> torch.Tensor:
-    """Apply one operation to a tensor and the other to its gradient; nothing in a group of one."""
+    """Apply one operation to a tensor and the other to its gradient; in a group of one, do nothing."""
     return x if group.size == 1 else _Conjugate.apply(x, forward, backward)
 
 

@@ -32,7 +32,7 @@ def apply_context_parallel(model: LayeredModel, group: Group) -> None:
     """Let each rank of the group compute its share of every sequence.
 
     Args:
-        model: its heads then get this rank's share of the batch.
+        model: the model, whose heads then get this rank's share of the batch.
         group: the context-parallel ranks, which are given the same batches.
     """
     if group.size == 1:
@@ -63,11 +63,11 @@ def exchange_heads(attend: Attend, group: Group) -> Attend:
 
 
 def share_of_batch(batch: Batch, group: Group) -> tuple[Batch, torch.Tensor]:
-    """What the heads need of a batch for this rank's tokens, and which of its patches those are.
+    """The part of a batch that the heads need for this rank's tokens, and which patches belong to it.
 
     Returns:
-        The batch with tokens, labels, text mask and patch targets of this rank's share (its images are left alone), and
-        bool [P], True at the patches in it.
+        The batch with tokens, labels, text mask and patch targets of this rank's share (and all images), and bool [P],
+        True at the patches of the share.
     """
     rows, length = batch.tokens_BS.shape
     share = length // group.size

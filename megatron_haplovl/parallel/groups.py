@@ -46,8 +46,8 @@ class Group:
         """Run something that may fail on some ranks only; then all fail, and none waits for the others.
 
         Raises:
-            ValueError: this rank's, or that of the first rank that had one.
-            OSError: this rank's; a ValueError with its text on the others.
+            ValueError: this rank's error, or that of the first rank that had one.
+            OSError: this rank's error; the other ranks raise a ValueError with its text.
         """
         result = None
         error: ValueError | OSError | None = None
@@ -83,10 +83,10 @@ class ParallelGroups:
     pipeline: Group = Group()
     """Ranks that share the layers."""
     replicas: Group = Group()
-    """Ranks that hold the same weights, data times context: DeepSpeed's data-parallel group, whose gradients are
-    summed and over which ZeRO partitions."""
+    """Ranks that hold the same weights (data times context). They are DeepSpeed's data-parallel group: it sums
+    gradients over them, and ZeRO partitions over them."""
     stages_of_replicas: Group = Group()
-    """The replicas of every stage: all ranks but for the tensor-parallel ones, which compute the same losses."""
+    """The replicas of all stages. Only the other tensor-parallel ranks are missing; they compute the same losses."""
 
 
 def build_groups(
@@ -98,7 +98,7 @@ def build_groups(
         tensor: tensor-parallel size.
         context: context-parallel size.
         pipeline: pipeline-parallel size. What remains of the ranks is data-parallel.
-        timeout: after which a collective gives up; default: the backend's.
+        timeout: time after which a collective gives up; default: the backend's.
 
     Raises:
         ValueError: the number of ranks is not a multiple of the three sizes.

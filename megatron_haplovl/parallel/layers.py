@@ -2,8 +2,8 @@
 
 Each function takes a module on the meta device, where nothing has been allocated yet, cuts its parameters to this
 rank's share and adds the collectives that its new role needs. Names of parameters do not change, and the modules' own
-code does not know: it reads its sizes from its weights. Which module gets which role is the table in
-`parallel/tensor_parallel.py`.
+code notices nothing, because it reads its sizes from its weights. The table in `parallel/tensor_parallel.py` says which
+module gets which role.
 
 With sequence parallelism the hidden state outside the split computations is sharded along the sequence (dimension 1),
 so a collective that would all-gather or all-reduce a whole sequence becomes one that gathers or reduce-scatters it.
@@ -51,7 +51,7 @@ def column(module: nn.Linear, group: Group) -> None:
 
 
 def row(module: nn.Linear, group: Group, sequence_parallel: bool) -> None:
-    """Each rank holds some of the inputs and one term of the output, which is added up here; the bias comes after."""
+    """Each rank holds some of the inputs and one term of the output. The terms are added up here, the bias last."""
     cut(module, "weight", group, 1)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def row(module: nn.Linear, group: Group, sequence_parallel: bool) -> None:
 
 
 def enter(module: nn.Module, group: Group, sequence_parallel: bool) -> None:
-    """The module's first argument, the hidden state, goes whole to every rank's part of what is inside."""
+    """Give the module's first argument, the whole hidden state, to every rank's part of the computation inside."""
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = arguments
@@ -103,7 +103,7 @@ def vocabulary(module: nn.Embedding, group: Group) -> None:
 
 
 def gather_sequence(module: nn.Module, group: Group) -> None:
-    """The module's first argument comes sharded along the sequence and is used whole; all ranks do the same with it."""
+    """Gather the module's first argument, which comes sharded along the sequence; all ranks do the same with it."""
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = arguments
@@ -113,12 +113,12 @@ def gather_sequence(module: nn.Module, group: Group) -> None:
 
 
 def scatter_sequence(module: nn.Module, group: Group) -> None:
-    """Of the module's output each rank goes on with its share of the sequence."""
+    """Each rank goes on with its share of the sequence in the module's output."""
     module.register_forward_hook(lambda _module, _arguments, x: scatter(x, group, SEQUENCE))
 
 
 def sum_gradient(parameter: nn.Parameter, group: Group) -> None:
-    """A parameter that is whole on every rank, but whose gradient there is one term of a sum (sequence parallelism)."""
+    """Add up a whole parameter's gradient, because every rank has one term of it (sequence parallelism)."""
 
     def hook(grad: torch.Tensor) -> torch.Tensor:
         return group.sum(grad.clone(memory_format=torch.contiguous_format))

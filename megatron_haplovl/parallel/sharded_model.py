@@ -27,11 +27,11 @@ class ShardedModel:
     """None without a pipeline."""
 
     def owner(self, parameter: str) -> int:
-        """The stage that a parameter is written to checkpoints from."""
+        """The stage that writes a parameter to checkpoints."""
         return 0 if self.stages is None else self.stages.of_parameter(parameter)
 
     def own_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This stage's parameters; what it only has a copy of (stage 1's word matrix beside the heads) is left out."""
+        """This stage's parameters, without those that are only copies (stage 1's word matrix beside the heads)."""
         for name, parameter in self.module.named_parameters():
             if self.owner(name) == self.groups.pipeline.rank:
                 yield name, parameter

@@ -1,8 +1,8 @@
 """The one table of tensor parallelism: which module of the model is split how.
 
-Applied from outside to a model on the meta device, whose code knows nothing of it (`parallel/layers.py` has what each
-role does). Parameters keep their names; a rank's parameter is a slice of the serial one, along the dimension that
-:func:`split_dim` names, so that weights can be read, initialised and saved slice by slice.
+It is applied from outside to a model on the meta device; the model's code knows nothing of it. `parallel/layers.py` has
+what each role does. Parameters keep their names; a rank's parameter is a slice of the serial one, along the dimension
+that :func:`split_dim` names, so that weights can be read, initialised and saved slice by slice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_haplovl.parallel.collectives import part
 from megatron_haplovl.parallel.groups import Group
 
 # Paths of modules -> role. `#` stands for the number of a block.
-TENSOR_PARALLEL_PLAN = {
+TENSOR_PARALLEL_ROLES = {
     "embedding.text": "vocabulary",
     "embedding.text_projector": "gathered column",
     "pre_decoder.#.attention.q_proj": "column",
@@ -48,9 +48,9 @@ _SPLIT_DIM = {"vocabulary": 0, "vocabulary head": 0, "column": 0, "gathered colu
 
 
 def split_dim(parameter_name: str) -> int | None:
-    """The dimension along which a parameter is cut; None for one that every rank holds whole."""
+    """The dimension along which a parameter is cut; None if every rank holds it whole."""
     module, leaf = parameter_name.rsplit(".", 1)
-    role = TENSOR_PARALLEL_PLAN.get(_pattern(module))
+    role = TENSOR_PARALLEL_ROLES.get(_pattern(module))
     if role is None or (role == "row" and leaf == "bias"):
         return None
     return _SPLIT_DIM[role]
@@ -68,7 +68,7 @@ def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_paralle
         return
     for path, module in model.named_modules():
         pattern = _pattern(path)
-        match TENSOR_PARALLEL_PLAN.get(pattern):
+        match TENSOR_PARALLEL_ROLES.get(pattern):
             case "column":
                 layers.column(module, group)
             case "row":

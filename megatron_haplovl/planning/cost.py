@@ -1,6 +1,6 @@
 """What every layer of the flat list costs: arithmetic, parameters, memory kept for backward, messages.
 
-Everything is arithmetic on sizes, so that a plan for a thousand GPUs is made on a laptop. What is kept for backward is
+Everything is arithmetic on sizes, so a laptop can estimate a layout of a thousand GPUs. What is kept for backward is
 what our layers keep (`model/`, `kernels/elementwise.py`, `kernels/linear_cross_entropy.py`), tensor by tensor; the
 tests count the same in a real model. Bytes and operations are those of one rank and one micro-batch.
 """
@@ -44,7 +44,7 @@ def layer_costs(
     Args:
         model: sizes.
         work: one micro-batch, whole.
-        layout: how it is shared; `data`, `pipeline` and `zero_stage` change nothing here.
+        layout: how ranks share the work; `data`, `pipeline` and `zero_stage` change nothing here.
         precision: number formats.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
         stage: of the training, which decides the layers. The vision teacher has the pre-decoder's sizes.
@@ -106,7 +106,7 @@ def _embedding(
     patch_forward, patch_backward = linear(window * width, patches, trained, False)
     text = _text_parameters(model, layout)
     small = window * width + vision.cells_per_tile * width + (width if vision.image_newline else 0) + 2 * width
-    # Pixels for the patch matrix, and patches where they are copied in; two int64 places for each of them.
+    # Pixels for the patch matrix; the patches that are copied in, and two int64 places for each of them.
     saved = norm_saved(width, precision, layer_norm=True) * tokens
     saved += ((window + width) * element + 16) * patches
     saved += element * (projector / layout.tensor + window * width) if precision.casts_weights else 0.0
@@ -123,10 +123,10 @@ def _embedding(
         + (element * text if text_trained else 0.0),
         saved_bytes=saved if trained else 0.0,
         table_bytes=0.0,
-        # The gradient of the whole matrix is there before it is added to what was accumulated.
+        # The whole matrix's gradient is in memory before it is added to what was accumulated.
         working_bytes=4.0 * precision.residual * width * tokens + (element * text if text_trained else 0.0),
         boundary_bytes=_boundary(width, tokens / layout.context, layout, precision),
-        # The words' sum over the ranks and its gradient; the projector's outputs are gathered, which is half of a sum.
+        # The words' sum over the ranks and its gradient; gathering the projector's outputs costs half of a sum.
         tensor_collectives=(1 + text_trained + factored) * (layout.tensor > 1),
         tensor_bytes=all_reduce_bytes(
             element * ((language * (1 + text_trained) + width / 2) if factored else width) * tokens, layout
@@ -198,13 +198,12 @@ def _head(model: ModelConfig, work: Work, layout: Layout, precision: Precision, 
         forward=forward,
         backward=backward,
         recomputed=Operations(),
-        # Of each chunk: softmax reads and writes the logits a few times. Backward multiplies the head's gradient by a
-        # number.
+        # Softmax reads and writes each chunk's logits a few times. Backward multiplies the head's gradient by a number.
         moved_bytes=6.0 * element * words * rows + (2.0 * element * words * width if trained else 0.0),
-        # The chunked loss keeps the hidden states' gradient; taking the rows, which ones they were.
+        # The chunked loss keeps the hidden states' gradient, and the selection of rows keeps which rows it took.
         saved_bytes=element * width * rows + tokens if active else 0.0,
         table_bytes=0.0,
-        # In forward the hidden states are there, and the rows that were taken; backward spreads the rows over the whole
+        # Forward holds the hidden states and the rows that were taken; backward spreads the rows over the whole
         # sequence again. The head's gradient waits from forward to backward.
         working_bytes=max(
             _logits_bytes(words, rows, precision)
@@ -223,8 +222,8 @@ def _head(model: ModelConfig, work: Work, layout: Layout, precision: Precision, 
 def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Precision, path: bool) -> LayerCost:
     """Vision head, text head, temperature, both losses, and the teacher's forward pass.
 
-    The teacher is CLIP's vision transformer that the pre-decoder inherits from: frozen, and on every tensor and context
-    rank whole and at work on all tiles.
+    The teacher is the frozen CLIP vision transformer that the pre-decoder inherits from. Every tensor and context rank
+    holds it whole and runs it on all tiles.
     """
     width, language, element = model.pre.hidden_size, model.post.hidden_size, precision.element
     patches, rows = work.patches / layout.context, work.head_tokens / layout.context
@@ -250,7 +249,7 @@ def _distillation(model: ModelConfig, work: Work, layout: Layout, precision: Pre
         + _teacher_moved_bytes(model, work, precision),
         saved_bytes=visual_saved + text_saved,
         table_bytes=0.0,
-        # In forward the hidden states are there, and of each chunk, softmax or the feature loss and its gradient.
+        # Forward holds the hidden states and, for one chunk at a time, softmax or the feature loss and its gradient.
         # Backward spreads the gradients of patches and words over the whole sequence again.
         working_bytes=(element * words * language if precision.casts_weights else 0.0)
         + element * width * work.tokens / layout.context
@@ -275,7 +274,7 @@ def _text_parameters(model: ModelConfig, layout: Layout) -> int:
 
 
 def _teacher_sizes(model: ModelConfig) -> Decoder:
-    """A block of the teacher, which is plain whatever the pre-decoder's are."""
+    """A block of the teacher, which is plain even if the pre-decoder's blocks are not."""
     return pre_decoder_sizes(replace(model, pre=replace(model.pre, gated_mlp=False)))
 
 
@@ -288,7 +287,7 @@ def _teacher_parameters(model: ModelConfig) -> int:
 
 
 def _teacher(model: ModelConfig, work: Work) -> Operations:
-    """Forward over whole tiles and a class token each."""
+    """The forward pass over whole tiles, each with a class token."""
     decoder, cells = _teacher_sizes(model), model.vision.cells_per_tile + 1
     tokens = cells * work.tiles
     patches = 2.0 * 3 * model.vision.patch_size**2 * decoder.width * tokens
@@ -299,7 +298,7 @@ def _teacher(model: ModelConfig, work: Work) -> Operations:
 
 
 def _teacher_moved_bytes(model: ModelConfig, work: Work, precision: Precision) -> float:
-    """Forward, as in `cost_block.block_cost`; Transformers' quick-GELU makes three passes (2 + 2 + 3)."""
+    """Forward's bytes, as in `cost_block.block_cost`; Transformers' quick-GELU makes three passes (2 + 2 + 3)."""
     decoder, tokens = _teacher_sizes(model), (model.vision.cells_per_tile + 1) * work.tiles
     return model.pre.num_layers * precision.element * (10 * decoder.width + 7 * decoder.ffn) * tokens
 

@@ -12,15 +12,15 @@ from megatron_haplovl.planning.work import Work
 RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (), "selective": ("mlp",), "full": ("attention", "mlp")}
 """--recompute-granularity -> halves of a block whose inside backward computes again.
 
-`selective` is Megatron's (parts of a block), with its module `mlp`: norm, projections and activation. Megatron's
-default module, the core of attention, has nothing to give here: every fused backend already recomputes the scores, and
-what would be freed is one number per query and head.
+`selective` is Megatron's (parts of a block), with its module `mlp`: norm, projections and activation. Recomputing
+Megatron's default module, the core of attention, would gain nothing here: every fused backend already recomputes the
+scores, so it would free one number per query and head.
 """
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What tells the two kinds of block apart. Sizes are those of the whole layer, before it is split."""
+    """What the two kinds of block differ in. Sizes are those of the whole layer, before it is split."""
 
     width: int
     ffn: int
@@ -30,8 +30,8 @@ class Decoder:
     head_width: int
     gated: bool
     activation_inputs: int
-    """Tensors of the MLP's width that the activation keeps: its inputs, and where it is not fused with the gate's
-    product, its output."""
+    """Tensors of the MLP's width that the activation keeps: its inputs and, if it is not fused with the gate's product,
+    its output."""
     biases: bool
     qkv_bias: bool
     layer_norm: bool
@@ -107,9 +107,9 @@ def block_cost(
     """One block, without a name.
 
     Args:
-        decoder: its sizes.
+        decoder: sizes of the block.
         work: one micro-batch, whole.
-        layout: how it is shared.
+        layout: how ranks share the block.
         precision: number formats.
         trained: whether its weights train.
         path: whether anything before it trains.
@@ -132,8 +132,8 @@ def block_cost(
         needed = decoder.mlp_matrices - decoder.width * decoder.ffn
         recomputed += Operations(2.0 * needed / layout.tensor * tokens)
 
-    # Read or written in forward, in tensors of a width: two norms (2 each), two sums (3 each), the rotation of queries
-    # and keys (6), the activation (2, or 3 of them). Backward moves about twice that.
+    # Forward reads or writes so many tensors of a width: two norms (2 each), two sums (3 each), the rotation of queries
+    # and keys (6), the activation (2, or 3 if gated). Backward moves about twice that.
     moved = 10 * state_bytes + (3 if decoder.gated else 2) * ffn_bytes
     moved += 6 * element * (decoder.queries + decoder.keys) * tokens / layout.tensor
 
@@ -141,15 +141,15 @@ def block_cost(
     kept = sum(state_bytes if half in again else size for half, size in saved.items())
     if len(again) == 2:
         kept = state_bytes  # Both halves are recomputed together, from the block's input.
-    # Backward begins with the down projection: gradients of its input and of its weight, before that is added to the
-    # ones of other micro-batches. Then the activation: gradients of its output and inputs and a temporary, while its
-    # saved output is gone: two tensors more than were saved. Around them the residual stream's gradient; and, in either
-    # case, what was recomputed.
+    # Backward begins with the down projection. It makes the gradients of its input and of its weight, and the latter is
+    # not yet added to those of other micro-batches. The activation comes next: gradients of its output and inputs and a
+    # temporary, while its saved output is gone, so two tensors more than were saved. In both cases the residual
+    # stream's gradient and what was recomputed are held, too.
     weight_bytes = element * decoder.width * decoder.ffn / layout.tensor if trained else 0.0
     working = max(2 * ffn_bytes, ffn_bytes + weight_bytes) + 2 * state_bytes + sum(saved[half] for half in again)
 
-    # Each half sums its output over the tensor ranks, and in backward its input's gradient. With sequence parallelism
-    # the sum is cut in two, a gather before and a scattered sum behind the half, which together send as much; the
+    # Each half sums its output over the tensor ranks, and in backward its input's gradient. Sequence parallelism cuts
+    # the sum in two, an all-gather before and a reduce-scatter behind the half; together they send as much. The
     # gathered input is kept, so that backward need not gather it again.
     collectives = 4 + len(again) if active else 2
     parameters = (decoder.matrices + decoder.split_vectors) // layout.tensor + decoder.whole_vectors
@@ -174,13 +174,13 @@ def block_cost(
 def _saved_bytes(
     decoder: Decoder, tokens: float, norm_tokens: float, layout: Layout, precision: Precision, trained: bool
 ) -> dict[str, float]:
-    """Kept from forward to backward by each half of a block."""
+    """Bytes that each half of a block keeps from forward to backward."""
     element, split = precision.element, layout.tensor
     norm = norm_saved(decoder.width, precision, decoder.layer_norm) * norm_tokens
     column_input = element * decoder.width * tokens if trained else 0.0
     copies = {"attention": 3, "mlp": 2 if decoder.gated else 1} if precision.autocast else {"attention": 1, "mlp": 1}
     # Queries, keys, values, output and its log-sum-exps. The output is the last projection's input, too; with context
-    # parallelism that is another tensor, which came back from the exchange.
+    # parallelism that input is another tensor, the one that came back from the exchange.
     attention = (element * 2 * (decoder.queries + decoder.keys) + 4 * decoder.heads) * tokens / split
     if layout.context > 1 and trained:
         attention += element * decoder.queries * tokens / split
@@ -194,7 +194,8 @@ def _saved_bytes(
 
 
 def _context_messages(decoder: Decoder, token_bytes: float, layout: Layout, again: bool, active: bool) -> float:
-    """Sent by a rank: q, k and v change from a slice of the sequence to a slice of the heads, and the output back.
+    """Bytes that a rank sends to change q, k and v from a slice of the sequence to a slice of the heads, and the output
+    back.
 
     A rank keeps its own c-th part of each.
     """

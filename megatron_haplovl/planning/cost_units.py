@@ -9,12 +9,12 @@ from megatron_haplovl.config.layout import Layout
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element, and where."""
+    """Bytes per element of each kind of tensor."""
 
     element: int = 2
-    """Of weights' products and hidden states: 2 in bf16, 4 in fp32."""
+    """Bytes in products with weights and in hidden states: 2 in bf16, 4 in fp32."""
     residual: int = 2
-    """Of the residual stream: 4 under autocast (bf16 without ZeRO) on a GPU, where norms and sums are fp32."""
+    """Bytes in the residual stream: 4 under autocast (bf16 without ZeRO) on a GPU, where norms and sums are fp32."""
     casts_weights: bool = False
     """Autocast: every forward pass makes bf16 copies of the matrices, which live as long as its graph."""
     device: str = "cuda"
@@ -58,7 +58,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a device reaches, in operations and bytes per second."""
+    """The speed that a device reaches, in operations and bytes per second."""
 
     products: float
     attention: float
@@ -73,32 +73,32 @@ class LayerCost:
     """Path of the module: embedding, pre_decoder.0, ..., connector, post_decoder.0, ..., final_norm, lm_head; stage 1
     ends in distillation."""
     parameters: int
-    """On this rank, frozen ones included."""
+    """Parameters on this rank, frozen ones included."""
     trained_parameters: int
     forward: Operations
     backward: Operations
-    """As model arithmetic counts it: attention's is twice its forward."""
+    """Backward as model arithmetic counts it: attention's is twice its forward."""
     recomputed: Operations
     moved_bytes: float
-    """Read and written by elementwise operations and norms, forward and backward."""
+    """Bytes that elementwise operations and norms read and write, forward and backward."""
     saved_bytes: float
-    """Kept from forward to backward."""
+    """Bytes that are kept from forward to backward."""
     table_bytes: float
-    """Kept once for all blocks of one decoder on a stage: the rotary tables."""
+    """Bytes that all blocks of one decoder on a stage keep once: the rotary tables."""
     working_bytes: float
-    """Most that is held for a moment beyond that, in forward or backward."""
+    """The most that is held beyond that for a moment, in forward or backward."""
     boundary_bytes: float
     """The hidden state that a pipeline cut behind this layer sends."""
     tensor_collectives: int
-    """All-reduces over the tensor-parallel ranks, forward and backward; a gather and a scattered sum count as one."""
+    """All-reduces over the tensor-parallel ranks, forward and backward; an all-gather and a reduce-scatter are one."""
     tensor_bytes: float
-    """What they send from this rank."""
+    """Bytes that this rank sends for them."""
     context_bytes: float
-    """Sent by this rank to context-parallel ranks, forward and backward."""
+    """Bytes that this rank sends to context-parallel ranks, forward and backward."""
     teacher_bytes: float = 0.0
-    """Weights that DeepSpeed does not know: whole on every rank, in the dtype of the products."""
+    """Bytes of weights that DeepSpeed does not know; every rank has them whole, in the dtype of the products."""
     copied_parameters: int = 0
-    """The embedding's, frozen, that a pipeline stage with this layer and without the embedding has, too."""
+    """Frozen parameters of the embedding. A pipeline stage that has this layer but not the embedding holds a copy."""
 
     def seconds(self, speeds: Speeds) -> float:
         """Forward and backward on one device, messages not counted.
@@ -126,5 +126,5 @@ def norm_saved(width: int, precision: Precision, layer_norm: bool) -> float:
 
 
 def all_reduce_bytes(tensor_bytes: float, layout: Layout) -> float:
-    """What a rank sends in a ring's all-reduce over the tensor-parallel ranks."""
+    """Bytes that a rank sends in a ring's all-reduce over the tensor-parallel ranks."""
     return 2.0 * (layout.tensor - 1) / layout.tensor * tensor_bytes

@@ -1,24 +1,24 @@
 """Bytes that DeepSpeed holds for a rank's weights, as DeepSpeed 0.19 is configured by `engine/deepspeed_config.py`.
 
-Per parameter (all) and per trained parameter, z ranks with the same weights:
+Bytes per parameter (weights) and per trained parameter (all else); z ranks have the same weights:
 
-    bf16, ZeRO 0   autocast: fp32 weights 4; gradients 4; Adam 8. The bf16 copies are made by every forward pass anew
-                   and belong to what it keeps (`planning/cost.py`)
+    bf16, ZeRO 0   autocast: fp32 weights 4; gradients 4; Adam 8. Every forward pass makes bf16 copies anew, and they
+                   belong to what it keeps (`planning/cost.py`)
     bf16, ZeRO 1   BF16_Optimizer: weights 2; gradients 2 of the last micro-batch and 4 accumulated, both whole;
                    (master weights 4 + Adam 8) / z
     bf16, ZeRO 2   weights 2; accumulated gradients 4 / z; (4 + 8) / z
     bf16, ZeRO 3   weights 2 / z; accumulated gradients 4 / z; (4 + 8) / z
     fp32           4 in place of every 2, gradients once; ZeRO keeps a master copy even then
 
-With an offloaded optimizer master weights, moments and the gradients that it reads are the host's, and in bf16 ZeRO 1
-is no longer BF16_Optimizer. What the device keeps of the gradients:
+An offloaded optimizer has its master weights, its moments and the gradients that it reads on the host, and in bf16
+ZeRO 1 is no longer BF16_Optimizer. The device keeps these gradients:
 
     ZeRO 1         4 accumulated, whole; in bf16 their sum over the ranks, 4 / z, beside them
     ZeRO 2         4 / z: in bf16 accumulated here, in fp32 of the last micro-batch only and accumulated on the host
     ZeRO 3         nothing: accumulated on the host
 
-Offloaded parameters are the host's but for what is gathered. Left out: the buffers of the largest parameter's size that
-ZeRO 1 and 2 copy through, one on the device and one on the host.
+Offloaded parameters are on the host, except those that are gathered. Not counted: the buffers of the largest
+parameter's size that ZeRO 1 and 2 copy through, one on the device and one on the host.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True)
 class Buckets:
-    """Elements of ZeRO's buffers, by their names in DeepSpeed's configuration; its defaults."""
+    """Elements of ZeRO's buffers, under DeepSpeed's names and with its defaults."""
 
     reduce_bucket_size: int = 500_000_000
-    """ZeRO 2 and 3; ZeRO 1 in fp32."""
+    """Used by ZeRO 2 and 3, and by ZeRO 1 in fp32."""
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_max_live_parameters: int = 1_000_000_000
 
@@ -56,21 +56,21 @@ class EngineMemory:
     buffers: float
     """Communication buckets, and parameters that ZeRO 3 has gathered."""
     at_step: float
-    """Held beyond that between the last backward pass and the end of the optimizer step, when nothing is saved for
+    """What is held beyond that from the last backward pass to the end of the optimizer step, when nothing is saved for
     backward any more."""
     made_anew: float
-    """Of the gradients, those that the first backward pass of a step makes."""
+    """The part of the gradients that the first backward pass of a step makes."""
     host: float = 0.0
-    """In the host's memory, if something is offloaded; not part of the sums below."""
+    """Bytes in the host's memory, if something is offloaded; not part of the sums below."""
 
     @property
     def weights(self) -> float:
-        """What belongs to the weights, and grows with them."""
+        """Bytes of all that belongs to the weights and grows with them."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """What is always there."""
+        """Bytes that are always held."""
         return self.weights + self.buffers
 
 
@@ -88,8 +88,8 @@ def engine_memory(
     """Memory of a rank's weights and what belongs to them.
 
     Args:
-        parameters: on this rank before ZeRO splits them, frozen ones included.
-        trained: of these, the trained ones, by group of the optimizer, in order.
+        parameters: parameters on this rank before ZeRO splits them, frozen ones included.
+        trained: the trained ones among them, one number for each group of the optimizer, in order.
         bf16: bf16 with fp32 master weights; otherwise fp32.
         zero_stage: 0 to 3.
         replicas: ranks with the same weights, data times context.
@@ -113,8 +113,8 @@ def engine_memory(
                 gradients, buffers = 4 * share, element * reduce
             case _:
                 gradients, buffers = 0.0, on_device.buffers
-        # What the optimizer reads, beside it: ZeRO 1 and 2 a copy of the new weights on their way back, ZeRO 2 in fp32
-        # and ZeRO 3 the accumulated gradients.
+        # The host also holds what the optimizer reads, in ZeRO 1 and 2 a copy of the new weights on their way back, and
+        # in ZeRO 3 and in ZeRO 2 with fp32 the accumulated gradients.
         way_back = element if zero_stage < 3 else 0
         accumulated = 4 if zero_stage == 3 or (zero_stage == 2 and not bf16) else 0
         on_device = replace(
@@ -168,8 +168,8 @@ def _without_offload(
                 made_anew=4 * whole,
             )
         case 2:
-            # Beside the sum, the last micro-batch's share: in the weights' dtype from its backward pass on (a little
-            # more, for parameters that lie on two ranks are copied whole), and then in fp32.
+            # The last micro-batch's share is held beside the sum, in the weights' dtype from its backward pass on (a
+            # little more, because parameters that lie on two ranks are copied whole), and then in fp32.
             return EngineMemory(
                 parameters=element * parameters,
                 gradients=4 * share,
@@ -179,7 +179,7 @@ def _without_offload(
                 made_anew=4 * share,
             )
         case _:
-            # What is gathered ahead arrives in one buffer and is copied from there, parameter by parameter.
+            # Parameters that are gathered ahead arrive in one buffer and are copied from there one by one.
             ahead = buckets.stage3_prefetch_bucket_size
             live = min(parameters, buckets.stage3_max_live_parameters + ahead) + min(parameters, ahead)
             return EngineMemory(
@@ -208,13 +208,16 @@ def gradient_traffic(trained: float, *, bf16: bool, zero_stage: int, replicas: i
         case 0 | 1:
             return add * trained
         case _:
-            # Copied to a bucket, reduced, and a share of it added.
+            # Gradients are copied to a bucket and reduced, and a share of it is added.
             return (2 * element + add / replicas) * trained
 
 
 def _reduced_groups(groups: Sequence[float]) -> float:
-    """Bytes of the copies in which ZeRO 1 in bf16 reduces the fp32 gradients: group after group, until there are more
-    than `_ALL_REDUCE` elements, which are then joined in fp32, if they are several groups, and rounded to bf16."""
+    """Bytes of the copies in which ZeRO 1 in bf16 reduces the fp32 gradients.
+
+    It collects group after group until there are more than `_ALL_REDUCE` elements, joins them in fp32 if they are
+    several groups, and rounds them to bf16.
+    """
     most, elements, joined = 0.0, 0.0, 0
     for group in groups:
         elements, joined = elements + group, joined + 1

@@ -1,7 +1,7 @@
 """What one layout would do on a cluster: the stage cut, memory by kind, messages by kind, time of a step.
 
-Nothing here was measured on a GPU. Rates are what the caller says that the machine reaches; the memory kept for
-backward is counted from the code (`planning/cost.py`), DeepSpeed's from its source (`planning/engine_memory.py`).
+Nothing here was measured on a GPU. The caller says which rates the machine reaches. The memory kept for backward is
+counted from the code (`planning/cost.py`), DeepSpeed's from its source (`planning/engine_memory.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_haplovl.planning.partition import cut_layers, in_flight, stage_sum
 from megatron_haplovl.planning.stage_cut import layer_loads
 from megatron_haplovl.planning.work import Work
 
-# What trains, in the order of the optimizer's groups.
+# Parts that may train, in the order of the optimizer's groups.
 _PARTS = ("distillation", "post_decoder", "connector", "pre_decoder", "embedding")
 
 
@@ -29,14 +29,14 @@ class RankMemory:
 
     engine: EngineMemory
     activations: float
-    """Kept for backward, of all micro-batches in flight."""
+    """Bytes kept for backward by all micro-batches in flight."""
     working: float
-    """What the worst moment of a backward pass holds beyond that; less the gradients that are not there yet, if that is
-    the step's first pass."""
+    """What a backward pass holds beyond that at its worst moment; if that is in a step's first pass, less the gradients
+    that do not exist yet."""
     teacher: float
     """Stage 1's vision teacher."""
     messages: float
-    """What DeepSpeed's pipeline receives into, and what it forgets to give back."""
+    """Buffers that DeepSpeed's pipeline receives into, and what it forgets to give back."""
 
     @property
     def peak(self) -> float:
@@ -57,11 +57,11 @@ class Estimate:
     micro_batches: int
     stage_memories: tuple[RankMemory, ...]
     bubble: float
-    """Share of the pipelined part of the step in which the mean stage waits, for others to fill, drain or catch up."""
+    """Share of the step's pipelined part in which the mean stage waits until others fill, drain or catch up."""
     imbalance: float
-    """Slowest stage over the mean stage, less one."""
+    """Seconds of the slowest stage over those of the mean stage, less one."""
     tensor_bytes: float
-    """Sent by a rank of the busiest stage per step; the same for the next three."""
+    """Bytes that a rank of the busiest stage sends per step; the same for the next three."""
     context_bytes: float
     pipeline_bytes: float
     data_bytes: float
@@ -75,7 +75,7 @@ class Estimate:
 
     @property
     def memory(self) -> RankMemory:
-        """Of the fullest stage."""
+        """Memory of the fullest stage."""
         return self.stage_memories[self.fullest_stage]
 
 
@@ -163,11 +163,11 @@ def pipeline_seconds(stage_seconds: Sequence[float], micro_batches: int) -> floa
 def most_held(stage: Sequence[LayerCost], gradient_bytes: float = 0.0) -> float:
     """Bytes that one micro-batch holds at the worst moment of its backward pass through a stage.
 
-    In backward of a layer everything before it is still kept, what came after it is gone.
+    In a layer's backward everything before the layer is still kept, and what came after it is gone.
 
     Args:
-        stage: its layers.
-        gradient_bytes: per trained parameter, of the gradients that this backward pass leaves behind.
+        stage: the layers of the stage.
+        gradient_bytes: bytes per trained parameter of the gradients that this backward pass leaves behind.
     """
     tables = {layer.name.partition(".")[0]: layer.table_bytes for layer in stage}
     kept, most, behind = sum(layer.saved_bytes for layer in stage), 0.0, 0.0
@@ -205,15 +205,15 @@ def _stage_memory(
         offload_param=layout.offload_param,
         buckets=buckets,
     )
-    # DeepSpeed's pipeline keeps what a stage received, beside a copy to work on, and what it sent, until the gradient
-    # is back. It receives into buffers of its own.
+    # DeepSpeed's pipeline keeps what a stage received (beside a copy to work on) and what it sent until the gradient is
+    # back. It receives into buffers of its own.
     received = stages[index - 1][-1].boundary_bytes if index > 0 else 0.0
     sent = stage[-1].boundary_bytes if index + 1 < len(stages) else 0.0
     kept = kept_bytes(stage)
     held, waiting = in_flight(index, len(stages), micro_batches), kept + received + sent
     working = most_held(stage) - kept
     if held == micro_batches:
-        # Only the step's first backward pass meets as many; the gradients are made by it.
+        # Only the step's first backward pass meets so many micro-batches, and that pass makes the gradients.
         trained = max(1, sum(layer.trained_parameters for layer in stage))
         first = most_held(stage, engine.made_anew / trained) - engine.made_anew - kept
         if held == 1 or waiting + first > working:
@@ -235,7 +235,7 @@ def _stage_memory(
 
 
 def _optimizer_groups(stage: Sequence[LayerCost], parts: Set[str]) -> list[float]:
-    """Trained parameters of each of the optimizer's groups, in the order of `training.recipe.parameter_groups`; the
+    """Trained parameters of each group of the optimizer, in the order of `training.recipe.parameter_groups`. The
     vectors' groups count as empty. Every stage has every group."""
     sizes = dict.fromkeys((part for part in _PARTS if part in parts), 0.0)
     for layer in stage:
@@ -246,8 +246,8 @@ def _optimizer_groups(stage: Sequence[LayerCost], parts: Set[str]) -> list[float
 
 
 def _replica_bandwidth(layout: Layout, cluster: Cluster) -> float:
-    """Bytes per second of a rank in a ring over the replicas: it crosses each node's border once for all of the node's
-    members, and uses the network adapters of all of them."""
+    """Bytes per second of a rank in a ring over the replicas. The ring crosses each node's border once for all of the
+    node's members and uses the network adapters of all of them."""
     if layout.tensor * layout.replicas <= cluster.gpus_per_node:
         return cluster.intra_node
     members = max(1, cluster.gpus_per_node // layout.tensor)
@@ -255,17 +255,17 @@ def _replica_bandwidth(layout: Layout, cluster: Cluster) -> float:
 
 
 def _boundary_bytes(stages: Sequence[Sequence[LayerCost]], index: int) -> float:
-    """Sent by a stage per micro-batch: hidden states to the next, their gradient to the one before."""
+    """Bytes that a stage sends per micro-batch: hidden states to the next stage, their gradient to the one before."""
     forward = stages[index][-1].boundary_bytes if index + 1 < len(stages) else 0.0
     backward = stages[index - 1][-1].boundary_bytes if index > 0 else 0.0
     return forward + backward
 
 
 def _data_messages(stage: Sequence[LayerCost], layout: Layout, bf16: bool, micro_batches: int) -> float:
-    """Sent by a rank per step so that the replicas agree: gradients, and parameters where ZeRO has split them.
+    """Bytes that a rank sends per step so that the replicas agree: gradients, and parameters if ZeRO has split them.
 
-    A ring's gather, or scattered sum, sends (z - 1) / z of the tensor, an all-reduce twice that. ZeRO 2 reduces whole
-    buckets in every micro-batch (DeepSpeed's `use_multi_rank_bucket_allreduce`).
+    A ring's all-gather or reduce-scatter sends (z - 1) / z of the tensor, an all-reduce twice that. ZeRO 2 reduces
+    whole buckets in every micro-batch (DeepSpeed's `use_multi_rank_bucket_allreduce`).
     """
     parameters = sum(layer.parameters for layer in stage)
     trained = sum(layer.trained_parameters for layer in stage)
@@ -285,7 +285,7 @@ def _data_messages(stage: Sequence[LayerCost], layout: Layout, bf16: bool, micro
 def _data_seconds(
     stage: Sequence[LayerCost], layout: Layout, cluster: Cluster, bf16: bool, micro_batches: int
 ) -> float:
-    """How long these messages take per step, by bytes and by the length of the ring."""
+    """Seconds that these messages take per step, by their bytes and by the length of the ring."""
     if layout.replicas == 1:
         return 0.0
     match layout.zero_stage:
@@ -310,11 +310,11 @@ def _update_seconds(stage: Sequence[LayerCost], layout: Layout, cluster: Cluster
 def _host_seconds(
     stage: Sequence[LayerCost], layout: Layout, cluster: Cluster, bf16: bool, micro_batches: int
 ) -> float:
-    """How long what is offloaded takes between host and device per step.
+    """Seconds per step in which what is offloaded moves between host and device.
 
-    To an offloaded optimizer gradients go in fp32 once per step. ZeRO 3, and ZeRO 2 in fp32, accumulate them on the
-    host, but add on the device: each micro-batch sends the sum forth and back, too. New weights move unless parameters
-    lie where the optimizer is. Offloaded parameters come twice per micro-batch, when they are gathered.
+    Gradients go to an offloaded optimizer in fp32, once per step. ZeRO 3, and ZeRO 2 in fp32, accumulate them on the
+    host but add on the device, so each micro-batch also sends the sum back and forth. New weights move unless the
+    parameters lie where the optimizer is. Offloaded parameters come twice per micro-batch, when they are gathered.
     """
     element = 2 if bf16 else 4
     parameters = sum(layer.parameters for layer in stage) / layout.replicas

@@ -1,4 +1,4 @@
-"""How fast machines compute and send: a GPU's data sheet with what is assumed to be reached of it, and a measured CPU.
+"""How fast machines compute and send: a GPU's data sheet with the shares assumed to be reached, and a measured CPU.
 
 Where a pipeline is cut depends on the ratios of these figures only; the planner's times depend on the figures.
 """
@@ -14,14 +14,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One rank's device, and its network in one direction, in bytes per second, as they are reached."""
+    """The speeds that one rank's device reaches, and its network in one direction, in bytes per second."""
 
     speeds: Speeds
     gpus_per_node: int
     intra_node: float
     inter_node: float
     intra_hop: float
-    """Seconds that a step of a ring takes beyond its bytes."""
+    """Seconds that a step of a ring takes beside sending its bytes."""
     inter_hop: float
 
     def bandwidth(self, stride: int, size: int) -> float:
@@ -29,7 +29,7 @@ class Machine:
         return self.intra_node if stride * size <= self.gpus_per_node else self.inter_node
 
     def ring_latency(self, stride: int, size: int) -> float:
-        """Seconds that a ring's gather, or scattered sum, of nothing takes; an all-reduce twice that."""
+        """Seconds that a ring's all-gather or reduce-scatter of zero bytes takes; an all-reduce takes twice that."""
         nodes = max(1, stride * size // self.gpus_per_node)
         borders = nodes if nodes > 1 else 0
         return (size - 1 - min(borders, size - 1)) * self.intra_hop + borders * self.inter_hop
@@ -37,17 +37,17 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster(Machine):
-    """So many of them."""
+    """`gpus` machines of one kind, and what the planner must know of them."""
 
     gpus: int
     memory: float
     """Bytes that a rank may use: the GPU's, less CUDA's context, NCCL's buffers and fragmentation."""
     peak: float
-    """bf16 operations per second, as the data sheet has it without sparsity; what MFU is a share of."""
+    """bf16 operations per second of the data sheet, without sparsity. MFU is a share of this."""
     overlap: float
     """Share of ZeRO 3's messages that can pass beside arithmetic; nothing else is overlapped."""
     host_link: float
-    """Between a GPU and its host, for what is offloaded."""
+    """Bytes per second between a GPU and its host, for what is offloaded."""
     host_memory: float
     """A rank's share of its host's memory bandwidth."""
 
@@ -74,7 +74,7 @@ class DataSheet:
     bandwidth_efficiency: float = 0.75
 
     def cluster(self, gpus: int) -> Cluster:
-        """What is reached, in bytes, operations and seconds."""
+        """The cluster with the speeds that are reached."""
         peak, bandwidth = 1e12 * self.peak_tflops, 1e9 * self.bandwidth_efficiency
         return Cluster(
             gpus=gpus,
@@ -96,10 +96,10 @@ class DataSheet:
         )
 
 
-# By bf16: the rates that come closest to what the layers of `benchmarks/pipeline_balance.py` take at an eighth and at a
-# quarter of haplovl-7b's widths, on one core of an Intel Xeon (Sapphire Rapids, AMX) with torch 2.13, 2026-11-22. A
-# pre-decoder block over a post-decoder block is met within 6 % in fp32 and within 15 % in bf16. gloo's are those
-# between two processes there.
+# Keys: whether products are in bf16. These rates come closest to the times of the layers in
+# `benchmarks/pipeline_balance.py` at an eighth and at a quarter of haplovl-7b's widths, on one core of an Intel Xeon
+# (Sapphire Rapids, AMX) with torch 2.13, 2026-11-22. They meet the ratio of a pre-decoder block to a post-decoder block
+# within 6 % in fp32 and within 15 % in bf16. gloo's rates are those between two processes there.
 _CPU_SPEEDS = {
     False: Speeds(products=160e9, attention=65e9, memory=5.5e9),
     True: Speeds(products=1000e9, attention=82e9, memory=3.5e9),
@@ -112,7 +112,7 @@ def machine_of(device: str, bf16: bool) -> Machine:
 
     Args:
         device: `cuda` (any GPU: nodes of eight H100) or `cpu` (gloo on one machine).
-        bf16: whether products are in bf16; a CPU's are much faster then, and its elementwise operations are not.
+        bf16: whether products are in bf16. That makes a CPU's products much faster, but not its elementwise operations.
 
     Raises:
         ValueError: another device.

@@ -1,4 +1,4 @@
-"""Where a pipeline is cut: the flat layer list in contiguous stages, by cost. Pure functions on lists of numbers.
+"""Where a pipeline is cut: contiguous stages of the flat layer list, by cost. Pure functions on lists of numbers.
 
 A cut is the tuple of the stages' first layers, `(0, ...)`, strictly increasing; stage s holds the layers from `cut[s]`
 to `cut[s + 1]`, the last one to the end of the list.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 METHODS = ("auto", "parameters", "uniform")
-"""Names of `--pipeline-partition`; anything else is an explicit cut."""
+"""Names that `--pipeline-partition` takes; anything else is an explicit cut."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class LayerLoad:
     """Forward and backward of one micro-batch, in any unit of time."""
     trained_parameters: float
     static_bytes: float
-    """Parameters, gradients and optimizer state."""
+    """Bytes of parameters, gradients and optimizer state."""
     saved_bytes: float
-    """Kept from forward to backward, per micro-batch in flight."""
+    """Bytes that each micro-batch in flight keeps from forward to backward."""
 
 
 def cut_layers(method: str, layers: Sequence[LayerLoad], stages: int, micro_batches: int) -> tuple[int, ...]:
     """Cut a list of layers into stages.
 
     Args:
-        method: `auto` makes the slowest stage as fast as possible and, of all such cuts, takes one whose fullest stage
-            holds least; `parameters` makes the stage with most trained parameters as small as possible (DeepSpeed's
-            method of this name counts the same, but minimises the largest stage less the smallest); `uniform` gives
-            each stage as many layers, the first ones one more; anything else is the first layer of every stage but the
-            first, by name, separated by commas (`pre_decoder.12,connector,post_decoder.16`).
+        method: `auto` makes the slowest stage as fast as possible and takes, among all such cuts, one whose fullest
+            stage holds least. `parameters` makes the stage with most trained parameters as small as possible
+            (DeepSpeed's method of this name counts the same, but minimises the largest stage less the smallest).
+            `uniform` gives every stage equally many layers, or the first ones one more. Anything else names the first
+            layer of every stage but the first, separated by commas (`pre_decoder.12,connector,post_decoder.16`).
         layers: the flat list.
         stages: number of stages.
         micro_batches: micro-batches per optimizer step.
@@ -66,7 +66,7 @@ def stage_sums(values: Sequence[float], cut: Sequence[int]) -> list[float]:
 
 
 def in_flight(stage: int, stages: int, micro_batches: int) -> int:
-    """Micro-batches between forward and backward pass, at most, on one stage of DeepSpeed's 1F1B schedule."""
+    """The most micro-batches between forward and backward pass on one stage of DeepSpeed's 1F1B schedule."""
     return min(stages - stage, micro_batches)
 
 
@@ -94,10 +94,11 @@ def _smallest_maximum(
     Args:
         length: number of layers.
         stages: number of stages.
-        cost: of `(stage, first, end)`; must not grow when layers are taken away, so that the search can stop early.
+        cost: cost of `(stage, first, end)`; must not grow when layers are taken away, so that the search can stop
+            early.
 
     Returns:
-        The cost of the most expensive stage, and the cut; of equal cuts the one whose last stages are shortest.
+        The cost of the most expensive stage, and the cut; among equal cuts the one whose last stages are shortest.
     """
     best = [0.0] + [math.inf] * length
     came_from: list[list[int]] = []
@@ -137,8 +138,8 @@ def _explicit(text: str, names: Sequence[str], stages: int) -> tuple[int, ...]:
     for before, after in pairwise(cut):
         if after <= before:
             raise ValueError(
-                f"--pipeline-partition {text}: {names[after]} does not come after {names[before]}, where the stage "
-                "before it begins; every stage needs a layer"
+                f"--pipeline-partition {text}: {names[after]} does not come after {names[before]}, the first layer of "
+                "the stage before; every stage needs a layer"
             )
     return cut
 

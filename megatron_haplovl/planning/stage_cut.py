@@ -1,4 +1,4 @@
-"""From a model and what its batches bring to the cut of its pipeline. Used by the training and by the planner alike."""
+"""From a model and the work in its batches to the cut of its pipeline, for the training and the planner alike."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stage_cut(
     Args:
         model: sizes.
         work: one micro-batch of all ranks that share it; the average of real ones, the same on every rank.
-        layout: how it is shared.
+        layout: how ranks share the work.
         device: `cuda` or `cpu`, see `planning.machine.machine_of`.
         bf16: bf16 with fp32 master weights; otherwise fp32.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
@@ -55,7 +55,7 @@ def stage_cut(
 
 
 def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf16: bool) -> list[LayerLoad]:
-    """What decides a cut, of every layer of one rank."""
+    """What decides a cut, for every layer of one rank."""
     engine: dict[str, Any] = {"bf16": bf16, "zero_stage": layout.zero_stage, "replicas": layout.replicas}
     return [
         LayerLoad(
@@ -78,7 +78,7 @@ def layer_loads(costs: Sequence[LayerCost], layout: Layout, machine: Machine, bf
 
 
 def _message_seconds(layer: LayerCost, layout: Layout, machine: Machine) -> float:
-    """Messages inside a layer, which nothing hides."""
+    """Seconds of the messages inside a layer, which nothing hides."""
     return (
         layer.tensor_bytes / machine.bandwidth(1, layout.tensor)
         + layer.tensor_collectives * 2 * machine.ring_latency(1, layout.tensor)

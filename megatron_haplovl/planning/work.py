@@ -1,4 +1,4 @@
-"""What a micro-batch brings: counts of tokens, patches and visible pairs, exact or expected."""
+"""The work in a micro-batch: counts of tokens, patches and visible pairs, exact or expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Work:
     pairs: float
     """(query, key) pairs under the mixed mask."""
     patches: float
-    """Visual tokens without newlines."""
+    """Patch tokens, newlines not counted."""
     tiles: float
     """Image tiles that the vision teacher sees."""
     head_tokens: float
@@ -57,9 +57,9 @@ def work_of_sequence(
 
     Args:
         seq_length: positions.
-        images: tokens of each image of a document, newlines included.
+        images: visual tokens of each image of a document, newlines included.
         text: text tokens of a document.
-        trained: of these, the ones with logits.
+        trained: text tokens with logits.
         newlines: newline tokens of each image.
         cells_per_tile: patches of a tile.
         image_attention: as in the model's configuration.

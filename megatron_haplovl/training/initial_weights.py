@@ -22,22 +22,22 @@ from megatron_haplovl.parallel.tensor_parallel import local_part
 
 
 def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
-    """Give every parameter of this rank its value, or its slice of it. Called by every rank.
+    """Give every parameter of this rank its value, or this rank's slice of it. Called by every rank.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint` (or
-    `--load` with `--finetune`). What is in none of them starts at random.
+    `--load` with `--finetune`). A parameter that none of them has starts at random.
 
     Args:
-        model: this rank's part of it.
+        model: this rank's part of the model.
         config: the run's settings.
-        resumed: the checkpoint of a run that goes on; then all weights are in it.
+        resumed: the checkpoint of a run that goes on; if given, it has all weights.
 
     Returns:
-        A table that says for every part of the model where its tensors came from, and what was dropped or skipped.
+        A table that says where the tensors of every part of the model came from, and what was dropped or skipped.
 
     Raises:
-        ValueError: a damaged checkpoint, a tensor of the wrong shape, or one that the model does not have or that is in
-            no source, and --allow-unexpected and --allow-missing do not name it.
+        ValueError: a damaged checkpoint; a tensor of the wrong shape; or a tensor that the model or every source lacks,
+            if --allow-unexpected or --allow-missing does not name it.
     """
     parameters = dict(model.module.named_parameters())
     pretrained: Path | None = None
@@ -71,14 +71,14 @@ def _copy_sources(
     """Fill this rank's parameters from files.
 
     Returns:
-        Where each came from, and which tensors of the files were left, with the reason.
+        Where each parameter came from, and which tensors of the files were left, with the reason.
     """
     source_of = dict.fromkeys(parameters, NEW)
     left: list[tuple[str, str]] = []
     allow = _allowed(config)
 
     def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
-        """Copy tensors one at a time, so that no more than one is there whole."""
+        """Copy tensors one at a time, so that memory never holds more than one whole tensor."""
         for name, tensor in weights:
             if name not in model.shapes:
                 raise ValueError(
@@ -96,7 +96,7 @@ def _copy_sources(
                 source_of[name] = source
 
     def copy_mapped(weights: MappedWeights, without: tuple[str, ...] = ()) -> None:
-        """The same from a Hugging Face folder."""
+        """Copy the tensors of a Hugging Face folder."""
         wanted = [name for name in weights.names() if name in parameters and name not in without]
         copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
         source_of.update((name, weights.origin(name)) for name in wanted)
@@ -149,7 +149,7 @@ def _allowed(config: Config) -> Allowed:
 
 
 def _check_same_model(folder: Path, model: ModelConfig) -> None:
-    """Refuse what shapes do not show: heads, activations, rotary bases and the like."""
+    """Refuse differences that shapes do not show: heads, activations, rotary bases and the like."""
     theirs = read_config(folder).model
     if theirs.text_embedding != model.text_embedding:
         raise ValueError(

@@ -50,8 +50,8 @@ def parameter_groups(
     Args:
         model: its parameters that require a gradient are grouped.
         config: rates and decay.
-        trained: where the model is a pipeline stage, names and numbers of dimensions of all stages' trained
-            parameters: every stage then has every group, some of them empty.
+        trained: if the model is a pipeline stage, names and numbers of dimensions of all stages' trained parameters.
+            Every stage then has every group, some of them empty.
 
     Raises:
         ValueError: a learning rate for a part that is not trained.

@@ -1,4 +1,4 @@
-"""How a run ends that cannot begin."""
+"""How a run that cannot begin ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """End the process with a sentence where a check of this package refuses something, and not with a traceback.
+    """If a check of this package refuses something, end the process with a sentence and not with a traceback.
 
     A ValueError that was raised elsewhere (in torch, in DeepSpeed) keeps its traceback.
 

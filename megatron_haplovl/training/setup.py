@@ -37,7 +37,7 @@ from megatron_haplovl.training.stages import head_inputs, stage_of
 
 logger = logging.getLogger(__name__)
 
-# Of the training data, what a pipeline's cut is computed from.
+# Packs of the training data that a pipeline's cut is computed from.
 _PACKS_FOR_CUT = 16
 
 
@@ -76,7 +76,7 @@ def setup(config: Config) -> Run:
     """Build a run from its configuration. Called by every rank.
 
     Raises:
-        ValueError: whatever in files or flags keeps the run from starting.
+        ValueError: something in files or flags keeps the run from starting.
     """
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
@@ -85,8 +85,8 @@ def setup(config: Config) -> Run:
     logger.info(
         f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
-        f"offloaded to the host: {_offloaded(config.parallel)} | "
-        f"attention backend: {_attention_backends(config, device)} | AdamW: {ADAMW_NAMES[adamw]}"
+        f"offloaded: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
+        f"AdamW: {ADAMW_NAMES[adamw]}"
     )
 
     train_data, valid_data = _build_loaders(config, groups)
@@ -161,7 +161,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
         batch = data.packs(range(number))
         return work_of_batch(batch, config.stage) * (schedule.micro_batch_size / number)
 
-    # Read on one rank, so that a cut that is close to another is the same everywhere.
+    # The packs are read on one rank, so that all ranks take the same of two cuts that are nearly equal.
     work = groups.world.gather_objects(groups.world.together(first_packs))[0]
     layers, first = stage_cut(
         config.model,
@@ -180,7 +180,7 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
 def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = None) -> ShardedModel:
     """This rank's part of the module that the recipe trains (stage 1's, or the whole model), not yet filled.
 
-    Split before anything is allocated.
+    The model is split before anything is allocated.
 
     Raises:
         ValueError: a stage of the pipeline would train nothing.
@@ -188,7 +188,7 @@ def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = 
     with torch.device("meta"):
         module = stage_of(config).build_model(config)
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    # Context parallelism first: of each sequence a rank has a share, and of that share tensor ranks have parts.
+    # Context parallelism first: a rank has a share of each sequence, and tensor ranks have parts of that share.
     apply_context_parallel(module, groups.context)
     apply_tensor_parallel(module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
     if stages is not None:
@@ -210,7 +210,7 @@ def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe:
 
 def compile_blocks(model: LayeredModel) -> None:
     """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
-    # Otherwise a block that is compiled too often goes on uncompiled, with a warning only.
+    # Otherwise a block that is compiled too often would go on uncompiled, with no more than a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in model.modules():
         if isinstance(module, Block):
@@ -218,7 +218,7 @@ def compile_blocks(model: LayeredModel) -> None:
 
 
 def _mesh(groups: ParallelGroups) -> str:
-    """How the ranks are arranged, where they are not all data-parallel."""
+    """The layout in words, if the ranks are not all data-parallel."""
     if groups.data.size == groups.world.size:
         return ""
     return (

@@ -93,7 +93,7 @@ def _no_head(_batch: Batch) -> tuple[Any, ...]:
 
 
 def _vocabulary_shard(vocab_size: int, tensor: Group) -> dict[str, Any]:
-    """Which words this rank's embedding and head hold, as the losses want to be told."""
+    """Which words this rank's embedding and head hold, as arguments of the losses."""
     if tensor.size == 1:
         return {}
     words = vocab_size // tensor.size

@@ -132,12 +132,12 @@ PARALLEL_LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 PARALLEL_RANKS = 4
-# Of these, run in bf16, too.
+# The layouts above that are run in bf16, too.
 BF16_LAYOUTS = (
     *("TP 2 + SP x DP 2, ZeRO 1", "CP 2 x DP 2, ZeRO 3", "PP 2 x DP 2, ZeRO 0", "PP 4, ZeRO 1"),
     *("TP 2 + SP x PP 2, ZeRO 1", "optimizer on the host, PP 2 x DP 2, ZeRO 1"),
 )
-# The same on eight ranks.
+# As PARALLEL_LAYOUTS, on eight ranks.
 LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2 x PP 2 x DP 2, ZeRO 1": {
         **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
@@ -149,7 +149,7 @@ LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 4 x DP 2, ZeRO 0": {
         **{"pipeline_model_parallel_size": 4, "zero_stage": 0, "pipeline_partition": "a cut of each kind"},
     },
-    # Of a stage that is one norm, one of two tensor-parallel ranks has nothing of its own.
+    # One stage is a single norm, so one of its two tensor-parallel ranks has nothing of its own.
     "TP 2 x PP 4, ZeRO 1": {
         **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "zero_stage": 1},
         "pipeline_partition": "a stage of one norm",
@@ -159,14 +159,14 @@ LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 LARGE_RANKS = 8
-# Of the first ones, with the recipe that trains the connector only.
+# Those of PARALLEL_LAYOUTS that also run the recipe that trains the connector only.
 ALIGN_LAYOUTS = ("TP 2 + SP x DP 2, ZeRO 1", "TP 2 x CP 2, ZeRO 2", "optimizer on the host, TP 2 + SP x DP 2, ZeRO 3")
-# And with --compile.
+# Those that also run with --compile.
 COMPILED_LAYOUTS = ("DP 4, ZeRO 0", "DP 4, ZeRO 1", "DP 4, ZeRO 2")
-# And with the blocks of a released checkpoint: gated in the pre-decoder, biased everywhere.
+# Those that also run with the blocks of a released checkpoint: gated in the pre-decoder, biased everywhere.
 RELEASED_LAYOUTS = ("TP 2 + SP x DP 2, ZeRO 1", "TP 2 x PP 2, ZeRO 0")
 RELEASED_BLOCKS = {"model__pre__gated_mlp": True, "model__post__qkv_bias": True, "model__post__linear_bias": True}
-# Kind of cut, recipe -> --pipeline-partition. Stage 1 has one decoder, and ends without a norm.
+# (kind of cut, recipe) -> --pipeline-partition. Stage 1 has one decoder, and ends without a norm.
 CUTS = {
     ("a cut of each kind", "full"): "pre_decoder.1,connector,post_decoder.1",
     ("a stage of one norm", "full"): "pre_decoder.1,final_norm,lm_head",
@@ -176,7 +176,7 @@ CUTS = {
 
 
 def parallel_case(recipe: str, layout: str) -> str:
-    """Name of a case, as rank programs are given it."""
+    """Name of a case, in the form that rank programs get."""
     return f"{recipe}: {layout}"
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """While it is entered, `peak` is the most bytes that tensors have taken together, each storage once.
 
-    Memory that an operation takes and gives back inside is not seen.
+    Memory that an operation takes and gives back itself is not seen.
 
     Args:
         others: tensors that belong to something else; they must stay alive, and are not counted.

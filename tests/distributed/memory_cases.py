@@ -1,4 +1,4 @@
-"""The runs in which the planner's memory is compared with what is there."""
+"""The runs in which the planner's memory is compared with the measured one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES = (
     *(("DP 4", zero, "bf16", "none", "distill") for zero in (0, 1)),
     ("TP 2 + SP x DP 2", 1, "bf16", "none", "distill"),
     ("PP 2 x DP 2", 1, "bf16", "none", "distill"),
-    # Last, for ZeRO 3 replaces torch's linear function for the rest of the process.
+    # Last, because ZeRO 3 replaces torch's linear function for the rest of the process.
     *(("DP 4", 3, precision, "none", "full") for precision in ("bf16", "fp32")),
     ("DP 4", 3, "bf16", "none", "distill"),
 )
@@ -81,7 +81,7 @@ def memory_config(case: tuple[str, int, str, str, str], deepspeed_json: str | No
 
 
 def layout_of(config: Config) -> Layout:
-    """The planner's name for how a run is arranged."""
+    """The layout of a run, as the planner takes it."""
     parallel = config.parallel
     shared = (
         parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size

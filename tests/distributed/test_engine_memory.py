@@ -1,4 +1,4 @@
-"""What the planner says that DeepSpeed holds, against what two ranks of DeepSpeed hold."""
+"""The memory that the planner predicts for DeepSpeed, against what two ranks of DeepSpeed hold."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def test_offloaded_memory(
     if zero_stage < 3:
         total += 2 * element * WIDTH**2  # Two buffers of the largest parameter's size.
     if (bf16, zero_stage) in ((True, 1), (False, 2)):
-        total -= 4 * share  # On the host by the end of the backward pass: the reduced sum, the last micro-batch's.
+        total -= 4 * share  # The last micro-batch's reduced sum is on the host by the end of the backward pass.
     # Measured: 41 bytes apart.
     assert records[bf16, zero_stage, offload] == pytest.approx(total, abs=0.001 * parameters)

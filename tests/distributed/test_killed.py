@@ -37,6 +37,6 @@ def test_kill_9_while_saving(tmp_path):
 
     whole = dict.fromkeys(read("whole"))
     assert len(whole) == 100
-    # Steps after the last complete checkpoint are done again, and give the same.
+    # Steps after the last complete checkpoint are done again, with the same result.
     killed = read("killed")
     assert set(killed) == set(whole) and len(killed) > len(whole)

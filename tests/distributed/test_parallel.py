@@ -7,14 +7,14 @@ Each of these was planted once, and made at least six of the cases fail: norm gr
 summed; the gradient of a region's input not reduced; the loss scaled by the data-parallel ranks instead of all
 replicas; a mask that is causal only inside context parallelism; the bias of a row-parallel layer added before the sum;
 the heads' input gradient summed although it is whole; slices not marked for the gradient norm; the exchange of tokens
-for heads joined in another order; the wrong patches' features for a context rank. Of offload: a configuration that
+for heads joined in another order; the wrong patches' features for a context rank. With offload: a configuration that
 leaves it out, and slices not marked for the norm that DeepSpeed takes on the host.
 
-In the pipeline each of these was planted once, in ten cases: the factor for micro-batches dropped (10 failed), that for
-replicas (4); a mask that is causal only on later stages (10); labels of the batch before (10); losses of the first
+In the pipeline each of these was planted once, in ten cases: the factor for micro-batches dropped (10 failed), or that
+for replicas (4); a mask that is causal only on later stages (10); labels of the batch before (10); losses of the first
 stage only (10); the norm of a stage's own gradients (4), or without the sum over tensor-parallel ranks (2); clipping
 left out (4); hidden states of sequence-parallel ranks shared out by DeepSpeed (2); a parameter written from the wrong
-stage (9); optimizer groups missing on a stage (hangs). Positions that do not travel are not seen here, since RoPE is
+stage (9); optimizer groups missing on a stage (hangs). Positions that do not travel are not seen here, because RoPE is
 relative and nothing crosses a document; `tests/unit/parallel/test_pipeline.py` compares to the last bit and sees it.
 """
 
@@ -75,7 +75,7 @@ def distributed_8(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def distributed_cpu_adam(tmp_path_factory):
-    """One launch of the layouts with an offloaded optimizer, and DeepSpeed's own for it."""
+    """One launch of the layouts with an offloaded optimizer, here DeepSpeed's own."""
     folder = tmp_path_factory.mktemp("cpu_adam")
     cases = [parallel_case(recipe, layout) for layout in OFFLOADED for recipe in BOTH_STAGES]
     run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "auto", *cases)

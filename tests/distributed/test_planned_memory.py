@@ -1,9 +1,9 @@
 """The planner's peak of every rank, against the most bytes that tensors take in a real step of the training.
 
 Each of these was planted in the planner once and made cases fail: copies of two bytes only where ZeRO 1 reduces in
-bf16; its last micro-batch's gradients left out; what ZeRO 3 has gathered left out; one micro-batch in flight on every
-stage; the inputs behind the last losses of a pipeline, autocast's copies of weights, stage 1's teacher or its feature
-loss forgotten; sequence parallelism's gathered inputs taken for the shares that they come from.
+bf16; its last micro-batch's gradients left out; ZeRO 3's gathered parameters left out; one micro-batch in flight on
+every stage; the inputs behind the last losses of a pipeline, autocast's copies of weights, stage 1's teacher or its
+feature loss forgotten; sequence parallelism's gathered inputs taken for the shares that they come from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.live_bytes import LiveBytes, all_tensors
 from tests.distributed.memory_cases import BUCKETS, CASES, RANKS, layout_of, memory_config
 
-# Worst measured: 7.2 % (first of two stages with tensor parallelism; pixels are not counted).
+# Worst measured: 7.2 % (the first of two stages with tensor parallelism; pixels are not counted).
 TOLERANCE = 0.1
 
 
@@ -52,7 +52,7 @@ def read(path: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 
 
 def planned(case: tuple[str, int, str, str, str], rank: dict[str, Any]) -> RankMemory:
-    """What the planner says of a rank for the fullest of its micro-batches."""
+    """The memory that the planner predicts for a rank and the fullest of its micro-batches."""
     config = memory_config(case, deepspeed_json=None)
     workload = Workload.of(config)
     plans = (

@@ -1,4 +1,4 @@
-"""A run stopped after step k and resumed repeats the losses of one that never stopped, exactly, on two ranks.
+"""A run that stops after step k and resumes repeats exactly the losses of a run that never stopped, on two ranks.
 
 Planted once to see this fail: optimizer state not loaded, its first moments set to zero (with and without
 offload), and reading from the first pack after resuming.

@@ -39,7 +39,7 @@ def test_saved_beside_the_training(launch):
 def test_a_full_disk_does_not_end_the_run(launch, rank, name):
     folder, output = launch
     assert losses(folder, name) == losses(folder, "whole")
-    # The first of these runs has been gone back from since, to step 2; see below.
+    # The first of these runs has since been taken back to step 2; see below.
     kept = (3, 4, 5, 6) if name == "full disk" else (1, 2, 3, 5, 6)
     assert steps(folder, name) == [f"global_step{step}" for step in kept]
     assert (folder / name / "latest").read_text().strip() == f"global_step{4 if name == 'full disk' else 6}"
@@ -81,7 +81,7 @@ def test_finetuning_starts_from_the_weights_alone(launch):
     started = losses(folder, "finetune")
     assert [step for step, _, _ in started] == list(range(1, 7))
     assert started == losses(folder, "pretrained")
-    # Its weights have been trained for six steps.
+    # The weights it started from have been trained for six steps.
     assert started[0][1:] != losses(folder, "whole")[0][1:]
     # Both fall-backs, with --finetune and without.
     assert output.count(f"lm_head           1 tensors  {folder}/whole/global_step5") == 2
@@ -91,7 +91,7 @@ def test_finetuning_starts_from_the_weights_alone(launch):
 
 def test_a_checkpoint_can_be_named_or_found_without_latest(launch):
     folder, output = launch
-    # The first rank says which it is.
+    # The first rank says which checkpoint it is.
     assert losses(folder, "seen by one") == losses(folder, "whole")[4:]
     assert losses(folder, "one step") == losses(folder, "whole")[4:]
     assert [step for step, _, _ in losses(folder, "without latest")] == [7]

@@ -1,9 +1,9 @@
-"""A run goes on where it stopped on another number of ranks, arranged in another way, under another ZeRO stage.
+"""A run goes on where it stopped, on another number of ranks, in another layout, under another ZeRO stage.
 
 Five steps after the change are compared with a run that never stopped. Planted once, in 20 of the cases: moments not
 loaded (20 failed); first and second moments exchanged (20); the number of steps not set (20); pieces of another
-tensor-parallel rank (8, all that were saved with tensor parallelism). Master weights that are not loaded differ in bf16
-only, which `test_resume.py` sees.
+tensor-parallel rank (8, all that were saved with tensor parallelism). Master weights that are not loaded make a
+difference in bf16 only; `test_resume.py` sees that.
 """
 
 from __future__ import annotations

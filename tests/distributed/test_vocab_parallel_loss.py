@@ -37,13 +37,13 @@ class Inputs:
 
 
 def inputs(dtype: torch.dtype, tokens: int) -> Inputs:
-    """The same on every rank, rounded to fp32 so that all dtypes see the same values."""
+    """Inputs that are the same on every rank, rounded to fp32 so that all dtypes see the same values."""
     random = torch.Generator().manual_seed(tokens)
     weight_VL = torch.randn(VOCAB, WIDTH, generator=random)
-    # The largest logits twice, on different ranks and on one.
+    # The largest logits occur twice, both on different ranks and on one rank.
     weight_VL[[5, 7, 55]] = 4 * weight_VL[5]
     hidden_ML = torch.randn(tokens, WIDTH, generator=random)
-    # Words of every rank; those with equals; one that is embedded exactly (distance zero).
+    # The targets include words of every rank, those with equals, and one that is embedded exactly (distance zero).
     target_M = torch.randint(0, VOCAB, (tokens,), generator=random)
     target_M[: tokens // 2] = torch.tensor([5, 7, 55, 13] * tokens)[: tokens // 2]
     hidden_ML[-1:] = weight_VL[target_M[-1:]]

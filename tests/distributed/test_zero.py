@@ -3,8 +3,8 @@
 The reference (`reference.py`) sees the global batch as one tensor. The two ranks see it in two micro-batches each.
 
 Planted once to see these tests fail: the factor for DeepSpeed's averaging left out of `train_step`, and the counts of a
-part of the global batch instead of all of it. A mask that is causal only is the same on both sides;
-`tests/unit/model/test_model.py` catches that.
+part of the global batch instead of all of it. A mask that is only causal would be the same on both sides;
+`tests/unit/model/test_model.py` catches it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECIPES = ("distill", "align", "full")
 # Measured worst cases over all recipes and stages: loss 2.3e-7, norm 1.0e-7 (relative), weights 5.3e-7.
 LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-6, 5e-6
 # Measured: loss 1.9e-3, weights 3.6e-3 beyond their rounding to 8 bits. AdamW's first steps move every weight by about
-# the learning rate, 1e-3, whatever the gradient's size, so that where its sign is lost in rounding a weight may end two
+# the learning rate, 1e-3, whatever the gradient's size. If rounding loses the gradient's sign, a weight may end two
 # such steps away.
 BF16_LOSS_TOLERANCE, BF16_WEIGHT_TOLERANCE = 1e-2, 5e-3
 
@@ -44,7 +44,7 @@ def serial():
 
 
 def test_a_rank_without_images_beside_one_with_images():
-    """What the comparison below must include: peers hang there under ZeRO-3."""
+    """The comparison below must include such a batch, because it makes other programs hang under ZeRO-3."""
     streams = [build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2) for rank in (0, 1)]
     images = [[batch.patch_target_P.numel() > 0 for batch in stream.micro_batches()] for stream in streams]
     assert any(a != b for a, b in zip(*images, strict=True)), images

@@ -22,7 +22,7 @@ from tests.distributed.topology import forget_topology
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
-    """Is filled with every whole gradient of this stage, summed over ranks, when the engine is about to step."""
+    """A dictionary that gets every whole gradient of this stage, summed over ranks, just before the engine's step."""
     found: dict[str, torch.Tensor] = {}
 
     def capture() -> None:
@@ -55,7 +55,7 @@ def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
 
 
 def of_all_stages(run: Run, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gradients of the whole model."""
+    """The gradients of all stages together."""
     if run.model.stages is None:
         return found
     stages: list[dict[str, torch.Tensor]] = [{}] * run.groups.pipeline.size

@@ -40,7 +40,7 @@ def main(path: Path) -> None:
 
 
 def measure(run: Run, others: list[Any]) -> dict[str, Any]:
-    """Peak of a step, where the optimizer's state is there already; and what its micro-batches brought."""
+    """Peak of a step when the optimizer's state exists already, and the work in its micro-batches."""
     accumulated = run.engine.gradient_accumulation_steps()
     stages = run.model.stages
     work = [

@@ -32,7 +32,7 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
 
 
 def full_disk_at(step: int, full_rank: int) -> Any:
-    """This rank cannot write this step's checkpoint: the system refuses large files meanwhile."""
+    """Make this rank unable to write this step's checkpoint: the system refuses large files while it saves."""
     write_rank = write.write_rank
 
     def write_part(folder: Path, rank: int, pieces: Any) -> None:
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         original = full_disk_at(4, rank)
         run(folder, name, name, **flags)
         write.write_rank = original
-    # Other parts of the model are trained than before.
+    # This run trains other parts of the model than before.
     other = {"recipe__freeze_post_decoder": True, "run__seed": 17}
     weights = {"checkpoint__load": str(folder / "beside"), "checkpoint__finetune": True}
     run(folder, "finetune", "finetuned", **other, **weights)
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / "beside" / "latest").unlink()
     dist.barrier()
-    # One rank is told, or sees, otherwise.
+    # Only the first rank is given a folder that exists.
     elsewhere = folder / ("beside" if dist.get_rank() == 0 else "nowhere") / "global_step4"
     run(folder, "seen by one", "yet another", checkpoint__load=str(elsewhere))
     run(folder, "one step", "beside", checkpoint__load=str(folder / "beside" / "global_step4"))

@@ -1,4 +1,4 @@
-"""Rank program: builds and fills its slices of a model, and reports the memory that this took at most."""
+"""Rank program: builds and fills its slices of a model, and reports the most memory that this took."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The users' commands, as users give them, on a tiny data set and tiny pretrained models: JSON in, an answer out.
 
-One chain of commands runs once; the tests look at what each left behind.
+One chain of commands runs once; the tests look at what each command left behind.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(command: str, *, fails: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """What every command printed, and the folder of everything."""
+    """What every command printed, and the folder that everything is in."""
 
     folder: Path
     output: dict[str, str]

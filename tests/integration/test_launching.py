@@ -1,4 +1,4 @@
-"""Every way to launch trains the same: two machines, both of them this one, give the losses of a single process.
+"""Every way to launch trains the same: two "machines", both of them this one, give the losses of a single process.
 
 All go through `examples/ds_try_launch.sh`. Slurm, ssh and pdsh are stand-ins (`tests/fixtures/fake_cluster`); what they
 start is DeepSpeed's and torch's own launchers and the real training.
@@ -63,7 +63,7 @@ def launch(folder: Path, *commands: tuple[list[str], dict[str, str]], ranks: int
                 os.killpg(machine.pid, signal.SIGKILL)
     output = "".join(log.read_text() for log in logs)
     assert codes == [0] * len(machines), output[-6000:]
-    # Machines that each trained alone would have the same losses.
+    # Two machines that each trained alone would have the same losses, so look at the number of ranks.
     assert output.count("ranks: ") == output.count(f"ranks: {ranks}") == 1, output[-6000:]
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 

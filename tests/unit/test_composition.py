@@ -1,4 +1,4 @@
-"""The composition table of `docs/parallelism.md` says no more than the distributed tests do, and no less."""
+"""The composition table of `docs/parallelism.md` says neither more nor less than the distributed tests show."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HAS: dict[str, Callable[[Layout], bool]] = {
     **{f"ZeRO {stage}": zero(stage) for stage in range(4)},
     "optimizer on host": lambda layout: layout.get("offload_optimizer") == "cpu",
     "parameters on host": lambda layout: layout.get("offload_param") == "cpu",
-    # Every layout runs both stages, and with data-parallel ranks one of them has no images in some micro-batch.
+    # Every layout runs both stages, and one of several data-parallel ranks has no images in some micro-batch.
     "stage 1": lambda _: True,
     "stage 2, everything": lambda _: True,
     "text-only rank": data_parallel,

@@ -111,7 +111,7 @@ def test_latest_names_nothing(find, root):
 
 
 def test_killed_between_the_renames_of_a_replacement(find, root):
-    """The run had gone back, and came to step 10 again."""
+    """The run had been taken back to an earlier step and came to step 10 again."""
     old = root / "global_step10"
     content = {path.name: path.read_bytes() for path in old.iterdir()}
     aside = unfinished(old)
@@ -145,7 +145,7 @@ def test_weights_alone_are_not_resumed(find, tmp_path):
 
 def test_a_rank_that_does_not_see_the_folder(root):
     class Other(Group):
-        """The first rank's answer, on a machine that does not have the folder."""
+        """Gives the first rank's answer on a machine that does not have the folder."""
 
         def gather_objects(self, mine):
             return [[root / "elsewhere" / "global_step3"]] if mine and isinstance(mine[0], type(root)) else [mine]

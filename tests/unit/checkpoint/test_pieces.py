@@ -1,4 +1,4 @@
-"""Pieces of tensors: written by one arrangement of ranks, read by others; damage is found."""
+"""Pieces of tensors: written under one layout, read under others; damage is found."""
 
 from __future__ import annotations
 

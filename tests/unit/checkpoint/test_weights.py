@@ -56,7 +56,7 @@ def test_rewriting_leaves_no_file_of_the_earlier_call(tmp_path: Path) -> None:
 
 
 def test_a_stream_is_written_tensor_by_tensor(tmp_path: Path) -> None:
-    """Of 96 MiB no more than a few are ever held, though one shard takes them all."""
+    """Memory holds no more than a few of 96 MiB at any time, though one shard takes them all."""
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for i in range(96):
@@ -84,7 +84,7 @@ def test_a_folder_is_replaced_at_the_end(tmp_path: Path) -> None:
 
 
 def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
-    """The library reads ours, formats of other widths beside each other included."""
+    """The library reads our files, even with number formats of several widths in one file."""
     state = {
         "byte": torch.arange(3, dtype=torch.uint8),
         "float": torch.tensor([1.5]),  # cannot begin at the third byte of a file
@@ -100,7 +100,7 @@ def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
         start = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:start])
         assert header.pop("__metadata__") == {"format": "pt"}
-        # Older releases of the library, and whoever maps a file into memory, need it.
+        # Older releases of the library need this alignment, and so does whoever maps a file into memory.
         for name, entry in header.items():
             assert (start + entry["data_offsets"][0]) % state[name].element_size() == 0, name
     loaded = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -291,7 +291,7 @@ def test_a_run_starts_without_what_it_was_allowed_to_miss(tmp_path: Path, clip: 
     with pytest.raises(ValueError, match=r"--allow-missing lm_haed: no parameter of this model"):
         _fill(tiny_model(), dataclasses.replace(allowed, allow_missing=(*allowed.allow_missing, "lm_haed")))
 
-    # The same of a training checkpoint.
+    # The same with a training checkpoint.
     step = save_training_checkpoint(
         random_haplovl(tiny_model(image_attention="causal")), Config(model=tiny_model()), tmp_path
     )
@@ -323,7 +323,7 @@ def test_a_vision_tower_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_size", [8, 12])
 @pytest.mark.parametrize("whole", [False, True])
 def test_siglip(tmp_path: Path, whole: bool, image_size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its differences (no class token, patch bias, other colours, no norm in front) are made up for."""
+    """SigLIP's differences (no class token, patch bias, other colours, no norm in front) are compensated."""
     pre = dataclasses.replace(tiny_model().pre, activation="gelu_tanh", layernorm_epsilon=1e-6)
     model = tiny_model(pre=pre, vision=dataclasses.replace(tiny_model().vision, image_size=image_size))
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")

@@ -93,7 +93,7 @@ def test_evaluate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answerer = load_answerer(work / "haplo", "cpu")
     prompts = ["what color", "what circle", "two", "left", "what large red"]
     images = [["one.png"], ["wide.png", "one.png"], [], ["wide.png"], ["one.png"]]
-    # One by one and without padding, so that a batch is compared with what each row says alone.
+    # One by one and without padding, so that a batch is compared with the answer of each row alone.
     answers = [
         answerer.answer([prompt], [[work / name for name in names]], max_new_tokens=6)[0]
         for prompt, names in zip(prompts, images, strict=True)

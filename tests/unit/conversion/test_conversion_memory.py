@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _save_in_pieces(network: torch.nn.Module, config: Config, folder: Path, ranks: int = 2) -> None:
-    """As `ranks` ranks of ZeRO save it, moments and all."""
+    """Save a checkpoint as `ranks` ranks of ZeRO save it, moments and all."""
     aside = folder / ".global_step7.unfinished"
     aside.mkdir(parents=True)
     (aside / "config.json").write_text(json.dumps({**config.to_dict(), "iteration": 7}))
@@ -93,5 +93,5 @@ def _export_pieces(folder: Path) -> None:
 def test_peak_memory(folders: Path, convert: Callable[[Path], None]) -> None:
     reader = WeightReader(folders / "training" / "global_step7")
     assert sum(reader.get(name).nbytes for name in reader.names()) / MIB > 100 * _LARGEST
-    convert(folders)  # What libraries keep for good is there from now on.
+    convert(folders)  # From now on memory holds what libraries keep for good.
     assert peak_mib(lambda: convert(folders), "cpu") < _ALLOWED

@@ -35,7 +35,7 @@ _MODELS: dict[str, ModelConfig] = {
     "exact gelu": tiny_model(pre=dataclasses.replace(_PLAIN.pre, activation="gelu", rope_theta=77.0)),
     "gelu by tanh": tiny_model(pre=dataclasses.replace(_PLAIN.pre, activation="gelu_tanh")),
 }
-# Largest difference over ten seeds and all these models: 1.4e-5, of logits up to 7.5.
+# Largest difference over ten seeds and all these models: 1.4e-5, with logits up to 7.5.
 _TOLERANCE = 5e-5
 
 
@@ -149,7 +149,7 @@ def test_end_of_an_answer_comes_from_the_template(tmp_path: Path, tokenizer: Tex
 
 
 def test_chat_messages_become_the_tokens_of_training(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    """The prompt that the processor renders is how preprocessing begins the same conversation."""
+    """The processor renders the prompt with which preprocessing begins the same conversation."""
     _, folder = _export(tmp_path, _PLAIN, tokenizer)
     processor = HaploProcessor.from_pretrained(folder)
     question: Any = [{"type": "image"}, {"type": "text", "text": "what color circle"}]

@@ -296,7 +296,7 @@ def test_reading_a_table_inverts_writing_it(tmp_path: Path) -> None:
 
 
 def test_folding_rounds_once(tmp_path: Path) -> None:
-    """The product is taken in fp32 of what is stored, and only then brought to the format of the export."""
+    """The product of the stored matrices is taken in fp32, and only then brought to the export's number format."""
     model = tiny_model()
     network = random_haplovl(model).to(torch.bfloat16)
     write_weights(dict(network.named_parameters()), tmp_path)

@@ -55,7 +55,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def model_with_newlines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As Llama's: no normalization, so that line breaks survive (as bytes)."""
+    """A tokenizer model without normalization, like Llama's, so that line breaks survive (as bytes)."""
     return train_sentencepiece(
         tmp_path_factory.mktemp("spm"), normalization_rule_name="identity", remove_extra_whitespaces=False
     )
@@ -107,7 +107,7 @@ def test_trained_tokens_are_what_follows_the_generation_prompt(model_with_newlin
 @pytest.mark.parametrize("trim_offsets", [True, False])
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
 def test_byte_level_tokenizer_from_a_hugging_face_folder(tmp_path: Path, name: str, trim_offsets: bool) -> None:
-    """As Llama 3's and Qwen's: spaces belong to the words behind them, and offsets may or may not cover them."""
+    """As in Llama 3 and Qwen, spaces belong to the words behind them, and offsets may or may not cover them."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)

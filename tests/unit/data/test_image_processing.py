@@ -76,7 +76,7 @@ def test_anyres_is_what_llava_nexts_processor_makes(size: tuple[int, int]) -> No
         image_grid_pinpoints=[list(p) for p in grid_pinpoints(vision)],
     )
     pixels = processor(image, return_tensors="np")["pixel_values"][0]
-    # Theirs begins with the whole image as one tile, which this model does not have.
+    # Their tiles begin with one of the whole image, which this model does not have.
     np.testing.assert_allclose(image_to_tiles(image, vision), pixels[1:], atol=1e-5)
 
 

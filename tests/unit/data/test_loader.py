@@ -1,4 +1,4 @@
-"""The stream: which packs go where, exact resuming, and data that does not fit the run."""
+"""The loader: which packs go where, exact resuming, and data that does not fit the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rows(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.tokens_BS.tolist()]
 
 
-def test_pack_numbers_do_not_depend_on_the_topology(tiny_prefix: str, tmp_path: Path) -> None:
+def test_pack_numbers_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path) -> None:
     """Micro-batch m of step t on rank r holds packs t * gbs + (m * dp_size + r) * mbs + j."""
     expected = rows(make_stream(tiny_prefix, make_config(tmp_path, micro_batch_size=1)).micro_batches())
     assert len(expected) == 9 * 4
@@ -85,7 +85,7 @@ def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> No
             assert counts.tokens == counts.text_tokens + counts.patch_tokens + newlines
             padding = sum(int(((b.kv_end_BS - b.kv_start_BS == 1) & ~b.text_mask_BS).sum()) for b in two)
             assert counts.tokens == 4 * 160 - padding
-            # Every document begins with one position 0, every padding position is one.
+            # Every document has one position 0, at its start, and every padding position is 0, too.
             assert counts.documents == sum(int((b.position_ids_BS == 0).sum()) for b in two) - padding
 
 

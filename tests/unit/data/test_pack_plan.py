@@ -81,7 +81,7 @@ def test_same_seed_same_plan_and_epochs_differ() -> None:
 
 
 def test_the_plan_is_frozen() -> None:
-    """A plan must not change between versions of anything: a run that resumes would see other data."""
+    """A plan must not change with the version of anything, because a run that resumes would see other data."""
     tokens = np.array([60, 12, 33, 47, 90, 21, 75, 8, 54, 110, 40, 29])
     none = np.zeros_like(tokens)
     plan = build_epoch([BlendedSource("x", 1.0, SampleCounts(tokens, tokens, none, none))], [], SETTINGS, 1)

@@ -72,7 +72,7 @@ def test_packs_are_numbered_through_the_epochs(tmp_path: Path) -> None:
 
 
 def test_two_builders_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that comes second keeps what the first has written."""
+    """The second builder keeps what the first one has written."""
     inputs = make_inputs()
     load(inputs, tmp_path, 1)
     folder = next(tmp_path.rglob("epoch_00000"))

@@ -45,7 +45,7 @@ def test_scores_by_hand() -> None:
     report = score_answers(predictions, answers, types)
     color, count = report.per_type["color"], report.per_type["count"]
     assert (color.count, color.correct, color.majority_correct, color.majority_answer) == (4, 3, 2, "red")
-    # Of three equally frequent answers the first in the alphabet.
+    # The first in the alphabet of three equally frequent answers.
     assert (count.count, count.correct, count.majority_correct, count.majority_answer) == (3, 2, 1, "2")
     assert report.total.accuracy == 5 / 7
     assert report.total.majority_accuracy == 3 / 7

@@ -47,7 +47,7 @@ HAND_MADE = {
 
 
 def brute_force(boxes: list[list[dict]], question: str) -> str:
-    """The answer, from the raw annotation and written down without the code that asks."""
+    """The answer, found in the raw annotation without the code that asks."""
     if question == "Which box has the most objects?":
         ranked = sorted(((len(box), place) for box, place in zip(boxes, PLACES, strict=True)), reverse=True)
         assert ranked[0][0] > ranked[1][0]
@@ -106,7 +106,7 @@ def test_questions_of_a_hand_made_example(hand_made_clone):
     assert answers["Is the blue square above or below the black square in the left box?"] == "above"
     assert answers["Which box has a black triangle?"] == "right"
     assert answers["How many boxes have a yellow circle?"] == "1"
-    # Two yellow circles: which of them would be meant?
+    # There are two yellow circles, so the question would not say which is meant.
     assert "What size is the yellow circle in the right box?" not in answers
     assert caption(example.permuted(0)) == (
         "The left box has a tower of blue, black. The middle box has nothing. "

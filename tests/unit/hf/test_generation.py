@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 def _greedy(
     network: HaploVL, text: str, images: Sequence[Image.Image], tokenizer: TextTokenizer, vision: VisionConfig
 ) -> list[int]:
-    """One token at a time, everything computed anew, through the data path and the model of training."""
+    """Greedy decoding by training's own data path and model: everything is computed anew for each token."""
     token_ids = list(tokenizer.encode(text)[0])
     prompt = len(token_ids)
     for _ in range(_TOKENS):
@@ -52,14 +52,14 @@ def _greedy(
 @pytest.mark.parametrize("name", _MODELS)
 def test_generate(tmp_path: Path, tokenizer: TextTokenizer, name: str, implementation: str) -> None:
     model = _MODELS[name]
-    # So large that the answers do not repeat one token.
+    # The deviation is so large that the answers do not repeat one token.
     network = random_haplovl(model, std=0.6)
     save_training_checkpoint(network, Config(model=model, data=DataConfig(seq_length=96)), tmp_path / "training")
     export_checkpoint(tmp_path / "training", tmp_path / "haplo", tokenizer, load_chat_template("vicuna_v1"))
     exported = HaploForConditionalGeneration.from_pretrained(tmp_path / "haplo", attn_implementation=implementation)
     processor = HaploProcessor.from_pretrained(tmp_path / "haplo")
 
-    # Text alone, one image, two images: of three lengths, so that a batch of them is padded on the left.
+    # Text alone, one image, two images: three lengths, so that a batch of them is padded on the left.
     texts, images = fixed_inputs(model.vision.image_size)
     expected = [
         _greedy(network, text, row_images, tokenizer, model.vision)

@@ -19,7 +19,7 @@ from megatron_haplovl.kernels.mask import MixedMask
 
 
 def mixed_mask(documents, padding):
-    """Documents as lists of run lengths, positive for text, negative for an image; and the mask by its definition."""
+    """Mask of documents (run lengths, positive for text, negative for an image), and the same by its definition."""
     image_of: list[tuple[int, int] | None] = []
     document_of: list[int | str] = []
     for d, runs in enumerate(documents):

@@ -53,7 +53,7 @@ def test_plans_cover_the_mask_exactly(seed, plan):
 
 
 def test_plan_of_a_document_with_a_long_image_and_long_text():
-    """Cheap calls: the image is one full rectangle, text is cut into row blocks; dear calls: one for everything."""
+    """If calls are cheap, the image is one full rectangle and text is cut into row blocks; if dear, one does it all."""
     end = torch.arange(1, 501, dtype=torch.int32)
     end[100:300] = 300
     mask = MixedMask(torch.zeros(1, 500, dtype=torch.int32), end.unsqueeze(0))
@@ -87,7 +87,7 @@ def output_and_gradients(tensors, weight, mask, backend):
 
 
 def worst_error(results, exact):
-    """Over output and gradients, each relative to its largest value."""
+    """The worst error of output and gradients, each relative to its largest value."""
     return max(
         float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max())
         for a, b in zip(results, exact, strict=True)
@@ -114,7 +114,7 @@ def test_output_and_gradients_against_fp64(monkeypatch, plan, dtype, tolerance):
 
 @pytest.mark.parametrize("plan", PAIRS_PER_CALL)
 def test_several_sequences_and_chunks(monkeypatch, plan):
-    """Output and gradients, for a batch of sequences with plans of their own, and for a chunk over a longer cache."""
+    """Output and gradients of a batch whose sequences have plans of their own, and of a chunk over a longer cache."""
     monkeypatch.setattr(attention_cpu, "pairs_per_call", lambda channels: PAIRS_PER_CALL[plan])
     parts = [mixed_mask([[5, -4, 3], [8]], 0)[0], mixed_mask([[2, -2, 1], [6, -3, 4]], 2)[0]]
     both = MixedMask(torch.cat([m.kv_start_BS for m in parts]), torch.cat([m.kv_end_BS for m in parts]))
@@ -145,7 +145,7 @@ def test_hidden_keys_do_not_leak(monkeypatch, plan):
 
 
 def test_large_rectangles_are_computed_in_blocks(monkeypatch):
-    """Rows and heads divided, as memory and threads ask for; row blocks of a masked rectangle take their part of it."""
+    """Memory and threads decide how rows and heads are divided; a row block takes its part of a rectangle's mask."""
     mask, _ = mixed_mask([[5, -30, 9, -12, 14], [20]], 3)
     monkeypatch.setattr(attention_cpu, "pairs_per_call", lambda channels: 1e9)
     tensors = [torch.randn(1, mask.num_keys, h, 16, dtype=torch.float64) for h in (8, 4, 4)]
@@ -188,7 +188,7 @@ def test_at_real_sizes(case):
 
 
 def interval_mask(documents, padding):
-    """As mixed_mask, without its loop over all pairs."""
+    """As `mixed_mask` of test_attention.py, without its loop over all pairs."""
     start: list[int] = []
     end: list[int] = []
     position = 0

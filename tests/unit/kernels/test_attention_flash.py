@@ -160,7 +160,7 @@ def test_gradcheck(plan):
 
 
 def test_own_log_sum_exp_of_each_call_would_be_wrong():
-    """The trap of the merged plan, and that these tests see it."""
+    """These tests see the trap of the merged plan."""
     emulation, mask = Emulation(), mixed_mask([[3, -6, 2]], 0)[0]
 
     def backward(dout, saved, ragged, scale):
@@ -206,7 +206,7 @@ def test_hidden_keys_do_not_leak_and_later_tokens_of_the_same_image_do(plan):
 
 
 def test_calls_are_few_and_built_once():
-    """Two calls, whatever the number of documents; one where there is no image, without copies beside padding."""
+    """Two calls, whatever the number of documents; one if there is no image, and padding then copies nothing."""
     mask, _ = mixed_mask([[3, -4, 2], [5], [-3, -2, 1]], 2)
     for plan in PLANS:
         calls: list[Any] = []
@@ -221,7 +221,7 @@ def test_calls_are_few_and_built_once():
         varlen_attention(q, k, v, mask, SCALE, plan, operator)
         varlen_attention(q, k, v, mask, SCALE, plan, operator)
         assert [ragged.causal for _, _, ragged in calls] == 2 * [True, plan == "merged"]
-        # The second layer has the first one's bounds.
+        # The second layer takes the first layer's bounds.
         assert calls[0][2] is calls[2][2]
         text, _ = mixed_mask([[3], [4]], 2)
         q, k, v, _ = random_inputs(text, heads=2, kv_heads=1)
@@ -249,7 +249,7 @@ def test_inputs_of_any_strides():
 
 
 def test_half_precision():
-    """An operator in bf16 that is exact inside; keys that 40 segments see, whose contributions are added in fp32."""
+    """The operator is in bf16 and exact inside; 40 segments see the same keys, and their terms are added in fp32."""
     mask, _ = mixed_mask([[1, -2] * 20], 0)
     emulation = Emulation()
 
@@ -269,7 +269,7 @@ def test_half_precision():
         out = varlen_attention(q, k, v, mask, SCALE, plan, operator)
         grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
         assert out.dtype == torch.bfloat16 and all(grad.dtype == torch.bfloat16 for grad in grads)
-        # Relative to the largest entry. Measured worst case 2.1e-3 forward, 5.9e-3 backward; added in bf16, 3e-2.
+        # Relative to the largest entry. Measured worst case 2.1e-3 forward, 5.9e-3 backward; 3e-2 if added in bf16.
         assert (out.double() - expected).abs().max() < 1e-2 * expected.abs().max()
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             assert (grad.double() - expected_grad.double()).abs().max() < 1e-2 * expected_grad.abs().max()
@@ -342,7 +342,7 @@ class Recording(TorchDispatchMode):
 
 
 def test_arguments_of_torchs_operators():
-    """By the schemas of this torch, and on the meta device, where no GPU is needed."""
+    """They fit the schemas of this torch; the meta device stands in for a GPU."""
     q_bounds, k_bounds = (torch.zeros(3, dtype=torch.int32, device="meta") for _ in range(2))
     ragged = Ragged(q_bounds, k_bounds, 5, 7, True)
     q, dout = (torch.empty(9, 4, 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
@@ -389,7 +389,7 @@ def gpu_operator(request):
 
 
 def long_mask(documents, padding=0):
-    """As `mixed_mask`, without its square."""
+    """As `mixed_mask`, without its matrix of all pairs."""
     starts: list[int] = []
     ends: list[int] = []
     for runs in documents:
@@ -437,7 +437,7 @@ def test_on_a_gpu_at_most_twice_the_error_of_dense_attention(gpu_operator, plan,
         seen = mask.dense(q.device).unsqueeze(1)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale).transpose(1, 2)
 
-    # In groups of heads, for the sake of memory.
+    # In groups of heads, to save memory.
     q, k, v, weight = (x.double() for x in inputs)
     group = heads // kv_heads
     exact = [

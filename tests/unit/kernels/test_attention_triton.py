@@ -65,8 +65,8 @@ def expected_results(q, k, v, weight, mask):
     return run(reference_attention, q, k, v, weight.double(), mask)
 
 
-# Measured worst cases of output and gradients, interpreted: 7.4e-7, 6.7e-4 and 7.8e-3. The interpreter cuts digits off
-# where fp32 becomes bf16, and a GPU rounds, so that bf16 is about half as far off there.
+# Measured worst cases of output and gradients, interpreted: 7.4e-7, 6.7e-4 and 7.8e-3. Where fp32 becomes bf16 the
+# interpreter cuts digits off and a GPU rounds, so that bf16 is about half as far off on a GPU.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -88,7 +88,7 @@ def test_output_and_gradients(layout, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("width", "heads", "kv_heads"), [(80, 7, 1), (96, 4, 2), (128, 1, 1), (16, 2, 2)])
 def test_head_widths_and_groups(width, heads, kv_heads, device):
-    """Seven heads on one are divided into parts of unequal size in the gradient of the keys, four on two are not."""
+    """The gradient of the keys divides seven heads on one into parts of unequal size, but not four on two."""
     layouts = [([[4, -9, 5], [-13]], 3), ([[-1, 15], [2, -3, 4]], 9)]
     mask = stacked(*layouts[: 1 if heads == 7 else 2])
     inputs = random_inputs(mask, heads, kv_heads, width, torch.float32, device)

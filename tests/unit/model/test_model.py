@@ -156,7 +156,7 @@ def test_embedding_places_patches_positions_and_newlines():
 
 
 def test_mixed_mask_through_the_whole_model():
-    """A token's change reaches exactly the tokens that the paper's mask lets see it."""
+    """A token's change reaches exactly the tokens that may see it under the paper's mask."""
     model = make_model()
     batch = make_batch([["t", "I", "t", "I"], ["t", "t"]], 20)
     base = model.hidden_states(batch)[0]
@@ -246,8 +246,8 @@ def test_debug_preset_runs():
 
 
 def test_compiled_blocks_compute_the_same():
-    """`--compile`: names, losses and gradients stay, and nothing is compiled again after training and evaluation have
-    been seen once. Inductor's kernels differ in rounding."""
+    """`--compile` keeps names, losses and gradients, and compiles nothing again once it has seen training and
+    evaluation. Inductor's kernels differ in rounding."""
     batch = make_batch([["t", "I", "t"], ["t", "t"]], 16)
     plain, compiled = make_model(), make_model()
     compile_blocks(compiled)

@@ -1,7 +1,7 @@
 """Predicted costs against a real model: bytes that autograd keeps, parameters, counted operations.
 
-Tolerances are small multiples of the worst difference measured: statistics of LayerNorm are kept in bf16 on a CPU,
-where a GPU keeps fp32, RMSNorm's not at all, and the places of an image's newlines are not predicted.
+Tolerances are small multiples of the worst difference measured: a CPU keeps LayerNorm's statistics in bf16 and
+RMSNorm's not at all, while a GPU keeps fp32, and the places of an image's newlines are not predicted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SAVED_TOLERANCE = 0.03
 
 
 def errors(predicted: dict[str, LayerCost], measured: dict[str, int]) -> dict[str, float]:
-    """Relative errors of the saved bytes; where nothing was kept, nothing may be predicted."""
+    """Relative errors of the saved bytes; if nothing was kept, nothing may be predicted."""
     assert predicted.keys() == measured.keys()
     wrong = {}
     for name, layer in predicted.items():
@@ -139,7 +139,7 @@ def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
         frozen = model.embedding.text.weight.numel() if stage1 and layer.name == "embedding" else 0
         assert (layer.parameters, layer.trained_parameters) == (count, count - frozen), layer.name
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
-    # In bf16, beside the engine; and what a last stage of a pipeline copies.
+    # In bf16, beside the engine; and the parameters that a pipeline's last stage copies.
     beside = 2 * sum(p.numel() for p in teacher.parameters()) if stage1 else 0
     assert sum(layer.teacher_bytes for layer in layers) == beside
     assert layers[-1].copied_parameters == (model.embedding.text.weight.numel() if stage1 else 0)
@@ -168,7 +168,7 @@ def test_parameters_of_a_tensor_parallel_rank(tensor: int, stage1: bool) -> None
 
 
 def _addmm_operations(_: object, a_shape: list[int], b_shape: list[int], **__: object) -> int:
-    """torch's counter does not know the in-place form, by which the head's gradient is made."""
+    """torch's counter does not know the in-place form, which makes the head's gradient."""
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
@@ -201,7 +201,7 @@ def count_operations(model: HaploVL, trained: frozenset[str]) -> tuple[dict[str,
 
 
 def model_config() -> ModelConfig:
-    """As many key/value heads as query heads: the reference repeats them, and so multiplies for all of them anyway."""
+    """As many key/value heads as query heads, because the reference repeats them and so multiplies for all of them."""
     return dataclasses.replace(SMALL, post=dataclasses.replace(SMALL.post, num_key_value_heads=4))
 
 
@@ -315,7 +315,7 @@ def test_saved_bytes_of_a_rank_by_hand() -> None:
     inputs = 2 * 2 * width  # Gathered, and kept whole.
     with_sp = inputs + (whole - inputs) / 4 + split / 4
     assert block_of(Layout(tensor=4, sequence_parallel=True)).saved_bytes == tokens * with_sp
-    # Context parallelism keeps attention's output in both arrangements.
+    # Context parallelism keeps attention's output twice, before and after the exchange.
     assert block_of(Layout(context=2)).saved_bytes == tokens / 2 * (whole + split + 2 * width)
     assert block_of(Layout(tensor=2, sequence_parallel=True), "full").saved_bytes == tokens * 2 * width / 2
 

@@ -44,7 +44,7 @@ def of(layout: Layout, cluster: Cluster = CLUSTER, **settings: object) -> Estima
 
 
 def simulate(stage_seconds: list[float], micro_batches: int) -> float:
-    """When the last stage is done, if every stage runs DeepSpeed's commands in order and messages take no time.
+    """The time when the last stage is done, if every stage runs DeepSpeed's commands in order and messages take none.
 
     A third of a stage's time is forward.
     """
@@ -127,13 +127,13 @@ def test_memory_of_the_fullest_stage_by_hand() -> None:
         tables = sum(2 * 2 * {"pre_decoder": 64, "post_decoder": 128}[part] * 6144 for part in decoders)
         sent = layers[end - 1].boundary_bytes if stage < 2 else 0
         received = layers[first - 1].boundary_bytes if stage > 0 else 0
-        # One buffer if it is large enough for both; and two micro-batches' inputs with gradients behind the last loss.
+        # One buffer, if it is large enough for both, and behind the last loss two micro-batches' inputs with gradients.
         static += received + (sent if sent > received else 0) + (4 * received if stage == 2 else 0)
         saved = [layer.saved_bytes for layer in mine]
         waiting = (3 - stage - 1) * (sum(saved) + tables) + (3 - stage) * (sent + received)
         worst = tables + max(sum(saved[: i + 1]) + mine[i].working_bytes for i in range(len(mine)))
-        # The gradients are reduced in bf16 when nothing is in flight any more: the post-decoder's alone, if they are
-        # more than 500 M, and else those of all parts, joined in fp32 first.
+        # The gradients are reduced in bf16 when nothing is in flight any more: the post-decoder's alone if they are
+        # more than 500 M, otherwise those of all parts, joined in fp32 first.
         post = sum(layer.parameters for layer in mine if layer.name[:4] in ("post", "fina", "lm_h"))
         reduced = max(2 * post, 6 * (weights - post)) if post > 5e8 else 6 * weights
         peaks.append(static + max(waiting + worst, reduced))
@@ -168,7 +168,7 @@ def test_gradients_are_not_there_in_the_first_of_few_backward_passes() -> None:
         (0, 2 * 4, 0),  # All-reduce of fp32 gradients.
         (1, 2 * 2 + 2, 0),  # All-reduce in bf16, gather of bf16 weights.
         (2, 2, 2 * 2),  # All-reduced in every micro-batch.
-        (3, 0, 3 * 2),  # Two gathers, one scattered sum.
+        (3, 0, 3 * 2),  # Two gathers, one reduce-scatter.
     ],
 )
 def test_data_parallel_messages_by_hand(zero_stage: int, per_step: int, per_micro_batch: int) -> None:
@@ -213,7 +213,7 @@ def test_time_of_offload_by_hand() -> None:
     one = of(Layout(data=8, zero_stage=1, offload_optimizer=True))
     compute = arithmetic + 10 * 8 * share / CLUSTER.speeds.memory  # Gradients are added up in fp32.
     assert one.step_seconds == pytest.approx(16 * compute + one.data_bytes / 3e11 + (4 + 2) * share / 5e10 + update)
-    # In each of 16 micro-batches the fp32 sum both ways, and bf16 weights twice.
+    # Each of 16 micro-batches sends the fp32 sum both ways, and bf16 weights twice.
     both = of(Layout(data=8, zero_stage=3, offload_optimizer=True, offload_param=True))
     compute = arithmetic + (4 * 8 + 10) * share / CLUSTER.speeds.memory  # Copied to a bucket, and a share added.
     assert both.step_seconds == pytest.approx(16 * compute + (4 * 33 + 2 * 2 * 16) * share / 5e10 + update)
@@ -244,14 +244,14 @@ def test_latency_of_rings() -> None:
     )
     blocks, ends = 56, 6  # Embedding 3, connector 2, head 1.
     assert tensor == pytest.approx(128 * (4 * blocks + ends) * 2 * 3)
-    # Of 16 replicas on two nodes, two hops cross nodes; gradients twice around, weights once.
+    # Two hops of a ring of 16 replicas on two nodes cross nodes; gradients go around twice, weights once.
     data = of(Layout(data=16, zero_stage=1), slow).step_seconds - of(Layout(data=16, zero_stage=1)).step_seconds
     assert data == pytest.approx(3 * (2 * 100.0 + 13 * 1.0))
 
 
 def test_model_flops_utilisation() -> None:
     plan = of(Layout(data=8, zero_stage=1))
-    # 6 per weight and token without the embedding's lookup; attention 12 per pair and channel.
+    # 6 operations per weight and token without the embedding's lookup; attention has 12 per pair and channel.
     blocks = 24 * 12 * 1024**2 + 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336) + 2 * 4096 * 1024
     products = 6 * (blocks * 6144 + 128256 * 4096 * 256 + 588 * 1024 * 4608)
     attention = 12 * WORK.pairs * (24 * 1024 + 32 * 4096)

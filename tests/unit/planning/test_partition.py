@@ -52,7 +52,7 @@ def test_auto_is_the_best_of_all_cuts(seed: int) -> None:
 
 
 def test_memory_decides_between_equally_fast_cuts() -> None:
-    # Three layers of a second each on two stages: the pair may come first or last, and first it is twice in flight.
+    # Three layers of a second each on two stages: the pair may come first or last, but first it is twice in flight.
     layers = [LayerLoad(f"layer.{i}", 1.0, 1, 0, 10) for i in range(3)]
     assert cut_layers("auto", layers, 2, micro_batches=8) == (0, 1)
     # With weights at the end, the last stage is to hold only that.

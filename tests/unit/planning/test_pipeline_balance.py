@@ -1,4 +1,4 @@
-"""The stage benchmark on a small model: stages alone compute what the whole model does. Nothing is timed."""
+"""The stage benchmark on a small model: each stage alone computes what it computes in the whole. Nothing is timed."""
 
 from __future__ import annotations
 

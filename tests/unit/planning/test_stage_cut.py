@@ -79,8 +79,8 @@ def test_a_heavier_head_moves_the_borders_towards_it() -> None:
 
 
 def test_the_area_of_the_mask_changes_the_cut() -> None:
-    # Attention weighs more in the wide post-decoder (4,096 channels against 1,024), but against its own products more
-    # in the narrow pre-decoder: long documents make the pre-decoder's share larger.
+    # The wide post-decoder has more attention (4,096 channels against 1,024), but compared with its own products the
+    # narrow pre-decoder has more: long documents make the pre-decoder's share larger.
     long = dataclasses.replace(WORK, tokens=65536, patches=62208, pairs=2156.6e6)
     short = dataclasses.replace(long, pairs=65536 * 128.0)
     assert cut(work=long)[1] < cut(work=short)[1]
@@ -112,7 +112,7 @@ def test_teacher_is_at_work_in_stage_1() -> None:
 
 
 def test_cpu_and_gpu_cut_differently() -> None:
-    # Attention and elementwise operations are slower on a CPU, beside products: the pre-decoder weighs more.
+    # On a CPU attention and elementwise operations are slower compared with products: the pre-decoder weighs more.
     assert cut(device="cpu")[1] < cut(device="cuda")[1]
     with pytest.raises(ValueError, match="the speed of device 'tpu' is not known"):
         cut(device="tpu")
@@ -162,7 +162,7 @@ def test_seconds_of_a_layer_by_hand() -> None:
     )
     costs = layer_costs(MODEL, WORK, Layout(), Precision(), trained=STAGE2, stage=FINETUNE)
     block = layer_loads(costs, Layout(), machine, bf16=True)[30]
-    # Beside what its operations move, a bf16 gradient is read and added to a sum in fp32.
+    # A bf16 gradient is read and added to a sum in fp32, beside what the operations move.
     assert block.seconds == pytest.approx((costs[30].moved_bytes + 10 * costs[30].parameters) / 1e9)
     fp32 = layer_loads(costs, Layout(), machine, bf16=False)[30]
     assert fp32.seconds - block.seconds == pytest.approx(2 * costs[30].parameters / 1e9)
@@ -179,7 +179,7 @@ def test_seconds_of_a_layer_by_hand() -> None:
     [
         (False, 0, 4 + 8),
         (False, 1, 4 + 8),
-        (True, 0, 2 * 6 + 12),  # Casts of autocast, to and fro; a sum in fp32.
+        (True, 0, 2 * 6 + 12),  # Autocast's casts, back and forth; a sum in fp32.
         (True, 1, 2 + 8),
         (True, 2, 2 * 2 + (2 + 8) / 4),  # A copy, and a quarter of the sum.
         (True, 3, 2 * 2 + (2 + 8) / 4),
@@ -196,6 +196,6 @@ def test_gradients_of_the_vocabulary_are_moved_whole() -> None:
         return layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage=FINETUNE)[index].moved_bytes
 
     matrix = 2 * MODEL.vocab_size * MODEL.post.hidden_size
-    # The head's is multiplied in place; the lookup's is filled with zeros.
+    # The head's gradient is multiplied in place; the lookup's is filled with zeros.
     assert moved(STAGE2, -1) - moved(frozenset({"connector"}), -1) == 2 * matrix
     assert moved(STAGE2, 0) - 3 * moved(frozenset({"connector"}), 0) == matrix

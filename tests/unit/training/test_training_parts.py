@@ -77,7 +77,7 @@ def test_parameter_groups_have_their_rates_and_no_decay_on_vectors():
     c = config(optimizer={"lr": 1e-3, "connector_lr": 4e-3, "weight_decay": 0.1})
     apply_recipe(model, c.recipe)
     groups = parameter_groups(model, c.optimizer)
-    # What is largest comes first and alone: DeepSpeed joins the small groups behind it to reduce their gradients.
+    # The largest group comes first and alone: DeepSpeed joins the small groups behind it to reduce their gradients.
     matrices = ["post_decoder", "connector", "pre_decoder", "embedding"]
     vectors = [f"{part} (no decay)" for part in matrices if part != "connector"]
     assert [group["name"] for group in groups] == [*matrices, *vectors]
@@ -141,7 +141,7 @@ def test_deepspeed_json_is_merged(tmp_path):
         **{"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}},
     }
     assert (merged["train_micro_batch_size_per_gpu"], merged["gradient_accumulation_steps"]) == (2, 2)
-    # DeepSpeed multiplies it out: it counts context-parallel ranks as data-parallel ones.
+    # DeepSpeed multiplies the size out itself, because it counts context-parallel ranks as data-parallel ones.
     assert "train_batch_size" not in merged
 
 
