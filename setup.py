@@ -25,6 +25,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "jinja2>=3.1",
+        "pyyaml>=6",
         "tqdm",
     ],
     extras_require={

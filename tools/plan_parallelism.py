@@ -4,9 +4,9 @@
 
 For every layout (tensor x pipeline x context x data-parallel ranks, ZeRO stage, recomputation, micro-batch size):
 memory per rank by kind, pipeline bubble, bytes sent per step, expected step time and MFU. One is recommended; what is
-impossible is refused with the constraint that fails. Sizes of the model and the recipe are set by the flags of the
-training scripts. Defaults describe nodes of eight H100; `docs/parallelism_plans.md` says where the figures come from
-and what is assumed.
+impossible is refused with the constraint that fails. The model and the recipe are set by the flags of the training
+scripts, or by their files (--config), whose own layout is not looked at. Defaults describe nodes of eight H100;
+`docs/parallelism_plans.md` says where the figures come from and what is assumed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_haplovl.config.cli import add_settings, build_config
+from megatron_haplovl.config.cli import add_settings, add_sources, combine
+from megatron_haplovl.config.files import read_settings
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
-from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        config = _config(arguments)
+        base, config = _config(arguments)
         work = _sequence(arguments, config)
     except ValueError as error:
         parser.error(str(error))
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     layout,
                     cluster,
                     trained=trained_parts(config.recipe),
-                    bf16=arguments.bf16,
+                    bf16=config.precision.bf16,
                     partition=arguments.pipeline_partition,
                 )
             except ValueError as error:  # An explicit partition is for one number of stages.
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans.sort(key=lambda plan: plan.step_seconds)
     best = _recommended(plans)
 
-    _print_question(arguments, config, workload, work, cluster)
+    _print_question(base, config, workload, work, cluster)
     _print_refused(refused)
     if best is None:
         print("\nno layout is possible")
@@ -101,15 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model", choices=sorted(MODELS), required=True, help="preset; model flags override parts of it"
-    )
+    add_sources(parser)
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="tokens of a packed sequence (default: the preset's)"
     )
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences per step (default: the recipe's)")
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16, or fp32 (default: bf16)"
+        "--bf16", action=argparse.BooleanOptionalAction, help="bf16, or fp32 (default: the file's, else bf16)"
     )
     parser.add_argument(
         "--top", type=int, default=20, metavar="N", help="layouts to print, fastest first (default: 20)"
@@ -192,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(arguments: argparse.Namespace) -> Config:
-    """The run that the training scripts would build from these flags."""
+def _config(arguments: argparse.Namespace) -> tuple[str, Config]:
+    """The run that the training scripts would build from these files and flags, and the name of its model."""
     overrides: dict[tuple[str, ...], Any] = {
         tuple(name.split(".")): value for name, value in vars(arguments).items() if "." in name
     }
@@ -201,8 +199,14 @@ def _config(arguments: argparse.Namespace) -> Config:
         overrides["data", "seq_length"] = arguments.seq_length
     if arguments.global_batch_size is not None:
         overrides["schedule", "global_batch_size"] = arguments.global_batch_size
-    stage = "pretrain" if overrides.get(("recipe", "recipe")) == "distill" else "finetune"
-    config = build_config(stage, arguments.model, overrides)
+    files = [read_settings(path) for path in arguments.config]
+    given = {path: value for file in files for path, value in file.values.items()} | overrides
+    if arguments.bf16 is None:
+        arguments.bf16 = given.get(("precision", "bf16"), True)
+    overrides["precision", "bf16"] = arguments.bf16
+    stage = "pretrain" if given.get(("recipe", "recipe")) == "distill" else "finetune"
+    combined = combine(stage, arguments.model, files, overrides)
+    config = combined.config
     validate_model(config.model)
     for flag, value in (
         ("--gpus", arguments.gpus),
@@ -225,7 +229,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     ):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
-    return config
+    return combined.base, config
 
 
 def _sequence(arguments: argparse.Namespace, config: Config) -> Work:
@@ -316,11 +320,9 @@ def _recommended(plans: Sequence[Estimate]) -> Estimate | None:
     return min(fastest, key=lambda plan: plan.memory.peak)
 
 
-def _print_question(
-    arguments: argparse.Namespace, config: Config, workload: Workload, work: Work, cluster: Cluster
-) -> None:
+def _print_question(base: str, config: Config, workload: Workload, work: Work, cluster: Cluster) -> None:
     print(
-        f"{arguments.model}, recipe {config.recipe.recipe}, {'bf16' if arguments.bf16 else 'fp32'}; sequences of "
+        f"{base}, recipe {config.recipe.recipe}, {'bf16' if config.precision.bf16 else 'fp32'}; sequences of "
         f"{workload.seq_length:,} tokens, {workload.global_batch_size} per step; a sequence has {work.patches:,.0f} "
         f"patches, {work.head_tokens:,.0f} tokens with logits and {work.pairs / 1e6:.1f} M visible pairs"
     )

@@ -70,8 +70,12 @@ class Run:
         torch.distributed.destroy_process_group()
 
 
-def setup(config: Config) -> Run:
+def setup(config: Config, differences: str | None = None) -> Run:
     """Build a run from its configuration. Called by every rank.
+
+    Args:
+        config: the run.
+        differences: for the log, what in it differs from the model preset.
 
     Raises:
         ValueError: whatever in files or flags keeps the run from starting.
@@ -85,6 +89,8 @@ def setup(config: Config) -> Run:
         f"on the host: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
         f"AdamW: {ADAMW_NAMES[adamw]}"
     )
+    if differences is not None:
+        logger.print(differences)
 
     train_data, valid_data = _build_streams(config, groups, logger)
     stages = _plan_stages(config, groups, device, train_data)
