@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         1 if no layout is possible, else 0.
     """
-    parser = _parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
         base, config = _config(arguments)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if plans else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
