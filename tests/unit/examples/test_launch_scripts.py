@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config
+from tests.fixtures.stand_in_launchers import REPOSITORY, launched, start
 
-REPOSITORY = Path(__file__).parents[3]
 STAGE1 = {"RECIPE": "examples/recipes/haplovl-7b/stage1.yaml", "SAVE": "my runs/1"}
 STAGE1_FLAGS = [
     *("--vision-teacher", "clip", "--language-model", "llm", "--data-path", "my data/instructions"),
@@ -21,39 +20,7 @@ STAGE1_FLAGS = [
 ]
 STAGE2 = {"RECIPE": "examples/recipes/haplovl-7b/instructions.yaml", "SAVE": "s"}
 STAGE2_FLAGS = ["--pretrained-checkpoint", "a", "--language-model", "llm", "--data-path", "d"]
-LAUNCH_VARIABLES = (
-    "RECIPE",
-    "SAVE",
-    "LAUNCHER",
-    "HOSTFILE",
-    "NUM_GPUS",
-    "NNODES",
-    "NODE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 TORCHRUN = {"LAUNCHER": "torchrun", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
-
-
-def start(folder: Path, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command where `deepspeed` and `torchrun` are stand-ins that print their names and words, one a line."""
-    for launcher in ("deepspeed", "torchrun"):
-        fake = folder / launcher
-        fake.write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
-        fake.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-    slurm = REPOSITORY / "tests" / "fixtures" / "fake_cluster"
-    path = os.pathsep.join([str(folder), str(slurm), os.environ["PATH"]])
-    return subprocess.run(
-        command, env={**environment, **variables, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True
-    )
-
-
-def launched(folder: Path, script: str, variables: dict[str, str], *flags: str) -> list[str]:
-    """The launcher that a script starts, and its words."""
-    result = start(folder, ["bash", f"examples/{script}", *flags], variables)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
 
 
 def config_of(words: list[str], script: str, stage: str) -> Config:
