@@ -31,9 +31,11 @@ from benchmarks.measure import MIB, machine, peak_mib, print_table, write_json
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.stages import FINETUNE
+from megatron_haplovl.conversion.clip_mapping import clip_vision_table
 from megatron_haplovl.conversion.hf_compatibility import language_config_of, vision_config_of
-from megatron_haplovl.conversion.hf_mapping import Entry, clip_vision_table, export_to_haplo, language_model_table
-from megatron_haplovl.conversion.hf_sources import open_clip, open_haplo, open_language_model
+from megatron_haplovl.conversion.hf_mapping import Entry, export_to_haplo, language_model_table
+from megatron_haplovl.conversion.hf_sources import open_haplo, open_language_model, open_vision_tower
 from megatron_haplovl.conversion.initial_checkpoint import write_initial_checkpoint
 
 _BLOCK = 64 * MIB
@@ -91,8 +93,8 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
 
     def import_folders() -> None:
         sources = [
-            open_clip(folder / "clip", model),
-            open_language_model(folder / "language", model, embedding_only=False),
+            open_vision_tower(folder / "clip", model),
+            open_language_model(folder / "language", model, stage=FINETUNE),
         ]
         write_initial_checkpoint(sources, Config(model=model), folder / "training")
 

@@ -35,6 +35,7 @@ from benchmarks.planner_memory import STAGE1, STAGE2, build, make_batch
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
@@ -178,11 +179,11 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per stage count and partition."""
     batch = make_batch(config, TEXT_LENGTHS, SEQ_LENGTH, untrained=0 if stage1 else QUESTION).to(device)
-    work, bf16 = work_of_batch(batch, stage1), dtype == torch.bfloat16
+    work, bf16 = work_of_batch(batch, PRETRAIN if stage1 else FINETUNE), dtype == torch.bfloat16
     trained = STAGE1 if stage1 else STAGE2
     model = flat_model(config, batch, stage1, dtype)
     precision = precision_of(bf16, zero_stage=1, device=device.type)
-    costs = layer_costs(config, work, Layout(), precision, trained=trained, stage1=stage1)
+    costs = layer_costs(config, work, Layout(), precision, trained=trained, stage=PRETRAIN if stage1 else FINETUNE)
     predicted = [load.seconds for load in layer_loads(costs, Layout(), machine_of(device.type, bf16), bf16)]
     all_cuts: dict[tuple[int, str], tuple[int, ...]] = {}
     for stages in stage_counts:
@@ -193,7 +194,7 @@ def measure(
             device=device.type,
             bf16=bf16,
             trained=trained,
-            stage1=stage1,
+            stage=PRETRAIN if stage1 else FINETUNE,
             method="auto",
             micro_batches=MICRO_BATCHES,
         )

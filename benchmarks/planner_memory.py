@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import MIB, machine, print_table, write_json
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate
@@ -79,7 +80,7 @@ def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int, unt
                 tiles=[random.standard_normal((1, 3, size, size), dtype=np.float32)],
             )
         )
-    return collate([documents], seq_length, config.vision)
+    return collate([documents], seq_length, config.vision, config.image_attention)
 
 
 @dataclass(eq=False)
@@ -193,11 +194,11 @@ def predict_layers(
     """The planner's costs for the same batch."""
     costs = layer_costs(
         config,
-        work_of_batch(batch, stage1),
+        work_of_batch(batch, PRETRAIN if stage1 else FINETUNE),
         Layout(recompute=recompute),
         Precision(element=dtype.itemsize, residual=dtype.itemsize, device="cpu"),
         trained=trained,
-        stage1=stage1,
+        stage=PRETRAIN if stage1 else FINETUNE,
     )
     return {layer.name: layer for layer in costs}
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.huggingface_baseline import HuggingFaceBaseline
 from benchmarks.measure import machine, median_seconds, peak_mib, print_table, write_json
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate
@@ -197,7 +198,7 @@ def model_flops() -> float:
         tokens=sum(len(d.tokens) for d in made),
         head_tokens=sum(TEXT_LENGTHS),
         visible_pairs=sum(int(d.kv_end.sum()) for d in made),
-        with_post_decoder=True,
+        stage=FINETUNE,
     )
 
 

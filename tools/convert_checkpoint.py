@@ -26,10 +26,10 @@ from megatron_haplovl.config.cli import add_settings, build_config, flags_to_rea
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.conversion.export import export_checkpoint, training_template
-from megatron_haplovl.conversion.hf_compatibility import is_siglip, read_hf_config
-from megatron_haplovl.conversion.hf_sources import MappedWeights, open_clip, open_language_model, open_siglip
+from megatron_haplovl.conversion.hf_sources import MappedWeights, open_language_model, open_vision_tower
 from megatron_haplovl.conversion.initial_checkpoint import ImportSummary, write_initial_checkpoint
 from megatron_haplovl.conversion.released import open_released
 from megatron_haplovl.conversion.verify import compare_logits
@@ -162,10 +162,9 @@ def run_import(args: argparse.Namespace) -> None:
     elif model.text_embedding == "folded":
         raise ValueError("--text-embedding folded is the form of a released checkpoint (--haplo); leave it out")
     if args.vision_teacher is not None:
-        siglip = is_siglip(read_hf_config(args.vision_teacher))
-        sources.append((open_siglip if siglip else open_clip)(args.vision_teacher, model, allow))
+        sources.append(open_vision_tower(args.vision_teacher, model, allow))
     if args.language_model is not None:
-        sources.append(open_language_model(args.language_model, model, allow, embedding_only=False))
+        sources.append(open_language_model(args.language_model, model, allow, stage=FINETUNE))
     summary = write_initial_checkpoint(
         sources, dataclasses.replace(config, model=model), args.save, _DTYPES[args.dtype]
     )

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_haplovl.config.cli import add_settings, add_sources, combine
 from megatron_haplovl.config.files import read_settings
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
+from megatron_haplovl.config.presets import STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
+from megatron_haplovl.config.stages import RECIPES
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.planning.estimate import Estimate, estimate
@@ -50,12 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = _sequence(arguments, config)
     except ValueError as error:
         parser.error(str(error))
-    workload = Workload(
-        model=config.model,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.schedule.global_batch_size,
-        stage1=config.recipe.recipe == "distill",
-    )
+    workload = Workload.of(config)
     cluster = _cluster(arguments)
 
     plans: list[Estimate] = []
@@ -98,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -204,8 +202,8 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Config]:
     if arguments.bf16 is None:
         arguments.bf16 = given.get(("precision", "bf16"), True)
     overrides["precision", "bf16"] = arguments.bf16
-    stage = "pretrain" if given.get(("recipe", "recipe")) == "distill" else "finetune"
-    combined = combine(stage, arguments.model, files, overrides)
+    recipe = given.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
+    combined = combine(RECIPES[recipe].stage.name, arguments.model, files, overrides)
     config = combined.config
     validate_model(config.model)
     for flag, value in (
@@ -238,12 +236,11 @@ def _sequence(arguments: argparse.Namespace, config: Config) -> Work:
     side = vision.image_size * (2 if vision.image_aspect_ratio == "anyres" and vision.max_tiles >= 4 else 1)
     height, width = arguments.image_pixels or (side, side)
     image = image_layout(height, width, vision)
-    stage1 = config.recipe.recipe == "distill"
     return work_of_sequence(
         config.data.seq_length,
         images=[image.num_tokens] * arguments.images_per_document,
         text=arguments.text_tokens,
-        trained=arguments.text_tokens if stage1 else arguments.trained_tokens,
+        trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
         newlines=image.num_tokens - image.num_patches,
         cells_per_tile=vision.cells_per_tile,
         image_attention=config.model.image_attention,
@@ -421,7 +418,7 @@ def _write_json(
 ) -> None:
     content = {
         "arguments": vars(arguments),
-        "workload": dataclasses.asdict(workload),
+        "workload": {**dataclasses.asdict(workload), "stage": workload.stage.name},
         "sequence": dataclasses.asdict(work),
         "recommended": None if best is None else _record(best),
         "possible": [_record(plan) for plan in plans],

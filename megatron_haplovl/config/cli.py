@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_haplovl.config.files import SettingsFile, read_settings
-from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS, STAGE_RECIPES
+from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.config.settings import Setting, SettingPath, iterate_settings, with_settings
+from megatron_haplovl.config.stages import STAGES, recipes_of
 from megatron_haplovl.config.validate import validate
 
 _COMMAND_LINE = "command line"
@@ -167,10 +168,10 @@ def combine(
     for where, values in layers:
         config = with_settings(config, values)
         said_by |= dict.fromkeys(values, where)
-    if config.recipe.recipe not in STAGE_RECIPES[stage]:
-        raise ValueError(
-            f"{stage}_haplovl.py trains --recipe {' or '.join(STAGE_RECIPES[stage])}, not {config.recipe.recipe}"
-        )
+    # A stage's other defaults would not fit another stage's recipe.
+    recipes = recipes_of(STAGES[stage])
+    if config.recipe.recipe not in recipes:
+        raise ValueError(f"{stage}_haplovl.py trains --recipe {' or '.join(recipes)}, not {config.recipe.recipe}")
     said = {where: _words(start, config, [path for path in said_by if said_by[path] == where]) for where, _ in layers}
     lines = [f"  {shlex.join(words)} ({where})" for where, words in said.items() if words]
     return CommandLine(config, base, "\n".join([f"settings that differ from {base}:", *(lines or ["  none"])]))
@@ -178,8 +179,8 @@ def combine(
 
 def _base(stage: str, model: str | None, files: Sequence[SettingsFile]) -> tuple[str, Config, Sequence[SettingsFile]]:
     """What all else is compared with, by name and in full, and the files that are left to be put on top of it."""
-    if stage not in STAGE_DEFAULTS:
-        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGE_DEFAULTS)}")
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGES)}")
     config = with_settings(
         Config(),
         {(section, name): value for section, values in STAGE_DEFAULTS[stage].items() for name, value in values.items()},

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.stages import FINETUNE, StageSpec
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,28 @@ class Layout:
     """none, selective or full; see `planning.cost.RECOMPUTED`."""
     micro_batch_size: int = 1
 
+    @classmethod
+    def of(cls, config: Config, data: int = 1) -> Layout:
+        """The layout that a run's settings ask for.
+
+        Args:
+            config: the settings.
+            data: the data-parallel size, which shows only when the processes have met.
+        """
+        parallel = config.parallel
+        return cls(
+            tensor=parallel.tensor_model_parallel_size,
+            pipeline=parallel.pipeline_model_parallel_size,
+            context=parallel.context_parallel_size,
+            data=data,
+            zero_stage=parallel.zero_stage,
+            offload_optimizer=parallel.offload_optimizer == "cpu",
+            offload_param=parallel.offload_param == "cpu",
+            sequence_parallel=parallel.sequence_parallel,
+            recompute=parallel.recompute_granularity,
+            micro_batch_size=config.schedule.micro_batch_size,
+        )
+
     @property
     def ranks(self) -> int:
         """Ranks of the whole run."""
@@ -54,14 +77,23 @@ class Workload:
     """Tokens of a packed sequence."""
     global_batch_size: int
     """Sequences per optimizer step."""
-    stage1: bool = False
-    """Stage 1 has no connector and no post-decoder."""
+    stage: StageSpec = FINETUNE
+
+    @classmethod
+    def of(cls, config: Config) -> Workload:
+        """What a run's settings ask for."""
+        return cls(config.model, config.data.seq_length, config.schedule.global_batch_size, config.stage)
+
+    @property
+    def has_post_decoder(self) -> bool:
+        """Whether the language model's blocks are trained, or at least there."""
+        return "post_decoder" in self.stage.layers
 
     @property
     def num_layers(self) -> int:
-        """Entries of the flat layer list: embedding, blocks, (connector, blocks, norm,) head."""
-        pre, post = self.model.pre.num_layers, self.model.post.num_layers
-        return pre + 2 if self.stage1 else pre + post + 4
+        """Entries of the flat layer list."""
+        blocks = {"pre_decoder": self.model.pre.num_layers, "post_decoder": self.model.post.num_layers}
+        return sum(blocks.get(layer, 1) for layer in self.stage.layers)
 
 
 def check_layout(workload: Workload, layout: Layout) -> dict[str, str]:
@@ -100,7 +132,7 @@ def _kv_heads(workload: Workload, layout: Layout) -> str | None:
 def _head_counts(workload: Workload) -> dict[str, int]:
     pre, post = workload.model.pre, workload.model.post
     counts = {"pre-num-attention-heads": pre.num_attention_heads}
-    if not workload.stage1:
+    if workload.has_post_decoder:
         counts["post-num-attention-heads"] = post.num_attention_heads
         counts["post-num-key-value-heads"] = post.num_key_value_heads
     return counts
@@ -114,7 +146,7 @@ def _widths(workload: Workload, layout: Layout) -> str | None:
         "pre-ffn-hidden-size": model.pre.ffn_hidden_size,
         "post-hidden-size": model.post.hidden_size,
     }
-    if not workload.stage1:
+    if workload.has_post_decoder:
         widths["post-ffn-hidden-size"] = model.post.ffn_hidden_size
     for flag, width in widths.items():
         if width % layout.tensor:

@@ -83,9 +83,6 @@ SEQ_LENGTHS: dict[str, int] = {
     "haplovl-7b-pro": 6144,
 }
 
-# What an entry script may be asked to train; the rest of its defaults would not fit.
-STAGE_RECIPES: dict[str, tuple[str, ...]] = {"pretrain": ("distill",), "finetune": ("align", "full")}
-
 # Section -> field -> value. Paper Tables 8 and 9 and Sec. 4.1.
 STAGE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": {

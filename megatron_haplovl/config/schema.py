@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_haplovl.config.setting import setting
+from megatron_haplovl.config.stages import RECIPES, StageSpec
 from megatron_haplovl.config.vision import VisionConfig
 
 
@@ -196,15 +197,21 @@ class RecipeConfig:
     """What trains. A frozen part keeps its weights, has no optimizer state and no gradient."""
 
     recipe: str = setting(
-        "full",
-        "distill: stage 1, the pre-decoder against its teachers; align: stage 2, the connector only; full: stage 2, "
-        "everything",
-        choices=("distill", "align", "full"),
+        "full", "; ".join(f"{name}: {recipe.help}" for name, recipe in RECIPES.items()), choices=tuple(RECIPES)
     )
     freeze_embedding: bool = setting(False, "freeze text and patch embeddings, text projector and pre_norm")
     freeze_pre_decoder: bool = setting(False, "freeze the pre-decoder's blocks")
     freeze_connector: bool = setting(False, "freeze the connector")
     freeze_post_decoder: bool = setting(False, "freeze the post-decoder's blocks, final norm and output head")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses in their sum. The paper adds stage 1's three up as they are (Sec. 3.2)."""
+
+    vision_loss_weight: float = setting(1.0, "stage 1: weight of the vision loss (paper Eq. 2)")
+    feature_loss_weight: float = setting(1.0, "stage 1: weight of the text feature loss (paper Eq. 3)")
+    ctp_loss_weight: float = setting(1.0, "stage 1: weight of the current-token loss (paper Eq. 4)")
 
 
 @dataclass(frozen=True)
@@ -333,11 +340,17 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def stage(self) -> StageSpec:
+        """The stage that the recipe belongs to."""
+        return RECIPES[self.recipe.recipe].stage
 
     @property
     def resume_from(self) -> str | None:

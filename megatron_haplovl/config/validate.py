@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
+from megatron_haplovl.config.stages import FREEZABLE, STAGES
 
 
 def validate(config: Config) -> None:
@@ -122,8 +123,6 @@ def _validate_data(config: Config) -> None:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
     if not data.mock_data and not data.data_path:
         raise ValueError("nothing to train on: give --data-path PREFIX (see tools/preprocess_data.py) or --mock-data")
-    if data.aux_data_path and config.recipe.recipe != "distill":
-        raise ValueError("--aux-data-path joins samples for stage 1 only (pretrain_haplovl.py); blend with --data-path")
     if config.logging.eval_interval is not None and not data.valid_data_path:
         raise ValueError("--eval-interval needs --valid-data-path")
 
@@ -155,8 +154,14 @@ def _validate_finetune(config: Config) -> None:
 
 
 def _validate_recipe(config: Config) -> None:
-    recipe = config.recipe
-    if recipe.recipe == "distill":
+    _validate_settings_of_other_stages(config)
+    for part in FREEZABLE:
+        if getattr(config.recipe, f"freeze_{part}") and part not in config.stage.parts:
+            name = part.replace("_", "-")
+            raise ValueError(f"{config.stage.title} has no {name} to freeze; leave out --freeze-{name}")
+    if any(weight < 0 for weight in vars(config.loss).values()):
+        raise ValueError(f"weights of losses must not be negative: {vars(config.loss)}")
+    if config.stage.has_teachers:
         if config.init.vision_teacher is None and not data_is_mock(config):
             raise ValueError("stage 1 distils a vision teacher: give --vision-teacher FOLDER (a Hugging Face CLIP)")
         if config.init.language_model is None and config.weights_from is None and not data_is_mock(config):
@@ -166,10 +171,18 @@ def _validate_recipe(config: Config) -> None:
                 "stage 1 needs --text-embedding factored: its teacher is the language model's own matrix, which a "
                 "folded embedding no longer holds"
             )
-        if recipe.freeze_connector or recipe.freeze_post_decoder:
-            raise ValueError("stage 1 has no connector and no post-decoder to freeze")
-    elif config.init.teacher_layer != -1:
-        raise ValueError("--teacher-layer is for stage 1 (pretrain_haplovl.py), which distils the teacher")
+
+
+def _validate_settings_of_other_stages(config: Config) -> None:
+    """Refuse what this stage would ignore."""
+    defaults = Config()
+    for stage in STAGES.values():
+        for setting in stage.own_settings if stage != config.stage else ():
+            section, name = setting.split(".")
+            if getattr(getattr(config, section), name) != getattr(getattr(defaults, section), name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for {stage.title} only ({stage.name}_haplovl.py); leave it out"
+                )
 
 
 def data_is_mock(config: Config) -> bool:
@@ -179,21 +192,9 @@ def data_is_mock(config: Config) -> bool:
 
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
-    workload = Workload(
-        config.model, config.data.seq_length, config.schedule.global_batch_size, config.recipe.recipe == "distill"
-    )
+    workload = Workload.of(config)
     # The number of data-parallel ranks shows only when the processes have met.
-    layout = Layout(
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
-        zero_stage=parallel.zero_stage,
-        offload_optimizer=parallel.offload_optimizer == "cpu",
-        offload_param=parallel.offload_param == "cpu",
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=parallel.recompute_granularity,
-        micro_batch_size=config.schedule.micro_batch_size,
-    )
+    layout = Layout.of(config)
     for sentence in check_layout(workload, layout).values():
         raise ValueError(sentence)
     if config.precision.compile and parallel.recompute_granularity != "none":

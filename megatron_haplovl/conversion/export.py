@@ -72,7 +72,7 @@ def export_checkpoint(
     if (checkpoint / MANIFEST).is_file() and (damage := damaged_files(checkpoint)):
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
     config = read_config(checkpoint)
-    if config.recipe.recipe == "distill":
+    if "lm_head" not in config.stage.layers:
         raise ValueError(
             f"{checkpoint} is a stage-1 checkpoint: it has no post-decoder to export; train stage 2 from it "
             "(finetune_haplovl.py --pretrained-checkpoint) and export that"

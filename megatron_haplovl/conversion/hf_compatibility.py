@@ -9,12 +9,11 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from megatron_haplovl.config.schema import ModelConfig, RopeScalingConfig
+from megatron_haplovl.config.stages import StageSpec
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our name of an activation -> Hugging Face's."""
 ACTIVATIONS_FROM_HF = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-
-_FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -32,32 +31,19 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def is_siglip(config: PretrainedConfig) -> bool:
-    """Whether this is the configuration of a SiglipModel or a SiglipVisionModel."""
-    return config.model_type in ("siglip", "siglip_vision_model")
-
-
-def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path, family: str) -> PretrainedConfig:
-    """Compare a vision model's configuration with the pre-decoder and the patch embedding.
+def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Path) -> None:
+    """Compare a vision tower's configuration with the pre-decoder and the patch embedding.
 
     The image size may differ: the position embedding is interpolated.
 
     Args:
-        config: as read.
+        config: of the vision half.
         model: what it must fit.
         where: its file.
-        family: "clip" or "siglip".
-
-    Returns:
-        The configuration of the vision tower.
 
     Raises:
-        ValueError: not such a vision model, or a setting differs; the message names the flag.
+        ValueError: a setting differs; the message names the flag.
     """
-    if config.model_type == family:
-        config = config.vision_config
-    if config.model_type != f"{family}_vision_model":
-        raise ValueError(f"{where}: model_type {config.model_type!r} is not a {_FAMILIES[family]} vision model")
     if config.num_channels != 3:
         raise ValueError(f"{where}: num_channels is {config.num_channels}; images here have 3")
     pre, vision = model.pre, model.vision
@@ -76,11 +62,10 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
     )
     _check(config.layer_norm_eps, pre.layernorm_epsilon, "layer_norm_eps", "--pre-layernorm-epsilon", where)
     _check(config.patch_size, vision.patch_size, "patch_size", "--patch-size", where)
-    return config
 
 
-def check_language_config(config: PretrainedConfig, model: ModelConfig, where: Path, *, embedding_only: bool) -> None:
-    """Compare a Llama or Qwen2 configuration with the text embedding and (unless `embedding_only`) the post-decoder.
+def check_language_config(config: PretrainedConfig, model: ModelConfig, where: Path, *, stage: StageSpec) -> None:
+    """Compare a Llama or Qwen2 configuration with the text embedding and (where the stage has one) the post-decoder.
 
     Raises:
         ValueError: not such a model, a setting differs (the message names the flag), or it has a part that the
@@ -91,7 +76,7 @@ def check_language_config(config: PretrainedConfig, model: ModelConfig, where: P
     post = model.post
     _check(config.vocab_size, model.vocab_size, "vocab_size", "--vocab-size", where)
     _check(config.hidden_size, post.hidden_size, "hidden_size", "--post-hidden-size", where)
-    if embedding_only:
+    if "post_decoder" not in stage.layers:
         return
     heads = config.num_attention_heads
     rope = config.rope_parameters

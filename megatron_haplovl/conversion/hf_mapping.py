@@ -13,14 +13,17 @@ Shape legend:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from megatron_haplovl.checkpoint.weight_files import TensorSource, check_shape
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 
 Shape = tuple[int, ...]
 
@@ -63,29 +66,31 @@ def _constant(theirs: str, shape: Shape, value: float, kept_by: tuple[str, str])
     return Entry(theirs, shape, (), (), None, None, value, kept_by)
 
 
-def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
-    """CLIP's vision tower, names relative to it. Its class token and post-LayerNorm have no counterpart.
+@dataclass(frozen=True)
+class VisionTower:
+    """A family of vision transformers that a pre-decoder inherits from, and that teaches it in stage 1."""
 
-    Args:
-        model: sizes.
-        side: patches along one side of CLIP's image; where the model's tile has another number, the position embedding
-            is interpolated.
-    """
-    d, tile = model.pre.hidden_size, model.vision.cells_per_side
-    return [
-        _patch("embeddings.patch_embedding.weight", model),
-        Entry(
-            "embeddings.position_embedding.weight",
-            (side**2 + 1, d),
-            ("embedding.position",),
-            ((tile**2, d),),
-            # Row 0 belongs to the class token.
-            lambda position: resize_positions(position[1:], tile),
-            note=resize_note(side, tile),
-        ),
-        *_norm("embedding.pre_norm", "pre_layrnorm", d),
-        *vision_blocks(model),
-    ]
+    name: str
+    model_type: str
+    """Hugging Face's, of the model with a text half; the vision half's ends in `_vision_model`."""
+    model_class: type[PreTrainedModel]
+    """The vision half in transformers."""
+    mean: tuple[float, float, float]
+    """Colours that it normalises its pixels with, red, green, blue."""
+    std: tuple[float, float, float]
+    leading_positions: int
+    """Positions in front of the patches, such as a class token; their features are dropped."""
+    has_first_norm: bool
+    """Whether a norm stands between the embedding and the blocks, as in the pre-decoder."""
+    table: Callable[..., list[Entry]]
+    """(model, side=patches along one side of its image) -> what is taken; names relative to the vision half."""
+    extra: re.Pattern[str]
+    """Tensors that a folder may hold beside those."""
+
+    def colour_change(self) -> list[tuple[float, float]]:
+        """(scale, shift) of red, green and blue: our normalised pixel, times scale plus shift, is the tower's."""
+        channels = zip(CLIP_MEAN, CLIP_STD, self.mean, self.std, strict=True)
+        return [(our_std / std, (our_mean - mean) / std) for our_mean, our_std, mean, std in channels]
 
 
 def vision_blocks(model: ModelConfig) -> list[Entry]:
@@ -94,8 +99,8 @@ def vision_blocks(model: ModelConfig) -> list[Entry]:
     table: list[Entry] = []
     for n in range(model.pre.num_layers):
         ours, theirs = f"pre_decoder.{n}", f"encoder.layers.{n}"
-        table += _norm(f"{ours}.attention_norm", f"{theirs}.layer_norm1", d)
-        table += _norm(f"{ours}.mlp_norm", f"{theirs}.layer_norm2", d)
+        table += norm_entries(f"{ours}.attention_norm", f"{theirs}.layer_norm1", d)
+        table += norm_entries(f"{ours}.mlp_norm", f"{theirs}.layer_norm2", d)
         for our_name, their_name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
             table += _linear(f"{ours}.attention.{our_name}_proj", f"{theirs}.self_attn.{their_name}_proj", d, d)
         table += _linear(f"{ours}.mlp.up_proj", f"{theirs}.mlp.fc1", ffn, d)
@@ -151,7 +156,7 @@ def haplo_table(model: ModelConfig, *, rows: int) -> list[Entry]:
         embedding = _padded("embedding.text.weight", "model.embed_tokens.weight", (model.vocab_size, d), padding)
     table = [
         embedding,
-        _patch("model.patch_embed.proj.weight", model),
+        patch_entry("model.patch_embed.proj.weight", model),
         Entry(
             "model.pre_pos_embed",
             (1, model.vision.cells_per_tile, d),
@@ -163,7 +168,7 @@ def haplo_table(model: ModelConfig, *, rows: int) -> list[Entry]:
     ]
     if model.vision.image_newline:
         table.append(_direct("embedding.image_newline", "model.image_newline", (d,)))
-    table += _norm("embedding.pre_norm", "model.pre_norm", d)
+    table += norm_entries("embedding.pre_norm", "model.pre_norm", d)
     table += _haplo_pre_blocks(model)
     table.append(_direct("connector.weight", "model.pre_connector.weight", (post_width, d)))
     table += _haplo_post_blocks(model)
@@ -177,8 +182,8 @@ def _haplo_pre_blocks(model: ModelConfig) -> list[Entry]:
     table: list[Entry] = []
     for n in range(model.pre.num_layers):
         ours, theirs = f"pre_decoder.{n}", f"model.layers.{n}"
-        table += _norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm", d)
-        table += _norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", d)
+        table += norm_entries(f"{ours}.attention_norm", f"{theirs}.input_layernorm", d)
+        table += norm_entries(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", d)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             table += _linear(f"{ours}.attention.{name}", f"{theirs}.self_attn.{name}", d, d)
         if model.pre.gated_mlp:
@@ -241,7 +246,7 @@ def _qkv_rows(model: ModelConfig) -> tuple[tuple[str, int], ...]:
     return ("q_proj", post.hidden_size), ("k_proj", kv_rows), ("v_proj", kv_rows)
 
 
-def _patch(theirs: str, model: ModelConfig) -> Entry:
+def patch_entry(theirs: str, model: ModelConfig) -> Entry:
     """A convolution's weight, and the same windows flattened."""
     d, k = model.pre.hidden_size, model.vision.patch_size
     return Entry(
@@ -254,7 +259,7 @@ def _patch(theirs: str, model: ModelConfig) -> Entry:
     )
 
 
-def _norm(ours: str, theirs: str, width: int) -> list[Entry]:
+def norm_entries(ours: str, theirs: str, width: int) -> list[Entry]:
     return [_direct(f"{ours}.{part}", f"{theirs}.{part}", (width,)) for part in ("weight", "bias")]
 
 

@@ -1,31 +1,30 @@
-"""Weights of Hugging Face folders under the training model's names: CLIP, Llama / Qwen2, the released Haplo format."""
+"""Weights of Hugging Face folders under our names: vision towers, language models, the released Haplo format."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from megatron_haplovl.checkpoint.weight_files import WeightReader, check_shape
 from megatron_haplovl.config.allowed import STRICT, Allowed
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import StageSpec
+from megatron_haplovl.conversion.clip_mapping import CLIP
 from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config, read_hf_config
-from megatron_haplovl.conversion.hf_mapping import Entry, clip_vision_table, haplo_table, language_model_table
-from megatron_haplovl.conversion.siglip_mapping import siglip_vision_table
+from megatron_haplovl.conversion.hf_mapping import Entry, VisionTower, haplo_table, language_model_table
+from megatron_haplovl.conversion.siglip_mapping import SIGLIP
 
-# What a folder may hold beside the tensors that are taken. Anything else is an error: it would change the outputs.
-_CLIP_EXTRA = re.compile(
-    r"(vision_model\.)?(embeddings\.(class_embedding|position_ids)|post_layernorm\.\w+)"
-    r"|text_model\..*|(visual|text)_projection\.weight|logit_scale"
-)
-_SIGLIP_EXTRA = re.compile(
-    r"(vision_model\.)?(embeddings\.position_ids|post_layernorm\.\w+|head\..*)|text_model\..*|logit_(scale|bias)"
-)
+# Tensors that a folder may hold beside those that are taken. Anything else is an error: it would change the outputs.
 _ROTARY_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _ANYTHING = re.compile(".*")
+
+VISION_TOWERS = (CLIP, SIGLIP)
+"""The families that `--vision-teacher` takes."""
 
 
 class MappedWeights:
@@ -88,69 +87,69 @@ def _may_be_missing(entry: Entry, reader: WeightReader, allow: Allowed, prefix: 
     return prefix + entry.theirs not in reader and entry.constant is None and all(map(allow.lacks, entry.ours))
 
 
-def open_clip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
-    """Patch and position embedding, pre_norm and pre-decoder from a CLIP folder.
+def vision_tower_of(folder: str | Path) -> tuple[VisionTower, PretrainedConfig]:
+    """The family that a Hugging Face folder belongs to, and the configuration of its vision half.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no vision model of a family in VISION_TOWERS.
+    """
+    config = read_hf_config(folder)
+    for tower in VISION_TOWERS:
+        if config.model_type == tower.model_type:
+            return tower, config.vision_config
+        if config.model_type == f"{tower.model_type}_vision_model":
+            return tower, config
+    raise ValueError(
+        f"{Path(folder) / 'config.json'}: model_type {config.model_type!r} is not a vision model that the pre-decoder "
+        f"can inherit from ({' or '.join(tower.name for tower in VISION_TOWERS)})"
+    )
+
+
+def open_vision_tower(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
+    """Patch and position embedding, pre_norm and pre-decoder from the folder of a vision transformer.
 
     The position embedding is interpolated where the folder's image size differs from the model's.
 
     Args:
-        folder: a Hugging Face CLIPVisionModel or CLIPModel.
+        folder: a Hugging Face folder of one of VISION_TOWERS, with or without its text half.
         model: the sizes it must have.
         allow: what may be missing or left over beside what is known of these models.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
     """
-    return _open_vision_tower(folder, model, allow, "clip", clip_vision_table, _CLIP_EXTRA)
-
-
-def open_siglip(folder: str | Path, model: ModelConfig, allow: Allowed = STRICT) -> MappedWeights:
-    """The same from a Hugging Face SiglipVisionModel or SiglipModel; `conversion.siglip_mapping` has the differences.
-
-    Raises:
-        ValueError: see :func:`open_clip`.
-    """
-    return _open_vision_tower(folder, model, allow, "siglip", siglip_vision_table, _SIGLIP_EXTRA)
-
-
-def _open_vision_tower(
-    folder: str | Path,
-    model: ModelConfig,
-    allow: Allowed,
-    family: str,
-    table: Callable[..., list[Entry]],
-    extra: re.Pattern[str],
-) -> MappedWeights:
-    config = check_vision_config(read_hf_config(folder), model, Path(folder) / "config.json", family)
+    tower, config = vision_tower_of(folder)
+    check_vision_config(config, model, Path(folder) / "config.json")
     reader = WeightReader(folder)
     marker = "embeddings.patch_embedding.weight"
     prefixes = [name.removesuffix(marker) for name in reader.names() if name.endswith(marker)]
     if len(prefixes) != 1:
         raise ValueError(f"{folder}: expected one tensor *{marker} of a vision model, found {len(prefixes)}")
-    return MappedWeights(reader, table(model, side=config.image_size // config.patch_size), extra, allow, prefixes[0])
+    table = tower.table(model, side=config.image_size // config.patch_size)
+    return MappedWeights(reader, table, tower.extra, allow, prefixes[0])
 
 
 def open_language_model(
-    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, embedding_only: bool
+    folder: str | Path, model: ModelConfig, allow: Allowed = STRICT, *, stage: StageSpec
 ) -> MappedWeights:
-    """Text embedding and, in stage 2, post-decoder, final norm and output head from a language model's folder.
+    """Text embedding, post-decoder, final norm and output head from a language model's folder, as a stage has them.
 
     Args:
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
         model: the sizes it must have.
         allow: what may be missing or left over beside what is known of these models.
-        embedding_only: take `embedding.text.weight` only (stage 1).
+        stage: of the training. Stage 1 takes the text embedding only, and looks at nothing else.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.
     """
     config = read_hf_config(folder)
-    check_language_config(config, model, Path(folder) / "config.json", embedding_only=embedding_only)
+    check_language_config(config, model, Path(folder) / "config.json", stage=stage)
     reader = WeightReader(folder)
     table = language_model_table(model, tied="lm_head.weight" not in reader and config.tie_word_embeddings)
-    if embedding_only:
-        table = [entry for entry in table if entry.ours == ("embedding.text.weight",)]
-    return MappedWeights(reader, table, _ANYTHING if embedding_only else _ROTARY_BUFFERS, allow)
+    table = [entry for entry in table if entry.ours[0].partition(".")[0] in stage.layers]
+    extra = _ROTARY_BUFFERS if "post_decoder" in stage.layers else _ANYTHING
+    return MappedWeights(reader, table, extra, allow)
 
 
 def open_haplo(

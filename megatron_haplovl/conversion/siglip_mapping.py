@@ -12,11 +12,13 @@ Its blocks are CLIP's. Around them it differs:
 
 from __future__ import annotations
 
+import re
+
 import torch
+from transformers import SiglipVisionModel
 
 from megatron_haplovl.config.schema import ModelConfig
-from megatron_haplovl.conversion.hf_mapping import Entry, resize_note, resize_positions, vision_blocks
-from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
+from megatron_haplovl.conversion.hf_mapping import Entry, VisionTower, resize_note, resize_positions, vision_blocks
 
 _NO_NORM = "SigLIP has none: starts at weight 1 and bias 0"
 
@@ -38,7 +40,7 @@ def siglip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
             *patch,
             ("embedding.patch.weight",),
             ((d, 3 * k * k),),
-            lambda weight: (weight.float() * _scale()).flatten(1).to(weight.dtype),
+            lambda weight: (weight.float() * _colour_change(0)).flatten(1).to(weight.dtype),
             note="for images normalised as CLIP's",
         ),
         Entry(
@@ -47,7 +49,9 @@ def siglip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
             ("embedding.position",),
             ((tile**2, d),),
             lambda position, weight, bias: (
-                resize_positions(position.float(), tile) + bias.float() + (weight.float() * _shift()).sum((1, 2, 3))
+                resize_positions(position.float(), tile)
+                + bias.float()
+                + (weight.float() * _colour_change(1)).sum((1, 2, 3))
             ).to(position.dtype),
             theirs_too=(patch, bias),
             note=", ".join(filter(None, (resize_note(side, tile), with_bias))),
@@ -58,10 +62,21 @@ def siglip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
     ]
 
 
-# A pixel p is (p - mean) / std to us and (p - 0.5) / 0.5 to SigLIP, which is scale * ours + shift.
-def _scale() -> torch.Tensor:
-    return 2 * torch.tensor(CLIP_STD).view(3, 1, 1)
+SIGLIP = VisionTower(
+    name="SigLIP",
+    model_type="siglip",
+    model_class=SiglipVisionModel,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    leading_positions=0,
+    has_first_norm=False,
+    table=siglip_vision_table,
+    extra=re.compile(
+        r"(vision_model\.)?(embeddings\.position_ids|post_layernorm\.\w+|head\..*)|text_model\..*|logit_(scale|bias)"
+    ),
+)
 
 
-def _shift() -> torch.Tensor:
-    return 2 * torch.tensor(CLIP_MEAN).view(3, 1, 1) - 1
+def _colour_change(which: int) -> torch.Tensor:
+    """Scale (0) or shift (1) from our colours to SigLIP's, [3, 1, 1]."""
+    return torch.tensor([change[which] for change in SIGLIP.colour_change()]).view(3, 1, 1)

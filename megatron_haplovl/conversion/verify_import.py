@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModelForCausalLM
 
 from megatron_haplovl.checkpoint.weight_files import WeightReader
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import ModelConfig
-from megatron_haplovl.conversion.hf_compatibility import is_siglip, read_hf_config
+from megatron_haplovl.conversion.hf_sources import vision_tower_of
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.attention_inputs import AttentionInputs
@@ -45,20 +45,20 @@ class TowerDifference:
 
 @torch.no_grad()
 def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDifference:
-    """Compare the embedding of patches and the pre-decoder's blocks with CLIP's or SigLIP's.
+    """Compare the embedding of patches and the pre-decoder's blocks with those of the vision tower they came from.
 
     Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. Where the
-    checkpoint's image size is another one, transformers interpolates its position embedding, too. SigLIP has no norm
-    in front of the blocks, so ours is left out beside it.
+    checkpoint's image size is another one, transformers interpolates its position embedding, too. Where the tower has
+    no norm in front of its blocks, ours is left out.
 
     Args:
         checkpoint: a `global_stepN` folder.
-        folder: the CLIP or SigLIP folder that it was imported from.
+        folder: the vision tower's folder that it was imported from.
     """
     config = read_config(checkpoint).model
     ours = _Parts(checkpoint, config)
-    siglip = is_siglip(read_hf_config(folder))
-    tower = (SiglipVisionModel if siglip else CLIPVisionModel).from_pretrained(
+    family, _ = vision_tower_of(folder)
+    tower = family.model_class.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     inner: Any = getattr(tower.eval(), "vision_model", tower)  # The names differ between releases of transformers.
@@ -67,10 +67,10 @@ def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDif
     pixels = (colours - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
     patches_BSF = cut_patches(pixels, config.vision.patch_size).view(2, cells, -1)
     x_BSD = patches_BSF @ ours.get("embedding.patch.weight").T + ours.get("embedding.position")
-    if siglip:
-        theirs_BSD = inner.embeddings(2 * colours - 1, interpolate_pos_encoding=True)
-    else:
-        theirs_BSD = inner.pre_layrnorm(inner.embeddings(pixels, interpolate_pos_encoding=True)[:, 1:])
+    their_pixels = (colours - torch.tensor(family.mean).view(3, 1, 1)) / torch.tensor(family.std).view(3, 1, 1)
+    theirs_BSD = inner.embeddings(their_pixels, interpolate_pos_encoding=True)[:, family.leading_positions :]
+    if family.has_first_norm:
+        theirs_BSD = inner.pre_layrnorm(theirs_BSD)
         x_BSD = ours.part("embedding.pre_norm")(x_BSD)
     everything = torch.full((2, cells), cells, dtype=torch.int32)
     inputs = AttentionInputs(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,16 +52,18 @@ class Batch:
     """int64 index into the flattened B * S positions, where that patch's token stands."""
     newline_target_N: torch.Tensor
     """int64 index into the flattened B * S positions, where an image newline stands."""
+    visible_pairs: int
+    """(query, key) pairs that attend: the unit of attention's arithmetic."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device, but for the mask's vectors.
 
         They stay on the host, where attention plans its work from them without waiting for the device.
         """
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if f.name not in ("kv_start_BS", "kv_end_BS")
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and name not in ("kv_start_BS", "kv_end_BS")
         }
         return dataclasses.replace(self, **moved)
 

@@ -10,12 +10,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.image_geometry import ImageLayout, image_layout
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.pack_plan import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, Sample, Source
+from megatron_haplovl.kernels.mask import mixed_mask
 
 IntArray = npt.NDArray[np.int64]
 
@@ -124,13 +126,19 @@ class _Growing:
         return np.concatenate(self._parts)
 
 
-def collate(packs: Sequence[Sequence[Document]], seq_length: int, vision: VisionConfig) -> Batch:
+def collate(
+    packs: Sequence[Sequence[Document]],
+    seq_length: int,
+    vision: VisionConfig,
+    image_attention: str = "bidirectional",
+) -> Batch:
     """Put documents behind each other and sequences on top of each other.
 
     Args:
         packs: the documents of each sequence; a sequence without documents is all padding.
         seq_length: length of every sequence, filled with padding.
         vision: how images become tokens.
+        image_attention: what the model lets the tokens of an image see, which decides the number of visible pairs.
     """
     shape = (len(packs), seq_length)
     tokens_BS = np.zeros(shape, dtype=np.int64)
@@ -162,29 +170,32 @@ def collate(packs: Sequence[Sequence[Document]], seq_length: int, vision: Vision
             first_patch += sum(map(len, document.tiles)) * vision.cells_per_tile
             start = end
     no_tile = np.zeros((0, 3, vision.image_size, vision.image_size), dtype=np.float32)
+    kv_vectors = torch.from_numpy(kv_start_BS), torch.from_numpy(kv_end_BS)
     return Batch(
         tokens_BS=torch.from_numpy(tokens_BS),
         labels_BS=torch.from_numpy(labels_BS),
         text_mask_BS=torch.from_numpy(text_mask_BS),
         position_ids_BS=torch.from_numpy(position_ids_BS),
-        kv_start_BS=torch.from_numpy(kv_start_BS),
-        kv_end_BS=torch.from_numpy(kv_end_BS),
+        kv_start_BS=kv_vectors[0],
+        kv_end_BS=kv_vectors[1],
         tiles_TCHW=torch.from_numpy(np.concatenate([no_tile, *tiles])),
         patch_source_P=torch.from_numpy(source.array()),
         patch_target_P=torch.from_numpy(target.array()),
         newline_target_N=torch.from_numpy(newline.array()),
+        visible_pairs=mixed_mask(*kv_vectors, image_attention).visible_pairs,
     )
 
 
 class PackDataset(Dataset[Batch]):
     """Micro-batches by lists of pack numbers. Reading is deterministic: the same numbers give the same batch."""
 
-    def __init__(self, plan: PackPlan, sources: Sequence[Source], seq_length: int, vision: VisionConfig) -> None:
+    def __init__(self, plan: PackPlan, sources: Sequence[Source], seq_length: int, model: ModelConfig) -> None:
         self._plan, self._sources = plan, sources
-        self._seq_length, self._vision = seq_length, vision
+        self._seq_length, self._vision, self._image_attention = seq_length, model.vision, model.image_attention
 
     def __getitem__(self, packs: Sequence[int]) -> Batch:
-        return collate([self._documents(pack) for pack in packs], self._seq_length, self._vision)
+        documents = [self._documents(pack) for pack in packs]
+        return collate(documents, self._seq_length, self._vision, self._image_attention)
 
     def _documents(self, pack: int) -> list[Document]:
         documents = []

@@ -49,7 +49,7 @@ class BatchLoader:
         workers = config.data.num_workers
         # A generator of its own: otherwise starting to read would advance the global random state.
         self._loader = DataLoader(
-            PackDataset(plan, sources, config.data.seq_length, config.model.vision),
+            PackDataset(plan, sources, config.data.seq_length, config.model),
             batch_size=None,
             sampler=self._sampler,
             num_workers=workers,

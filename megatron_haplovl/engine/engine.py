@@ -17,11 +17,10 @@ from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage, pipe
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps, PipelineLoss
 from megatron_haplovl.engine.topology import DeepSpeedTopology
 from megatron_haplovl.losses.terms import LossTerm
-from megatron_haplovl.model.haplovl import HaploVLForDistillation
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 HeadInputs = Callable[[Batch], tuple[Any, ...]]
-"""Micro-batch -> what the model's head is given besides the hidden state: the batch itself, targets, loss function."""
+"""Micro-batch -> what the model's head is given behind the hidden state: the batch itself, targets, loss function."""
 
 
 def build_engine(
@@ -57,9 +56,10 @@ def build_engine(
     def grad_norm() -> float:
         return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
 
-    if isinstance(model.module, HaploVLForDistillation) and zero_stage == 3:
-        # The head reads the embedding's matrix, so ZeRO-3 must have it whole then, too.
-        deepspeed.zero.register_external_parameter(model.module.distillation, model.module.embedding.text.weight)
+    if zero_stage == 3:
+        # ZeRO-3 must have a parameter whole wherever it is read, too.
+        for reader, parameter in model.module.parameters_read_elsewhere():
+            deepspeed.zero.register_external_parameter(reader, parameter)
     initialize = partial(deepspeed.initialize, optimizer=optimizer, config=settings, dist_init_required=False)
 
     if model.stages is None:

@@ -12,8 +12,9 @@ from megatron_haplovl.parallel.groups import Group
 
 
 def total_loss(sums: Mapping[str, torch.Tensor], terms: Sequence[LossTerm], counts: StepCounts) -> torch.Tensor:
-    """This micro-batch's share of the step's loss: each trained sum over its global count, added up."""
-    return torch.stack([_divide(sums[term.name], term, counts) for term in terms if term.trained]).sum()
+    """This micro-batch's share of the step's loss: each trained sum over its global count, weighted and added up."""
+    shares = [term.weight * _divide(sums[term.name], term, counts) for term in terms if term.weight is not None]
+    return torch.stack(shares).sum()
 
 
 def reduce_metrics(

@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from megatron_haplovl.data.batch import Batch
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, run_layers
+from megatron_haplovl.model.haplovl import LayeredModel, run_layers
 from megatron_haplovl.parallel.groups import ParallelGroups
-
-_HEADS = ("lm_head", "distillation")
 
 
 class MicroBatchSlot:
@@ -53,7 +51,7 @@ class PipelineStage(nn.Module):
 
     def __init__(
         self,
-        model: HaploVL | HaploVLForDistillation,
+        model: LayeredModel,
         layers: Sequence[str],
         slot: MicroBatchSlot,
         loss: Callable[[torch.Tensor, Batch], torch.Tensor],
@@ -62,8 +60,8 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.model, self.slot, self.loss = model, slot, loss
         self.placeholders = placeholders
-        self.is_first, self.is_last = layers[0] == "embedding", layers[-1] in _HEADS
-        self.inner = [name for name in layers if name != "embedding" and name not in _HEADS]
+        self.is_first, self.is_last = layers[0] == "embedding", layers[-1] == model.HEAD
+        self.inner = [name for name in layers if name not in ("embedding", model.HEAD)]
 
     def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | torch.Tensor:
         """One micro-batch.

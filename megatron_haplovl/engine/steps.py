@@ -6,6 +6,7 @@ Both classes do the same for the loop. They differ in who calls forward and back
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ from megatron_haplovl.losses.terms import LossTerm
 
 Sums = dict[str, torch.Tensor]
 """Losses of this rank's micro-batches, summed over tokens."""
+
+FiniteCheck = Callable[[Sums], dict[str, float]]
+"""This rank's sums -> the step's losses, equal on every rank. Raises FloatingPointError where one is not finite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    losses: dict[str, float]
+    """By name, of the whole global batch; "loss" is the trained total. Equal on every rank."""
+    grad_norm: float
+    """Before clipping, over all ranks."""
+    counts: StepCounts
+    """Valid tokens of the whole global batch."""
+    visible_pairs: int
+    """(query, key) pairs that attended in the micro-batches that this rank read."""
 
 
 class DirectSteps:
@@ -47,30 +65,33 @@ class DirectSteps:
         self._engine, self._losses, self._terms, self._grad_norm = engine, losses, terms, grad_norm
         self._replicas, self._device = replicas, device
 
-    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, before_update: Callable[[Sums], None]) -> float:
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
         """One optimizer step.
 
         Args:
             micro_batches: as many as the engine accumulates are taken.
             counts: valid tokens of the whole global batch.
-            before_update: called once with this rank's sums, when no weight has changed yet.
+            check_finite: called once, when all losses are there and no weight has changed yet.
 
-        Returns:
-            The gradients' norm before clipping, over all ranks.
+        Raises:
+            FloatingPointError: see `check_finite`.
         """
-        sums = _zeros(self._terms, self._device)
+        sums, visible_pairs = _zeros(self._terms, self._device), 0
+        losses: dict[str, float] = {}
         accumulation = self._engine.gradient_accumulation_steps()
         for micro_step in range(accumulation):
-            found = self._losses(next(micro_batches).to(self._device))
+            batch = next(micro_batches)
+            visible_pairs += batch.visible_pairs
+            found = self._losses(batch.to(self._device))
             # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed
             # over ranks; DeepSpeed averages them, which the factor undoes.
             loss = total_loss(found, self._terms, counts) * self._replicas
             self._engine.backward(loss, scale_wrt_gas=False)
             _add(sums, found)
             if micro_step == accumulation - 1:
-                before_update(sums)
+                losses = check_finite(sums)
             self._engine.step()
-        return self._grad_norm()
+        return StepResult(losses, self._grad_norm(), counts, visible_pairs)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
@@ -145,17 +166,19 @@ class PipelinedSteps:
     ) -> None:
         self._engine, self._slot, self._loss, self._grad_norm = engine, slot, loss, grad_norm
         self.reads_data = reads_data
-        self._before_update: Callable[[Sums], None] | None = None
-        # The schedule ends in the optimizer's step, so that what comes before it must be hooked in.
-        optimizer.register_step_pre_hook(lambda *_: self._call_before_update())
+        self._check_finite: FiniteCheck | None = None
+        self._losses: dict[str, float] = {}
+        self._visible_pairs = 0
+        # The schedule ends in the optimizer's step, so what comes before the step must be hooked in.
+        optimizer.register_step_pre_hook(lambda *_: self._check_once())
 
-    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, before_update: Callable[[Sums], None]) -> float:
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
         self._loss.start(counts)
-        self._before_update = before_update
+        self._check_finite, self._visible_pairs = check_finite, 0
         self._engine.train_batch(self._for_schedule(micro_batches))
-        self._call_before_update()
-        return self._grad_norm()
+        self._check_once()
+        return StepResult(self._losses, self._grad_norm(), counts, self._visible_pairs)
 
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
         """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
@@ -169,13 +192,14 @@ class PipelinedSteps:
         """What DeepSpeed hands to the first stage, and no labels; the rest of a batch goes by the slot."""
         for batch in micro_batches:
             self._slot.put(batch)
+            self._visible_pairs += batch.visible_pairs
             yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
-    def _call_before_update(self) -> None:
+    def _check_once(self) -> None:
         # ZeRO steps group by group, and not at all where gradients are not finite.
-        if self._before_update is not None:
-            before_update, self._before_update = self._before_update, None
-            before_update(self._loss.sums)
+        if self._check_finite is not None:
+            check_finite, self._check_finite = self._check_finite, None
+            self._losses = check_finite(self._loss.sums)
 
 
 def _zeros(terms: Sequence[LossTerm], device: torch.device) -> Sums:

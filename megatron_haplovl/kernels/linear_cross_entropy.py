@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 # Bytes of one chunk's logits, in the dtype of the matrix product. Measured on a CPU at V = 128,256 and L = 512: from 64
 # rows in fp32 and 256 in bf16 on, the three products run at full speed, which is 32 and 64 MiB. A GPU wants about a
 # thousand rows, so that reading and writing the head's gradient once per chunk hides behind the arithmetic.
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # Bytes of the fp32 logits that softmax works on at a time: they fit a cache, and calls cost little beside the work.
-_BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 # The head's gradient is added up in the head's dtype, which rounds once per chunk.
-_MOST_ROUNDINGS = 16
+MOST_ROUNDINGS = 16
 # Word ids travel as fp32 beside the logits.
 _MOST_WORDS = 2**24
 
@@ -220,9 +220,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk_rows(tokens: int, row_bytes: int, head_VL: torch.Tensor, trained: bool) -> int:
     """Tokens per chunk: what the memory allows, in chunks of equal size, and not too many of them."""
-    chunks = math.ceil(tokens * row_bytes / _CHUNK_BYTES[head_VL.device.type])
+    chunks = math.ceil(tokens * row_bytes / CHUNK_BYTES[head_VL.device.type])
     if trained and head_VL.element_size() < 4:
-        chunks = min(chunks, _MOST_ROUNDINGS)
+        chunks = min(chunks, MOST_ROUNDINGS)
     return math.ceil(tokens / max(1, chunks))
 
 
@@ -232,7 +232,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 def _blocks(logits_CV: torch.Tensor) -> Iterator[slice]:
     """The rows of a chunk in blocks that fit a cache in fp32."""
-    return _slices(len(logits_CV), max(1, _BLOCK_BYTES[logits_CV.device.type] // (4 * logits_CV.shape[1])))
+    return _slices(len(logits_CV), max(1, BLOCK_BYTES[logits_CV.device.type] // (4 * logits_CV.shape[1])))
 
 
 def _row_statistics(

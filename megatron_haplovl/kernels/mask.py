@@ -130,6 +130,12 @@ class MixedMask:
         return MixedMask(chunk_start_BC, chunk_end_BC, num_keys=end)
 
 
+def mixed_mask(kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, image_attention: str) -> MixedMask:
+    """The mask of a batch (its fields of these names); `image_attention` is `bidirectional` (the paper) or `causal`."""
+    mask = MixedMask(kv_start_BS, kv_end_BS)
+    return causal(mask) if image_attention == "causal" else mask
+
+
 def causal(mask: MixedMask) -> MixedMask:
     """The same documents with images as causal as text (the released package's fallback, for parity work)."""
     first = mask.num_keys - mask.kv_end_BS.shape[1]

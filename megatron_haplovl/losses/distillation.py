@@ -38,7 +38,7 @@ def distillation_loss(
     vocab_start: int = 0,
     vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The three losses of stage 1, summed over tokens; keys as in `losses.terms.DISTILLATION_TERMS`.
+    """The three losses of stage 1, summed over tokens; keys as in `losses.terms.distillation_terms`.
 
     Args:
         student_visual_PD: vision head's output at the visual tokens.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_haplovl.config.schema import LossConfig
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -18,20 +20,22 @@ class LossTerm:
     """Key in the returned dictionary and in the log."""
     count: str
     """Field of `data.batch.StepCounts` that the sum is divided by."""
-    trained: bool = True
-    """Whether it is part of the total; False for what is only reported."""
+    weight: float | None = 1.0
+    """Factor in the total; None for what is only reported."""
 
 
-DISTILLATION_TERMS = (
-    LossTerm("vision loss", "patch_tokens"),
-    LossTerm("feature loss", "text_tokens"),
-    LossTerm("ctp loss", "text_tokens"),
-    LossTerm("ctp accuracy", "text_tokens", trained=False),
-)
-"""Stage 1 (paper Eq. 2-4)."""
+def distillation_terms(weights: LossConfig) -> tuple[LossTerm, ...]:
+    """Stage 1 (paper Eq. 2-4), with the weights of the three losses."""
+    return (
+        LossTerm("vision loss", "patch_tokens", weights.vision_loss_weight),
+        LossTerm("feature loss", "text_tokens", weights.feature_loss_weight),
+        LossTerm("ctp loss", "text_tokens", weights.ctp_loss_weight),
+        LossTerm("ctp accuracy", "text_tokens", weight=None),
+    )
+
 
 LANGUAGE_MODELING_TERMS = (
     LossTerm("lm loss", "lm_tokens"),
-    LossTerm("lm token accuracy", "lm_tokens", trained=False),
+    LossTerm("lm token accuracy", "lm_tokens", weight=None),
 )
 """Stage 2 (paper Eq. 1)."""

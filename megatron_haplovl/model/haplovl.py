@@ -8,28 +8,19 @@ It is a flat list of layers, named by the paths of their parameters: `embedding`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import Batch
-from megatron_haplovl.kernels.mask import MixedMask, causal
+from megatron_haplovl.kernels.mask import mixed_mask
 from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.block import Block, post_decoder_block, pre_decoder_block
 from megatron_haplovl.model.embeddings import MultimodalEmbedding
 from megatron_haplovl.model.heads import DistillationHeads, LossT, OutputHead
 from megatron_haplovl.model.norm import RMSNorm
-
-
-def attention_mask(batch: Batch, image_attention: str) -> MixedMask:
-    """The mask of a batch; `image_attention` is `bidirectional` (the paper) or `causal`."""
-    return _mask(batch.kv_start_BS, batch.kv_end_BS, image_attention)
-
-
-def _mask(kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, image_attention: str) -> MixedMask:
-    mask = MixedMask(kv_start_BS, kv_end_BS)
-    return causal(mask) if image_attention == "causal" else mask
 
 
 def _unchanged(inputs: AttentionInputs) -> AttentionInputs:
@@ -45,6 +36,9 @@ def run_layers(layers: Iterable[nn.Module], x_BSD: torch.Tensor, inputs: Attenti
 
 class LayeredModel(nn.Module):
     """What both stages have: the flat layer list, which begins with the embedding and the pre-decoder's blocks."""
+
+    HEAD: ClassVar[str]
+    """Name of the last layer, which has the losses."""
 
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
@@ -69,7 +63,7 @@ class LayeredModel(nn.Module):
         self, kv_start_BS: torch.Tensor, kv_end_BS: torch.Tensor, position_ids_BS: torch.Tensor
     ) -> AttentionInputs:
         """Mask and positions of a batch (its fields of these names), shared by every block."""
-        mask = _mask(kv_start_BS, kv_end_BS, self.image_attention)
+        mask = mixed_mask(kv_start_BS, kv_end_BS, self.image_attention)
         return self.adapt_inputs(AttentionInputs(mask, position_ids_BS, self.attention_backend))
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
@@ -77,6 +71,24 @@ class LayeredModel(nn.Module):
         inputs = self.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS)
         embedding, *inner, _head = self.layers().values()
         return run_layers(inner, embedding(batch), inputs)
+
+    def losses(self, hidden_BSD: torch.Tensor, batch: Batch, *head_inputs: Any) -> Any:
+        """The losses of a micro-batch.
+
+        Args:
+            hidden_BSD: what :meth:`hidden_states` returns.
+            batch: the micro-batch.
+            *head_inputs: what else the stage's head is given.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, *head_inputs: Any) -> Any:
+        """The losses of a micro-batch; arguments as for :meth:`losses`."""
+        return self.losses(self.hidden_states(batch), batch, *head_inputs)
+
+    def parameters_read_elsewhere(self) -> Iterable[tuple[nn.Module, torch.Tensor]]:
+        """Modules that read a parameter of another module in their forward pass, and that parameter."""
+        return ()
 
 
 class HaploVLForDistillation(LayeredModel):
@@ -87,6 +99,8 @@ class HaploVLForDistillation(LayeredModel):
         teacher_width: width of the vision teacher's features.
         attention_backend: see `kernels.attention`.
     """
+
+    HEAD = "distillation"
 
     def __init__(self, config: ModelConfig, teacher_width: int, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend)
@@ -105,9 +119,9 @@ class HaploVLForDistillation(LayeredModel):
         """
         return self.distillation(hidden_BSD, batch, teacher_PD, self.embedding.text.weight, loss_fn)
 
-    def forward(self, batch: Batch, teacher_PD: torch.Tensor, loss_fn: Callable[..., LossT]) -> LossT:
-        """The losses of Eq. 2-4; arguments as for :meth:`losses`."""
-        return self.losses(self.hidden_states(batch), batch, teacher_PD, loss_fn)
+    def parameters_read_elsewhere(self) -> Iterable[tuple[nn.Module, torch.Tensor]]:
+        """The heads read the embedding's word matrix."""
+        return ((self.distillation, self.embedding.text.weight),)
 
 
 class HaploVL(LayeredModel):
@@ -117,6 +131,8 @@ class HaploVL(LayeredModel):
         config: sizes.
         attention_backend: see `kernels.attention`.
     """
+
+    HEAD = "lm_head"
 
     def __init__(self, config: ModelConfig, attention_backend: str = "auto") -> None:
         super().__init__(config, attention_backend)
@@ -128,10 +144,6 @@ class HaploVL(LayeredModel):
     def losses(self, hidden_BSL: torch.Tensor, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
         """The loss of Eq. 1: `loss_fn(hidden_ML, weight_VL, labels_M)` over the trained positions."""
         return self.lm_head(hidden_BSL, batch, loss_fn)
-
-    def forward(self, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
-        """The loss of Eq. 1."""
-        return self.losses(self.hidden_states(batch), batch, loss_fn)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, S, V]."""

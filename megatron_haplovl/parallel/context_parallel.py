@@ -21,14 +21,14 @@ from torch import nn
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.attention_inputs import Attend, AttentionInputs
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel.collectives import conjugate, part
 from megatron_haplovl.parallel.groups import Group
 
 SEQUENCE, HEADS = 1, 2
 
 
-def apply_context_parallel(model: HaploVL | HaploVLForDistillation, group: Group) -> None:
+def apply_context_parallel(model: LayeredModel, group: Group) -> None:
     """Let each rank of the group compute its share of every sequence.
 
     Args:
@@ -47,8 +47,7 @@ def apply_context_parallel(model: HaploVL | HaploVLForDistillation, group: Group
         )
 
     model.adapt_inputs = share_inputs
-    head = model.lm_head if isinstance(model, HaploVL) else model.distillation
-    head.register_forward_pre_hook(_share_batch_hook(group))
+    model.get_submodule(model.HEAD).register_forward_pre_hook(_share_batch_hook(group))
 
 
 def exchange_heads(attend: Attend, group: Group) -> Attend:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.model.haplovl import LayeredModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Stages:
         return ",".join(self.layers[first] for first in self.first[1:])
 
 
-def keep_stage(model: HaploVL | HaploVLForDistillation, layers: Sequence[str]) -> None:
+def keep_stage(model: LayeredModel, layers: Sequence[str]) -> None:
     """Drop every layer of the model but these, on the meta device. What stays keeps its name.
 
     The heads of stage 1 read the frozen matrix of the embedding, so the last stage keeps a copy of it, in an

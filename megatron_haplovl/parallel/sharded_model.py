@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.pipeline import Stages
 
@@ -19,7 +19,7 @@ class ShardedModel:
     Parameters have the names of the serial model.
     """
 
-    module: HaploVL | HaploVLForDistillation
+    module: LayeredModel
     shapes: dict[str, torch.Size]
     """Every parameter of the serial model with its shape there, in order."""
     groups: ParallelGroups = field(default_factory=ParallelGroups)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
 
+from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel import layers
 from megatron_haplovl.parallel.collectives import part
 from megatron_haplovl.parallel.groups import Group
@@ -43,7 +43,6 @@ TENSOR_PARALLEL_PLAN = {
 
 # Modules whose hidden state is whole inside and, with sequence parallelism, sharded outside.
 _REGIONS = re.compile(r"(pre|post)_decoder\.#\.(attention|mlp)")
-_HEADS = ("lm_head", "distillation")
 
 _SPLIT_DIM = {"vocabulary": 0, "vocabulary head": 0, "column": 0, "gathered column": 0, "row": 1}
 
@@ -57,11 +56,11 @@ def split_dim(parameter_name: str) -> int | None:
     return _SPLIT_DIM[role]
 
 
-def apply_tensor_parallel(model: nn.Module, group: Group, *, sequence_parallel: bool) -> None:
+def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_parallel: bool) -> None:
     """Turn the serial model, on the meta device, into this rank's part of it.
 
     Args:
-        model: `HaploVL` or `HaploVLForDistillation`.
+        model: of either stage.
         group: the tensor-parallel ranks.
         sequence_parallel: shard the hidden state along the sequence wherever no matrix is split.
     """
@@ -85,11 +84,11 @@ def apply_tensor_parallel(model: nn.Module, group: Group, *, sequence_parallel: 
             layers.enter(module, group, sequence_parallel)
         if sequence_parallel and pattern == "embedding":
             layers.scatter_sequence(module, group)
-        if sequence_parallel and pattern in _HEADS:
+        if sequence_parallel and pattern == model.HEAD:
             layers.gather_sequence(module, group)
 
 
-def finish_tensor_parallel(model: nn.Module, group: Group, *, sequence_parallel: bool) -> None:
+def finish_tensor_parallel(model: LayeredModel, group: Group, *, sequence_parallel: bool) -> None:
     """Mark the parameters, now that they are allocated: what DeepSpeed's gradient norm counts once and what on each
     rank, and which gradients are terms of a sum."""
     if group.size == 1:
@@ -97,7 +96,7 @@ def finish_tensor_parallel(model: nn.Module, group: Group, *, sequence_parallel:
     for name, parameter in model.named_parameters():
         if split_dim(name) is not None:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        elif sequence_parallel and parameter.requires_grad and _is_on_sharded_sequence(name):
+        elif sequence_parallel and parameter.requires_grad and _is_on_sharded_sequence(name, model.HEAD):
             layers.sum_gradient(parameter, group)
 
 
@@ -111,6 +110,6 @@ def _pattern(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".#", path)
 
 
-def _is_on_sharded_sequence(name: str) -> bool:
-    """Whether a whole parameter works on the sharded sequence: everything between embedding and heads."""
-    return not name.startswith(("embedding.", *_HEADS))
+def _is_on_sharded_sequence(name: str, head: str) -> bool:
+    """Whether a whole parameter works on the sharded sequence: everything between embedding and head."""
+    return not name.startswith(("embedding.", f"{head}."))

@@ -12,6 +12,8 @@ from dataclasses import replace
 
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import PART_OF, StageSpec
+from megatron_haplovl.kernels.linear_cross_entropy import BLOCK_BYTES, CHUNK_BYTES, MOST_ROUNDINGS
 from megatron_haplovl.planning.cost_block import Decoder, block_cost, post_decoder_sizes, pre_decoder_sizes
 from megatron_haplovl.planning.cost_units import (
     LayerCost,
@@ -23,10 +25,6 @@ from megatron_haplovl.planning.cost_units import (
 )
 from megatron_haplovl.planning.work import Work
 
-# Of `kernels/linear_cross_entropy.py`: bytes of a chunk's logits and of the fp32 block that softmax works on.
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-_BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
-_MOST_ROUNDINGS = 16
 # fp32 tensors of a chunk's tokens x language width at the feature loss's worst moment: student, teacher, difference
 # and five of autograd.
 _FEATURE_COPIES = 8
@@ -39,7 +37,7 @@ def layer_costs(
     precision: Precision,
     *,
     trained: Set[str],
-    stage1: bool,
+    stage: StageSpec,
 ) -> list[LayerCost]:
     """The flat layer list with its costs.
 
@@ -49,39 +47,51 @@ def layer_costs(
         layout: how it is shared; `data`, `pipeline` and `zero_stage` change nothing here.
         precision: number formats.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
-        stage1: embedding, pre-decoder and distillation heads, with a teacher of the pre-decoder's sizes beside them.
+        stage: of the training, which decides the layers. The vision teacher has the pre-decoder's sizes.
     """
-    costs = [_embedding(model, work, layout, precision, "embedding" in trained, stage1)]
+    costs: list[LayerCost] = []
 
-    def path() -> bool:
-        """Whether a gradient must pass: something before the next layer trains."""
-        return any(layer.trained_parameters for layer in costs)
+    def blocks(part: str, count: int, decoder: Decoder, trained: bool, path: bool) -> list[LayerCost]:
+        first = block_cost(decoder, work, layout, precision, trained, path)
+        later = block_cost(decoder, work, layout, precision, trained, trained or path)
+        return [replace(first if i == 0 else later, name=f"{part}.{i}") for i in range(count)]
 
-    def append_blocks(part: str, count: int, decoder: Decoder) -> None:
-        first = block_cost(decoder, work, layout, precision, part in trained, path())
-        later = block_cost(decoder, work, layout, precision, part in trained, part in trained or path())
-        costs.extend(replace(first if i == 0 else later, name=f"{part}.{i}") for i in range(count))
-
-    append_blocks("pre_decoder", model.pre.num_layers, pre_decoder_sizes(model))
-    if stage1:
-        return [*costs, _distillation(model, work, layout, precision, path())]
-    costs.append(_connector(model, work, layout, precision, "connector" in trained, path()))
-    append_blocks("post_decoder", model.post.num_layers, post_decoder_sizes(model))
-    costs.append(_final_norm(model, work, layout, precision, "post_decoder" in trained, path()))
-    costs.append(_head(model, work, layout, precision, "post_decoder" in trained, path()))
+    for layer in stage.layers:
+        trains = PART_OF[layer] in trained
+        # Whether a gradient must pass: something before this layer trains.
+        path = any(before.trained_parameters for before in costs)
+        match layer:
+            case "embedding":
+                costs.append(
+                    _embedding(model, work, layout, precision, trains, "embedding.text.weight" in stage.frozen)
+                )
+            case "pre_decoder":
+                costs += blocks(layer, model.pre.num_layers, pre_decoder_sizes(model), trains, path)
+            case "connector":
+                costs.append(_connector(model, work, layout, precision, trains, path))
+            case "post_decoder":
+                costs += blocks(layer, model.post.num_layers, post_decoder_sizes(model), trains, path)
+            case "final_norm":
+                costs.append(_final_norm(model, work, layout, precision, trains, path))
+            case "lm_head":
+                costs.append(_head(model, work, layout, precision, trains, path))
+            case "distillation":
+                costs.append(_distillation(model, work, layout, precision, path))
+            case _:
+                raise AssertionError(f"no cost is known of the layer {layer}")
     return costs
 
 
-def model_operations(model: ModelConfig, work: Work, stage1: bool) -> float:
+def model_operations(model: ModelConfig, work: Work, stage: StageSpec) -> float:
     """Operations of forward and backward when everything trains, as MFU counts them: three times the forward pass's, of
     the student only."""
-    whole = layer_costs(model, work, Layout(), Precision(), trained=set(), stage1=stage1)
-    teacher = _teacher(model, work).total if stage1 else 0.0
+    whole = layer_costs(model, work, Layout(), Precision(), trained=set(), stage=stage)
+    teacher = _teacher(model, work).total if stage.has_teachers else 0.0
     return 3.0 * (sum(layer.forward.total for layer in whole) - teacher)
 
 
 def _embedding(
-    model: ModelConfig, work: Work, layout: Layout, precision: Precision, trained: bool, stage1: bool
+    model: ModelConfig, work: Work, layout: Layout, precision: Precision, trained: bool, words_frozen: bool
 ) -> LayerCost:
     width, language, vision = model.pre.hidden_size, model.post.hidden_size, model.vision
     window = 3 * vision.patch_size**2
@@ -89,7 +99,7 @@ def _embedding(
     tokens, patches = work.tokens, work.patches
     element = precision.element
     factored = model.text_embedding == "factored"
-    text_trained = trained and not stage1
+    text_trained = trained and not words_frozen
     projector = language * width if factored else 0
 
     forward, backward = linear(projector / layout.tensor, tokens, trained, text_trained)
@@ -270,11 +280,11 @@ def _teacher_sizes(model: ModelConfig) -> Decoder:
 
 
 def _teacher_parameters(model: ModelConfig) -> int:
-    """CLIP's vision transformer: patches, positions, class token, three norms, blocks."""
+    """CLIP's vision transformer: patches, positions, class token, the first norm, blocks."""
     decoder, width = _teacher_sizes(model), model.pre.hidden_size
     block = decoder.matrices + decoder.split_vectors + decoder.whole_vectors
     embedding = (3 * model.vision.patch_size**2 + model.vision.cells_per_tile + 2) * width
-    return model.pre.num_layers * block + embedding + 4 * width
+    return model.pre.num_layers * block + embedding + 2 * width
 
 
 def _teacher(model: ModelConfig, work: Work) -> Operations:
@@ -301,10 +311,10 @@ def _boundary(width: int, tokens: float, layout: Layout, precision: Precision) -
 def _chunk_bytes(words: int, rows: float, precision: Precision) -> float:
     """The chunk of logits that the loss works on."""
     logits = precision.element * words * rows
-    return max(min(logits, _CHUNK_BYTES[precision.device]), logits / _MOST_ROUNDINGS if precision.element < 4 else 0.0)
+    return max(min(logits, CHUNK_BYTES[precision.device]), logits / MOST_ROUNDINGS if precision.element < 4 else 0.0)
 
 
 def _logits_bytes(words: int, rows: float, precision: Precision) -> float:
     """The chunk, and softmax's fp32 block: a copy of bf16 logits, and a temporary."""
-    block = min(4 * words * rows, _BLOCK_BYTES[precision.device])
+    block = min(4 * words * rows, BLOCK_BYTES[precision.device])
     return _chunk_bytes(words, rows, precision) + (2 if precision.element < 4 else 1) * block

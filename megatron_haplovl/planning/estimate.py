@@ -110,7 +110,7 @@ def estimate(
         layout,
         precision_of(bf16, layout.zero_stage, device),
         trained=trained,
-        stage1=workload.stage1,
+        stage=workload.stage,
     )
     micro_batches = workload.global_batch_size // (layout.micro_batch_size * layout.data)
     loads = layer_loads(costs, layout, cluster, bf16)
@@ -133,7 +133,7 @@ def estimate(
     step = pipelined + exposed + host + max(_update_seconds(stage, layout, cluster) for stage in stages)
 
     mean = sum(busy) / layout.pipeline
-    operations = model_operations(workload.model, work, workload.stage1) * workload.global_batch_size
+    operations = model_operations(workload.model, work, workload.stage) * workload.global_batch_size
     return Estimate(
         layout=layout,
         cut=cut,

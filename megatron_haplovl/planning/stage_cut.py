@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import StageSpec
 from megatron_haplovl.planning.cost import layer_costs
 from megatron_haplovl.planning.cost_units import LayerCost, precision_of
 from megatron_haplovl.planning.engine_memory import engine_memory, gradient_traffic
@@ -23,7 +24,7 @@ def stage_cut(
     device: str,
     bf16: bool,
     trained: Set[str],
-    stage1: bool,
+    stage: StageSpec,
     method: str,
     micro_batches: int,
 ) -> tuple[list[str], tuple[int, ...]]:
@@ -36,7 +37,7 @@ def stage_cut(
         device: `cuda` or `cpu`, see `planning.machine.machine_of`.
         bf16: bf16 with fp32 master weights; otherwise fp32.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
-        stage1: whether the list is that of stage 1.
+        stage: of the training, which decides the layers.
         method: `--pipeline-partition`, see `planning.partition.cut_layers`.
         micro_batches: micro-batches per optimizer step.
 
@@ -48,7 +49,7 @@ def stage_cut(
     """
     machine = machine_of(device, bf16)
     precision = precision_of(bf16, layout.zero_stage, device)
-    costs = layer_costs(model, work, layout, precision, trained=trained, stage1=stage1)
+    costs = layer_costs(model, work, layout, precision, trained=trained, stage=stage)
     loads = layer_loads(costs, layout, machine, bf16)
     return [layer.name for layer in costs], cut_layers(method, loads, layout.pipeline, micro_batches)
 

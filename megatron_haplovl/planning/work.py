@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_haplovl.config.stages import StageSpec
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
-from megatron_haplovl.model.haplovl import attention_mask
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Work:
         return Work(*(factor * value for value in vars(self).values()))
 
 
-def work_of_batch(batch: Batch, stage1: bool, image_attention: str = "bidirectional") -> Work:
-    """Count a real micro-batch; `image_attention` as in the model's configuration."""
-    trained_BS = batch.text_mask_BS if stage1 else batch.labels_BS != IGNORE_INDEX
+def work_of_batch(batch: Batch, stage: StageSpec) -> Work:
+    """Count a real micro-batch."""
+    head_tokens_BS = {"text_tokens": batch.text_mask_BS, "lm_tokens": batch.labels_BS != IGNORE_INDEX}
     return Work(
         tokens=batch.tokens_BS.numel(),
-        pairs=attention_mask(batch, image_attention).visible_pairs,
+        pairs=batch.visible_pairs,
         patches=batch.patch_target_P.numel(),
         tiles=batch.tiles_TCHW.shape[0],
-        head_tokens=int(trained_BS.sum()),
+        head_tokens=int(head_tokens_BS[stage.head_tokens].sum()),
     )
 
 

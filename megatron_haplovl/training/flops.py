@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import StageSpec
 
 
-def training_flops(
-    model: ModelConfig, *, tokens: int, head_tokens: int, visible_pairs: int, with_post_decoder: bool
-) -> float:
+def training_flops(model: ModelConfig, *, tokens: int, head_tokens: int, visible_pairs: int, stage: StageSpec) -> float:
     """Floating-point operations of forward and backward: 6 per matrix weight and token, attention by its true mask.
 
     Args:
@@ -15,7 +14,7 @@ def training_flops(
         tokens: tokens that are not padding.
         head_tokens: tokens whose vocabulary logits are computed.
         visible_pairs: (query, key) pairs under the mixed mask.
-        with_post_decoder: stage 2; stage 1 has the pre-decoder only.
+        stage: of the training, which decides whether there is a post-decoder.
     """
     pre, post = model.pre, model.post
     mlp_matrices = 3 if pre.gated_mlp else 2
@@ -23,7 +22,7 @@ def training_flops(
     matrices = pre.num_layers * pre_block * tokens + model.vocab_size * post.hidden_size * head_tokens
     # q k^T and the weighted sum of v: 4 per pair and channel forward, twice that backward.
     attention = pre.num_layers * pre.hidden_size * visible_pairs
-    if with_post_decoder:
+    if "post_decoder" in stage.layers:
         kv_width = post.hidden_size // post.num_attention_heads * post.num_key_value_heads
         post_block = (
             2 * post.hidden_size**2 + 2 * post.hidden_size * kv_width + 3 * post.hidden_size * post.ffn_hidden_size

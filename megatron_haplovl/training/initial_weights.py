@@ -13,18 +13,12 @@ from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import Config, ModelConfig
-from megatron_haplovl.conversion.hf_sources import MappedWeights, open_clip, open_language_model
+from megatron_haplovl.config.stages import STAGES, StageSpec
+from megatron_haplovl.conversion.hf_sources import MappedWeights, open_language_model, open_vision_tower
 from megatron_haplovl.conversion.provenance import MAY_BE_NEW, NEW, provenance_table
 from megatron_haplovl.model.initialization import initial_value
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.tensor_parallel import local_part
-
-# What the other stage does not have. Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while
-# discarding the heads"), and stage 1 can start from a checkpoint of the whole model.
-_DROPPED = {
-    re.compile(r"distillation\..*"): "dropped: stage 1 only",
-    re.compile(r"(connector|post_decoder|final_norm|lm_head)\..*"): "dropped: stage 2 only",
-}
 
 
 def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = None) -> str:
@@ -122,26 +116,32 @@ def _copy_sources(
         copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
         return source_of, left
     if init.vision_teacher is not None:
-        copy_mapped(open_clip(init.vision_teacher, config.model, allow))
+        copy_mapped(open_vision_tower(init.vision_teacher, config.model, allow))
     if init.language_model is not None:
-        stage1 = not any(name.startswith("post_decoder.") for name in model.shapes)
-        weights = open_language_model(init.language_model, config.model, allow, embedding_only=stage1)
+        weights = open_language_model(init.language_model, config.model, allow, stage=config.stage)
         copy_mapped(weights, ("embedding.text.weight",) if config.model.text_embedding == "folded" else ())
     if pretrained is not None:
         _check_same_model(pretrained, config.model)
         reader = open_checkpoint(pretrained)
-        reasons = {name: _reason_to_leave(name, allow) for name in reader.names() if name not in model.shapes}
+        reasons = {
+            name: _reason_to_leave(name, config.stage, allow) for name in reader.names() if name not in model.shapes
+        }
         left += [(name, reason) for name, reason in reasons.items() if reason is not None]
         ours = (name for name in reader.names() if name in parameters or reasons.get(name, "") is None)
         copy(((name, reader.get(name)) for name in ours), str(pretrained))
     return source_of, left
 
 
-def _reason_to_leave(name: str, allow: Allowed) -> str | None:
-    """Why a tensor of a checkpoint may be left out that the model has no place for."""
-    for pattern, reason in _DROPPED.items():
-        if pattern.fullmatch(name):
-            return reason
+def _reason_to_leave(name: str, stage: StageSpec, allow: Allowed) -> str | None:
+    """Why a tensor of a checkpoint may be left out that the model has no place for.
+
+    Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while discarding the heads"), and stage 1
+    can start from a checkpoint of the whole model.
+    """
+    layer = name.partition(".")[0]
+    owners = [other.title for other in STAGES.values() if layer in other.layers]
+    if owners and layer not in stage.layers:
+        return f"dropped: {' and '.join(owners)} only"
     return "skipped: --allow-unexpected" if allow.skips(name) else None
 
 

@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.engine.metrics import reduce_metrics
-from megatron_haplovl.engine.steps import Sums
-from megatron_haplovl.model.haplovl import attention_mask
+from megatron_haplovl.engine.steps import StepResult, Sums
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
 from megatron_haplovl.training.schedule import learning_rate
@@ -39,16 +39,15 @@ def train(run: Run) -> None:
         evaluate(run, step)
     while step < last_step:
         started = time.perf_counter()
-        metrics, pairs = train_step(run, step, micro_batches)
-        counts = run.train_data.counts(step)
+        result = train_step(run, step, micro_batches)
         step += 1
-        consumed_tokens += counts.tokens
+        consumed_tokens += result.counts.tokens
         window.steps += 1
         window.seconds += time.perf_counter() - started
-        window.tokens += counts.tokens
-        window.flops += _flops(run, counts, pairs)
+        window.tokens += result.counts.tokens
+        window.flops += _flops(run, result)
         if step % config.logging.log_interval == 0 or step == last_step:
-            _log(run, step, metrics, window, consumed_tokens)
+            _log(run, step, result, window, consumed_tokens)
             window = _Progress()
         if _is_due(config.logging.eval_interval, step) or step == last_step:
             evaluate(run, step)
@@ -62,12 +61,8 @@ def train(run: Run) -> None:
         run.writer.close()
 
 
-def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dict[str, float], int]:
+def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResult:
     """One optimizer step over the global batch number `step`.
-
-    Returns:
-        Losses of the step, with "loss" their trained sum and "grad norm" the norm before clipping, equal on every rank;
-        and this rank's visible (query, key) pairs.
 
     Raises:
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
@@ -76,39 +71,21 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> tuple[dic
     counts = run.train_data.counts(step)
     for param_group in run.engine.optimizer.param_groups:
         param_group["lr"] = learning_rate(run.config, step) * param_group["lr_ratio"]
-    metrics: dict[str, float] = {}
-    pairs = _PairCounter(micro_batches, run.config.model.image_attention)
-    norm = run.steps.train(pairs, counts, lambda sums: metrics.update(_checked_metrics(run, step, sums, counts)))
-    metrics["grad norm"] = norm
-    if not math.isfinite(norm):
+    result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))
+    if not math.isfinite(result.grad_norm):
         raise FloatingPointError(
-            f"step {step + 1}: the gradient norm is not finite, though the loss is: {metrics}; the weights can no "
-            "longer be trusted and were not saved"
+            f"step {step + 1}: the gradient norm is not finite, though the loss is: {result.losses}; the weights can "
+            "no longer be trusted and were not saved"
         )
-    return metrics, pairs.count
+    return result
 
 
-class _PairCounter:
-    """Passes micro-batches on and counts their visible (query, key) pairs."""
-
-    def __init__(self, micro_batches: Iterator[Batch], image_attention: str) -> None:
-        self._micro_batches, self._image_attention = micro_batches, image_attention
-        self.count = 0
-
-    def __iter__(self) -> _PairCounter:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self._micro_batches)
-        self.count += attention_mask(batch, self._image_attention).visible_pairs
-        return batch
-
-
-def _checked_metrics(run: Run, step: int, sums: Sums, counts: StepCounts) -> dict[str, float]:
-    metrics = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {metrics}; the weights were not updated")
-    return {"loss": sum(metrics[term.name] for term in run.terms if term.trained), **metrics}
+def _finite_losses(run: Run, step: int, counts: StepCounts, sums: Sums) -> dict[str, float]:
+    losses = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {losses}; the weights were not updated")
+    total = sum(term.weight * losses[term.name] for term in run.terms if term.weight is not None)
+    return {"loss": total, **losses}
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -131,19 +108,17 @@ def _sum_counts(counts: list[StepCounts]) -> StepCounts:
     return StepCounts(**{name: sum(getattr(c, name) for c in counts) for name in vars(counts[0])})
 
 
-def _log(run: Run, step: int, metrics: dict[str, float], window: _Progress, consumed_tokens: int) -> None:
+def _log(run: Run, step: int, result: StepResult, window: _Progress, consumed_tokens: int) -> None:
     batch_size = run.config.schedule.global_batch_size
-    losses = {name: value for name, value in metrics.items() if name != "grad norm"}
     columns: dict[str, float | int] = {
         "consumed samples": step * batch_size,
         "consumed tokens": consumed_tokens,
         "elapsed time per iteration (ms)": 1000.0 * window.seconds / window.steps,
         "learning rate": learning_rate(run.config, step - 1),
         "global batch size": batch_size,
-        **losses,
-        "grad norm": metrics["grad norm"],
+        **result.losses,
+        "grad norm": result.grad_norm,
         "number of skipped iterations": int(run.engine.skipped_steps),
-        "number of nan iterations": 0,
         "samples per second": window.steps * batch_size / window.seconds,
         "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.groups.world.size,
         "TFLOPs": window.flops / window.seconds / run.groups.world.size / 1e12,
@@ -152,15 +127,15 @@ def _log(run: Run, step: int, metrics: dict[str, float], window: _Progress, cons
     run.logger.record(step, columns)
 
 
-def _flops(run: Run, counts: StepCounts, local_pairs: int) -> float:
-    stage1 = run.config.recipe.recipe == "distill"
+def _flops(run: Run, result: StepResult) -> float:
+    stage = run.config.stage
     return training_flops(
         run.config.model,
-        tokens=counts.tokens,
-        head_tokens=counts.text_tokens if stage1 else counts.lm_tokens,
+        tokens=result.counts.tokens,
+        head_tokens=getattr(result.counts, stage.head_tokens),
         # The other ranks' sequences are packed alike; their exact pairs are not worth a message.
-        visible_pairs=local_pairs * run.groups.data.size,
-        with_post_decoder=not stage1,
+        visible_pairs=result.visible_pairs * run.groups.data.size,
+        stage=stage,
     )
 
 

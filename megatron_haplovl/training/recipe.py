@@ -8,44 +8,23 @@ from typing import Any
 from torch import nn
 
 from megatron_haplovl.config.schema import OptimizerConfig, RecipeConfig
-
-# First part of a parameter's name -> the part of the model that freeze flags and learning rates speak of.
-_PART_OF = {
-    "embedding": "embedding",
-    "pre_decoder": "pre_decoder",
-    "connector": "connector",
-    "post_decoder": "post_decoder",
-    "final_norm": "post_decoder",
-    "lm_head": "post_decoder",
-    "distillation": "distillation",
-}
-
-_TRAINED_BY = {
-    "distill": {"embedding", "pre_decoder", "distillation"},
-    "align": {"connector"},
-    "full": {"embedding", "pre_decoder", "connector", "post_decoder"},
-}
-
-# Stage 1 distils the language model's own matrix W, so it must not move (paper Sec. 3.2).
-_ALWAYS_FROZEN_BY = {"distill": {"embedding.text.weight"}, "align": set[str](), "full": set[str]()}
+from megatron_haplovl.config.stages import FREEZABLE, PART_OF, RECIPES
 
 
 def part_of(parameter: str) -> str:
     """The part of the model that a parameter belongs to."""
-    return _PART_OF[parameter.split(".", 1)[0]]
+    return PART_OF[parameter.split(".", 1)[0]]
 
 
-def trained_parts(config: RecipeConfig) -> set[str]:
+def trained_parts(config: RecipeConfig) -> frozenset[str]:
     """Parts that a recipe trains, less what the freeze flags take away."""
-    frozen = {
-        part for part in ("embedding", "pre_decoder", "connector", "post_decoder") if getattr(config, f"freeze_{part}")
-    }
-    return _TRAINED_BY[config.recipe] - frozen
+    frozen = {part for part in FREEZABLE if getattr(config, f"freeze_{part}")}
+    return RECIPES[config.recipe].trains - frozen
 
 
 def is_trained(parameter: str, config: RecipeConfig) -> bool:
     """Whether a recipe trains the parameter of this name."""
-    return part_of(parameter) in trained_parts(config) and parameter not in _ALWAYS_FROZEN_BY[config.recipe]
+    return part_of(parameter) in trained_parts(config) and parameter not in RECIPES[config.recipe].stage.frozen
 
 
 def apply_recipe(model: nn.Module, config: RecipeConfig) -> None:
@@ -92,7 +71,7 @@ def parameter_groups(
             }
         if name in own:
             groups[part, decays]["params"].append(own[name])
-    for part in ("embedding", "pre_decoder", "connector", "post_decoder"):
+    for part in FREEZABLE:
         if getattr(config, f"{part}_lr") is not None and (part, True) not in groups:
             raise ValueError(f"--{part.replace('_', '-')}-lr is given, but this run does not train that part")
     # DeepSpeed reduces group after group, copying together what is small; the post-decoder's matrices come first and

@@ -21,7 +21,7 @@ from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.block import Block
-from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
+from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel.context_parallel import apply_context_parallel
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.pipeline import Stages, keep_stage
@@ -32,8 +32,7 @@ from megatron_haplovl.planning.work import Work, work_of_batch
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.logging import RunLogger
 from megatron_haplovl.training.recipe import apply_recipe, is_trained, parameter_groups, trained_parts
-from megatron_haplovl.training.stages import build_losses
-from megatron_haplovl.training.teacher import teacher_width
+from megatron_haplovl.training.stages import head_inputs, stage_of
 
 # Of the training data, what a pipeline's cut is computed from.
 _PACKS_FOR_CUT = 16
@@ -117,12 +116,15 @@ def setup(config: Config, differences: str | None = None) -> Run:
     logger.print(_count_parameters(model, config.recipe))
     finish_tensor_parallel(model.module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
 
-    head_inputs, terms = build_losses(config, model, device)
+    stage = stage_of(config)
+    terms = stage.terms(config.loss)
     groups_of_stages = None
     if stages is not None:
         groups_of_stages = {n: len(shape) for n, shape in model.shapes.items() if is_trained(n, config.recipe)}
     optimizer_groups = parameter_groups(model.module, config.optimizer, trained=groups_of_stages)
-    engine, steps = build_engine(model, config, device, head_inputs, terms, optimizer_groups)
+    engine, steps = build_engine(
+        model, config, device, head_inputs(stage, config, model, device), terms, optimizer_groups
+    )
 
     first_step = 0
     if resumed is not None:
@@ -154,35 +156,24 @@ def _plan_stages(config: Config, groups: ParallelGroups, device: torch.device, d
     parallel, schedule = config.parallel, config.schedule
     if groups.pipeline.size == 1:
         return None
-    stage1 = config.recipe.recipe == "distill"
 
     def first_packs() -> Work | None:
         if groups.world.rank != 0:
             return None
         number = min(schedule.global_batch_size, _PACKS_FOR_CUT)
         batch = data.packs(range(number))
-        return work_of_batch(batch, stage1, config.model.image_attention) * (schedule.micro_batch_size / number)
+        return work_of_batch(batch, config.stage) * (schedule.micro_batch_size / number)
 
     # Read on one rank, so that a cut that is close to another is the same everywhere.
     work = groups.world.gather_objects(groups.world.together(first_packs))[0]
     layers, first = stage_cut(
         config.model,
         work,
-        Layout(
-            tensor=groups.tensor.size,
-            pipeline=groups.pipeline.size,
-            context=groups.context.size,
-            data=groups.data.size,
-            zero_stage=parallel.zero_stage,
-            offload_optimizer=parallel.offload_optimizer == "cpu",
-            sequence_parallel=parallel.sequence_parallel,
-            recompute=parallel.recompute_granularity,
-            micro_batch_size=schedule.micro_batch_size,
-        ),
+        Layout.of(config, data=groups.data.size),
         device=device.type,
         bf16=config.precision.bf16,
         trained=trained_parts(config.recipe),
-        stage1=stage1,
+        stage=config.stage,
         method=parallel.pipeline_partition,
         micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
     )
@@ -198,12 +189,7 @@ def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = 
         ValueError: a stage of the pipeline would train nothing.
     """
     with torch.device("meta"):
-        backend = config.precision.attention_backend
-        if config.recipe.recipe == "distill":
-            width = teacher_width(config.init.vision_teacher, config.model)
-            module: HaploVL | HaploVLForDistillation = HaploVLForDistillation(config.model, width, backend)
-        else:
-            module = HaploVL(config.model, backend)
+        module = stage_of(config).build_model(config)
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     # Context parallelism first: of each sequence a rank has a share, and of that share tensor ranks have parts.
     apply_context_parallel(module, groups.context)
@@ -225,7 +211,7 @@ def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe:
             )
 
 
-def compile_blocks(model: HaploVL | HaploVLForDistillation) -> None:
+def compile_blocks(model: LayeredModel) -> None:
     """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
     # Otherwise a block that is compiled too often goes on uncompiled, with a warning only.
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -1,41 +1,95 @@
-"""What a stage of the training is."""
+"""What a stage of the training is, in one table: model, losses, and what the head is given to compute them.
+
+`config.stages` has what settings and planning need to know of a stage: its layers, what its recipes train.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.schema import Config, LossConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
+from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.engine.engine import HeadInputs
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.losses.terms import DISTILLATION_TERMS, LANGUAGE_MODELING_TERMS, LossTerm
+from megatron_haplovl.losses.terms import LANGUAGE_MODELING_TERMS, LossTerm, distillation_terms
+from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, LayeredModel
 from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-from megatron_haplovl.training.teacher import VisionTeacher, load_teacher, random_teacher
+from megatron_haplovl.training.teacher import build_teacher, teacher_width
+
+Targets = Callable[[Batch], tuple[Any, ...]]
+"""Micro-batch -> what the head is given beside the hidden state, the batch and the loss function."""
 
 
-def build_losses(config: Config, model: ShardedModel, device: torch.device) -> tuple[HeadInputs, tuple[LossTerm, ...]]:
-    vocabulary = _vocabulary_shard(config.model.vocab_size, model.groups.tensor)
-    if config.recipe.recipe != "distill":
-        next_token = partial(next_token_loss, **vocabulary)
-        return lambda batch: (batch, next_token), LANGUAGE_MODELING_TERMS
-    distillation = partial(distillation_loss, **vocabulary)
-    if model.groups.pipeline.rank < model.groups.pipeline.size - 1:
-        return lambda batch: (batch, None, distillation), DISTILLATION_TERMS  # Never asked: there is no head here.
-    teacher = _build_teacher(config, device)
-    return lambda batch: (batch, teacher(batch), distillation), DISTILLATION_TERMS
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the training."""
+
+    build_model: Callable[[Config], LayeredModel]
+    """The serial model; called where parameters are made on the meta device."""
+    loss: Callable[..., dict[str, torch.Tensor]]
+    """What the head calls: sums over tokens, by the names of the terms. Takes the words that this rank holds."""
+    terms: Callable[[LossConfig], tuple[LossTerm, ...]]
+    """What the sums are divided by, and their weights in the total."""
+    build_targets: Callable[[Config, torch.device], Targets]
+    """What a micro-batch is trained towards beside what it holds itself."""
 
 
-def _build_teacher(config: Config, device: torch.device) -> VisionTeacher:
-    init = config.init
-    if init.vision_teacher is None:
-        teacher = random_teacher(config.model, init.teacher_layer, config.run.seed)
-    else:
-        teacher = load_teacher(init.vision_teacher, config.model, init.teacher_layer)
-    return teacher.to(device, torch.bfloat16 if config.precision.bf16 else torch.float32)
+def _distillation_model(config: Config) -> LayeredModel:
+    return HaploVLForDistillation(config.model, teacher_width(config), config.precision.attention_backend)
+
+
+def _whole_model(config: Config) -> LayeredModel:
+    return HaploVL(config.model, config.precision.attention_backend)
+
+
+def _teacher_features(config: Config, device: torch.device) -> Targets:
+    teacher = build_teacher(config, device)
+    return lambda batch: (teacher(batch),)
+
+
+def _nothing(_config: Config, _device: torch.device) -> Targets:
+    return lambda _batch: ()
+
+
+STAGES: dict[str, Stage] = {
+    PRETRAIN.name: Stage(_distillation_model, distillation_loss, distillation_terms, _teacher_features),
+    FINETUNE.name: Stage(_whole_model, next_token_loss, lambda _weights: LANGUAGE_MODELING_TERMS, _nothing),
+}
+"""`StageSpec.name` -> how the stage is built."""
+
+
+def stage_of(config: Config) -> Stage:
+    """The stage of a run."""
+    return STAGES[config.stage.name]
+
+
+def head_inputs(stage: Stage, config: Config, model: ShardedModel, device: torch.device) -> HeadInputs:
+    """What the head of a stage is given for a micro-batch, behind the hidden state.
+
+    Args:
+        stage: of the training.
+        config: the run's settings.
+        model: this rank's part of it. Only the last stage of a pipeline has the head.
+        device: what the model runs on.
+    """
+    pipeline = model.groups.pipeline
+    if pipeline.rank < pipeline.size - 1:
+        return _no_head
+    loss = partial(stage.loss, **_vocabulary_shard(config.model.vocab_size, model.groups.tensor))
+    targets = stage.build_targets(config, device)
+    return lambda batch: (batch, *targets(batch), loss)
+
+
+def _no_head(_batch: Batch) -> tuple[Any, ...]:
+    raise AssertionError("this stage of the pipeline has no head")
 
 
 def _vocabulary_shard(vocab_size: int, tensor: Group) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def inputs(dtype: torch.dtype, tokens: int) -> Inputs:
 
 def set_chunks() -> None:
     """A few tokens per chunk and fewer per block."""
-    linear_cross_entropy._CHUNK_BYTES["cpu"] = 8 * 5 * VOCAB // 2
-    linear_cross_entropy._BLOCK_BYTES["cpu"] = 4 * 3 * VOCAB // 4
+    linear_cross_entropy.CHUNK_BYTES["cpu"] = 8 * 5 * VOCAB // 2
+    linear_cross_entropy.BLOCK_BYTES["cpu"] = 4 * 3 * VOCAB // 4
 
 
 def result_file(folder: Path, ranks: int, rank: int, dtype: torch.dtype, tokens: int) -> Path:

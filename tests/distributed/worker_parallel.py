@@ -77,7 +77,8 @@ def main(folder: Path, adamw: str, cases: Sequence[str]) -> None:
         run = setup(parallel_config(case, adamw))
         gradients = gradients_before_step(run)
         batches = run.train_data.micro_batches()
-        metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
+        results = [train_step(run, step, batches) for step in range(STEPS)]
+        metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
         weights = dict(full_weights(run.model))
         gradients = of_all_stages(run, gradients)
         if dist.get_rank() == 0:

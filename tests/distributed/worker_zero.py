@@ -29,7 +29,8 @@ def main(folder: Path) -> None:
                     continue
                 run = setup(config(recipe, parallel__zero_stage=zero_stage, **flags))
                 batches = run.train_data.micro_batches()
-                metrics = [train_step(run, step, batches)[0] for step in range(STEPS)]
+                results = [train_step(run, step, batches) for step in range(STEPS)]
+                metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
                 weights = dict(full_weights(run.model))
                 if dist.get_rank() == 0:
                     path = result_file(folder, recipe, zero_stage, mode)

@@ -83,6 +83,7 @@ def test_the_launchers_local_rank_is_accepted():
         ([*MOCK, "--eval-interval", "3"], "--eval-interval needs --valid-data-path"),
         ([*MOCK, "--lr-decay-style", "constant", "--min-lr", "1e-6"], "never decays"),
         ([*MOCK, "--teacher-layer", "-2"], "--teacher-layer is for stage 1"),
+        ([*MOCK, "--ctp-loss-weight", "0.5"], "--ctp-loss-weight is for stage 1 only"),
         ([*MOCK, "--tensor-model-parallel-size", "2"], "--post-num-attention-heads 5 is not a multiple of"),
         ([*MOCK, "--context-parallel-size", "3"], "--pre-num-attention-heads 4 is not a multiple of"),
         ([*MOCK, "--sequence-parallel"], "it needs --tensor-model-parallel-size above 1"),
@@ -123,6 +124,7 @@ def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):
         (["--data-path", "x", "--vision-teacher", "t"], "--language-model"),
         (["--mock-data", "--text-embedding", "folded"], "--text-embedding factored"),
         (["--mock-data", "--freeze-connector"], "no connector"),
+        (["--mock-data", "--vision-loss-weight", "-1"], "must not be negative"),
     ],
 )
 def test_stage_1_needs_its_teachers(words, message, capsys):

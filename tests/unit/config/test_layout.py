@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.layout import CONSTRAINTS, Layout, Workload, check_layout
 from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.stages import PRETRAIN
 
 WORKLOAD = Workload(MODELS["haplovl-8b"], seq_length=6144, global_batch_size=128)
 QWEN = Workload(MODELS["haplovl-7b-pro"], seq_length=6144, global_batch_size=128)
@@ -51,7 +53,7 @@ def test_possible_layouts() -> None:
         ),
         (WORKLOAD, Layout(sequence_parallel=True), "sequence parallel", "needs --tensor-model-parallel-size above 1"),
         (WORKLOAD, Layout(pipeline=61), "stages", "61 is more than the 60 layers"),
-        (dataclasses.replace(WORKLOAD, stage1=True), Layout(pipeline=27), "stages", "27 is more than the 26 layers"),
+        (dataclasses.replace(WORKLOAD, stage=PRETRAIN), Layout(pipeline=27), "stages", "27 is more than the 26 layers"),
         (WORKLOAD, Layout(pipeline=2, zero_stage=2), "pipeline and ZeRO", "use --zero-stage 1 or no pipeline"),
         (WORKLOAD, Layout(pipeline=2, zero_stage=3), "pipeline and ZeRO", "--zero-stage 3"),
         (WORKLOAD, Layout(zero_stage=0, offload_optimizer=True), "offloaded optimizer", "needs --zero-stage 1, 2 or 3"),
@@ -66,9 +68,30 @@ def test_refused_layouts(workload: Workload, layout: Layout, name: str, message:
 
 
 def test_stage_1_has_no_post_decoder_to_share() -> None:
-    assert check_layout(dataclasses.replace(QWEN, stage1=True), Layout(tensor=8)) == {}
+    assert check_layout(dataclasses.replace(QWEN, stage=PRETRAIN), Layout(tensor=8)) == {}
 
 
 def test_every_constraint_is_tested() -> None:
     tested = {case[2] for case in test_refused_layouts.pytestmark[0].args[1]}
     assert tested == {"sizes", *CONSTRAINTS}
+
+
+def test_a_layout_takes_everything_from_the_settings() -> None:
+    parallel = {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 3,
+        "zero_stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_param": "cpu",
+        "sequence_parallel": True,
+        "recompute_granularity": "full",
+    }
+    overrides: dict[tuple[str, ...], object] = {("parallel", name): value for name, value in parallel.items()}
+    config = build_config("pretrain", "haplovl-debug", {**overrides, ("schedule", "micro_batch_size"): 4})
+    expected = Layout(2, 1, 3, 5, 3, True, True, True, "full", 4)
+    assert Layout.of(config, data=5) == expected
+    # Every field differs from its default but the pipeline's, which does not go with ZeRO 3.
+    same = [name for name, value in vars(expected).items() if value == getattr(Layout(), name)]
+    assert same == ["pipeline"]
+    assert Workload.of(config) == Workload(config.model, 512, 256, PRETRAIN)

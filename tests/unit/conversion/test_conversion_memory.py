@@ -14,6 +14,7 @@ from megatron_haplovl.checkpoint.pieces import MOMENTS, WEIGHT, Piece
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
 from megatron_haplovl.checkpoint.write import complete, write_rank
 from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.conversion.export import export_checkpoint
 from megatron_haplovl.conversion.hf_compatibility import language_config_of
 from megatron_haplovl.conversion.hf_mapping import language_model_table
@@ -69,7 +70,7 @@ def _save_in_pieces(network: torch.nn.Module, config: Config, folder: Path, rank
 
 
 def _import_language_model(folder: Path) -> None:
-    source = open_language_model(folder / "llama", _MODEL, embedding_only=False)
+    source = open_language_model(folder / "llama", _MODEL, stage=FINETUNE)
     write_initial_checkpoint([source], Config(model=_MODEL), folder / "out")
 
 

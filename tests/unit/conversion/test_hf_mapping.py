@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.conversion.hf_compatibility import language_config_of, vision_config_of
 from megatron_haplovl.conversion.hf_mapping import export_to_haplo, haplo_table
-from megatron_haplovl.conversion.hf_sources import open_clip, open_language_model
+from megatron_haplovl.conversion.hf_sources import open_language_model, open_vision_tower
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.model.attention_inputs import AttentionInputs
 from megatron_haplovl.model.embeddings import cut_patches
@@ -32,7 +33,7 @@ _TOLERANCE = 1e-5
 
 
 def load_vision_model(*arguments):
-    weights = open_clip(*arguments)
+    weights = open_vision_tower(*arguments)
     return {name: weights.get(name) for name in weights.names()}
 
 
@@ -152,7 +153,7 @@ def test_llama(tmp_path: Path, tied: bool) -> None:
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)
-    _load(network, load_language_model(tmp_path, model, embedding_only=False))
+    _load(network, load_language_model(tmp_path, model, stage=FINETUNE))
     tokens = torch.randint(0, model.vocab_size, (2, 9))
     expected = _reference_logits(language_model, tokens)
     torch.testing.assert_close(_our_logits(network, tokens), expected, atol=_TOLERANCE, rtol=1e-5)
@@ -165,17 +166,17 @@ def test_qwen2_with_biases(tmp_path: Path) -> None:
     _randomize(language_model)
     language_model.save_pretrained(tmp_path)
     network = random_haplovl(model)
-    _load(network, load_language_model(tmp_path, model, embedding_only=False))
+    _load(network, load_language_model(tmp_path, model, stage=FINETUNE))
     tokens = torch.randint(0, model.vocab_size, (2, 9))
     expected = _reference_logits(language_model, tokens)
     torch.testing.assert_close(_our_logits(network, tokens), expected, atol=_TOLERANCE, rtol=1e-5)
     with pytest.raises(ValueError, match="--.no-.post-qkv-bias"):
-        load_language_model(tmp_path, plain, embedding_only=False)
+        load_language_model(tmp_path, plain, stage=FINETUNE)
 
 
 def test_every_parameter_of_a_post_decoder_is_loaded(llama_folder: Path) -> None:
     model = tiny_model()
-    loaded = load_language_model(llama_folder, model, embedding_only=False)
+    loaded = load_language_model(llama_folder, model, stage=FINETUNE)
     parameters = dict(HaploVL(model).named_parameters())
     needed = {name for name in parameters if name.startswith(("post_decoder.", "final_norm.", "lm_head."))}
     assert set(loaded) == needed | {"embedding.text.weight"}
@@ -184,7 +185,7 @@ def test_every_parameter_of_a_post_decoder_is_loaded(llama_folder: Path) -> None
 def test_embedding_only_does_not_look_at_the_blocks(llama_folder: Path) -> None:
     model = tiny_model()
     deeper = dataclasses.replace(model, post=dataclasses.replace(model.post, num_layers=9, rope_theta=1.0))
-    weights = load_language_model(llama_folder, deeper, embedding_only=True)
+    weights = load_language_model(llama_folder, deeper, stage=PRETRAIN)
     assert list(weights) == ["embedding.text.weight"]
     assert torch.equal(weights["embedding.text.weight"], WeightReader(llama_folder).get("model.embed_tokens.weight"))
 
@@ -211,7 +212,7 @@ def test_language_model_that_does_not_fit(llama_folder: Path, key: str, value: o
     path = llama_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ValueError, match=message):
-        load_language_model(llama_folder, tiny_model(), embedding_only=False)
+        load_language_model(llama_folder, tiny_model(), stage=FINETUNE)
 
 
 def test_rope_settings_of_transformers_4(llama_folder: Path) -> None:
@@ -219,13 +220,13 @@ def test_rope_settings_of_transformers_4(llama_folder: Path) -> None:
     settings = json.loads(path.read_text())
     del settings["rope_parameters"]
     path.write_text(json.dumps({**settings, "rope_theta": 500.0, "rope_scaling": None}))
-    load_language_model(llama_folder, tiny_model(), embedding_only=False)
+    load_language_model(llama_folder, tiny_model(), stage=FINETUNE)
     path.write_text(json.dumps({**settings, "rope_theta": 501.0}))
     with pytest.raises(ValueError, match=r"rope_theta is 501\.0"):
-        load_language_model(llama_folder, tiny_model(), embedding_only=False)
+        load_language_model(llama_folder, tiny_model(), stage=FINETUNE)
     path.write_text(json.dumps({**settings, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}))
     with pytest.raises(ValueError, match="rope_scaling"):
-        load_language_model(llama_folder, tiny_model(), embedding_only=False)
+        load_language_model(llama_folder, tiny_model(), stage=FINETUNE)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,11 @@ def test_rope_settings_of_transformers_4(llama_folder: Path) -> None:
         ("layer_norm_eps", 1e-6, "--pre-layernorm-epsilon"),
         ("num_attention_heads", 4, "--pre-num-attention-heads"),
         ("num_channels", 1, "num_channels"),
-        ("model_type", "siglip_vision_model", "not a CLIP vision model"),
+        (
+            "model_type",
+            "dinov2",
+            r"'dinov2' is not a vision model that the pre-decoder can inherit from \(CLIP or SigLIP\)",
+        ),
     ],
 )
 def test_vision_model_that_does_not_fit(vision_folder: Path, key: str, value: object, message: str) -> None:
@@ -251,12 +256,12 @@ def test_folders_that_are_none(tmp_path: Path, llama_folder: Path) -> None:
         load_vision_model(tmp_path / "missing", tiny_model())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_language_model(tmp_path / "empty", tiny_model(), embedding_only=True)
+        load_language_model(tmp_path / "empty", tiny_model(), stage=PRETRAIN)
     state = {name: WeightReader(llama_folder).get(name) for name in WeightReader(llama_folder).names()}
     state["model.norm.weight"] = torch.zeros(3)
     write_weights(state, llama_folder)
     with pytest.raises(ValueError, match=r"model\.norm\.weight has the shape \[3\], but the model needs \[24\]"):
-        load_language_model(llama_folder, tiny_model(), embedding_only=False)
+        load_language_model(llama_folder, tiny_model(), stage=FINETUNE)
 
 
 @pytest.mark.parametrize("text_embedding", ["factored", "folded"])

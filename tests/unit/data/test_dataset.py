@@ -122,6 +122,21 @@ def test_packed_documents_equal_documents_alone(vision: VisionConfig) -> None:
         )
 
 
+@pytest.mark.parametrize("image_attention", ["bidirectional", "causal"])
+def test_visible_pairs_are_those_that_the_model_lets_attend(image_attention: str) -> None:
+    vision = VISIONS[0]
+    packs = packs_of(MockSource(100, vision, 40, seed=3))
+    documents = [[lay_out_document(d, vision) for d in pack] for pack in packs]
+    batch = collate(documents, SEQ_LENGTH, vision, image_attention)
+    query, key = torch.arange(SEQ_LENGTH)[:, None], torch.arange(SEQ_LENGTH)
+    end = batch.kv_end_BS if image_attention == "bidirectional" else (query.T + 1).expand_as(batch.kv_end_BS)
+    seen = (key >= batch.kv_start_BS[..., None]) & (key < end[..., None])
+    assert batch.visible_pairs == int(seen.sum())
+    causal = sum(n * (n + 1) // 2 for pack in documents for n in (len(d.tokens) for d in pack))
+    padding = len(packs) * SEQ_LENGTH - sum(len(d.tokens) for pack in documents for d in pack)
+    assert (batch.visible_pairs == causal + padding) == (image_attention == "causal")
+
+
 def test_text_only_batch_has_no_tiles() -> None:
     vision = VISIONS[0]
     sample = Sample(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.uint8), np.zeros(3, bool), ())

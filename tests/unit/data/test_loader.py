@@ -38,7 +38,12 @@ def make_stream(prefix: str, config: Config, *, num_steps: int = 9, **options: A
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Batch))
+    def equal(ours: object, theirs: object) -> bool:
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            return torch.equal(ours, theirs)
+        return ours == theirs
+
+    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Batch))
 
 
 def rows(batches: Iterator[Batch]) -> list[tuple[int, ...]]:

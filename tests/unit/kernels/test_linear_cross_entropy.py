@@ -54,8 +54,8 @@ def error(got, expected):
 
 
 def set_chunks(monkeypatch, rows, block, dtype):
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", rows * V * dtype.itemsize)
-    monkeypatch.setitem(module._BLOCK_BYTES, "cpu", block * V * 4)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", rows * V * dtype.itemsize)
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", block * V * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -100,7 +100,7 @@ def test_bf16_is_no_worse_than_the_plain_form_in_bf16(monkeypatch, rows):
 def test_a_trained_bf16_head_is_rounded_a_bounded_number_of_times(monkeypatch):
     set_chunks(monkeypatch, 1, 1, torch.bfloat16)
     head = make(torch.bfloat16)[1]
-    assert -(-1000 // module._chunk_rows(1000, 2 * V, head, trained=True)) == module._MOST_ROUNDINGS
+    assert -(-1000 // module._chunk_rows(1000, 2 * V, head, trained=True)) == module.MOST_ROUNDINGS
     assert module._chunk_rows(1000, 2 * V, head, trained=False) == 1
     assert module._chunk_rows(1000, 4 * V, head.float(), trained=True) == 1
 

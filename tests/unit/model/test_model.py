@@ -78,6 +78,7 @@ def make_batch(documents, seq_length, seed=0):
         patch_source_P=torch.tensor(source, dtype=torch.int64),
         patch_target_P=torch.tensor(target, dtype=torch.int64),
         newline_target_N=torch.tensor(newline, dtype=torch.int64),
+        visible_pairs=sum(e - s for s, e in zip(start, end, strict=True)),
     )
 
 

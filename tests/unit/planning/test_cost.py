@@ -11,7 +11,6 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionModel
 
 from benchmarks.planner_memory import (
     STAGE1,
@@ -26,18 +25,17 @@ from benchmarks.planner_memory import (
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.conversion.hf_compatibility import vision_config_of
-from megatron_haplovl.kernels import linear_cross_entropy
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
-from megatron_haplovl.planning import cost
 from megatron_haplovl.parallel.tensor_parallel import split_dim
 from megatron_haplovl.planning.cost import layer_costs, model_operations
 from megatron_haplovl.planning.cost_units import LayerCost, Precision, Speeds
 from megatron_haplovl.planning.work import work_of_batch, work_of_sequence
 from megatron_haplovl.training.flops import training_flops
+from megatron_haplovl.training.teacher import random_teacher
 
 SMALL = ModelConfig(
     vocab_size=640,
@@ -124,9 +122,16 @@ def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
 def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
     with torch.device("meta"):
         model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
-        teacher = CLIPVisionModel(vision_config_of(config))
+        teacher = random_teacher(config, -1, seed=0)
     trained = STAGE1 if stage1 else STAGE2
-    layers = layer_costs(config, work_of_batch(BATCH, stage1), Layout(), Precision(), trained=trained, stage1=stage1)
+    layers = layer_costs(
+        config,
+        work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE),
+        Layout(),
+        Precision(),
+        trained=trained,
+        stage=PRETRAIN if stage1 else FINETUNE,
+    )
     for layer in layers:
         mine = {n: p for n, p in model.named_parameters() if n == layer.name or n.startswith(layer.name + ".")}
         count = sum(p.numel() for p in mine.values())
@@ -147,11 +152,11 @@ def test_parameters_of_a_tensor_parallel_rank(tensor: int, stage1: bool) -> None
         model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
     layers = layer_costs(
         config,
-        work_of_batch(BATCH, stage1),
+        work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE),
         Layout(tensor=tensor),
         Precision(),
         trained=STAGE1 if stage1 else STAGE2,
-        stage1=stage1,
+        stage=PRETRAIN if stage1 else FINETUNE,
     )
     for layer in layers[:-1]:
         mine = {n: p.numel() for n, p in model.named_parameters() if n == layer.name or n.startswith(layer.name + ".")}
@@ -205,9 +210,9 @@ def test_operations_are_those_that_torch_counts(recipe: str) -> None:
     model = build(model_config(), torch.float32, False, trained)
     assert isinstance(model, HaploVL)
     forward, backward = count_operations(model, trained)
-    work = dataclasses.replace(work_of_batch(make_batch(model_config(), (0,), 20), False), head_tokens=7)
+    work = dataclasses.replace(work_of_batch(make_batch(model_config(), (0,), 20), FINETUNE), head_tokens=7)
     assert work.pairs == 20 * 20
-    layers = layer_costs(model_config(), work, Layout(), Precision(), trained=trained, stage1=False)
+    layers = layer_costs(model_config(), work, Layout(), Precision(), trained=trained, stage=FINETUNE)
     head = layers[-1]
     for layer in layers[:-1]:
         assert layer.forward.total == forward[layer.name], layer.name
@@ -239,37 +244,40 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("stage1", [False, True])
 def test_the_logged_operations_agree(config: ModelConfig, stage1: bool) -> None:
     """`training.flops` leaves out what is small: patch embedding, text projector, stage 1's vision and text heads."""
-    work = work_of_batch(BATCH, stage1)
+    work = work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE)
     logged = training_flops(
         config,
         tokens=int(work.tokens),
         head_tokens=int(work.head_tokens),
         visible_pairs=int(work.pairs),
-        with_post_decoder=not stage1,
+        stage=PRETRAIN if stage1 else FINETUNE,
     )
     left_out = work.tokens * 128 * 64 + work.patches * 48 * 64
     if stage1:
         left_out += work.patches * 64 * 64 + work.head_tokens * 64 * 128
-    assert model_operations(config, work, stage1) == pytest.approx(logged + 6 * left_out, rel=1e-12)
+    assert model_operations(config, work, PRETRAIN if stage1 else FINETUNE) == pytest.approx(
+        logged + 6 * left_out, rel=1e-12
+    )
 
 
 def test_work_of_a_batch() -> None:
-    work = work_of_batch(BATCH, False)
+    work = work_of_batch(BATCH, FINETUNE)
     assert work.pairs == MixedMask(BATCH.kv_start_BS, BATCH.kv_end_BS).visible_pairs
     assert (work.tokens, work.patches, work.tiles) == (230, 48, 3)
     assert work.head_tokens == 40 + 50 + 70
-    assert work_of_batch(BATCH, True).head_tokens == 160
+    assert work_of_batch(BATCH, PRETRAIN).head_tokens == 160
 
 
 def test_work_of_a_sequence_is_that_of_a_packed_batch() -> None:
     batch = make_batch(SMALL, (30, 30, 30), 170)
-    expected = work_of_batch(batch, True)
+    expected = work_of_batch(batch, PRETRAIN)
     work = work_of_sequence(170, images=[20], text=30, trained=30, newlines=4, cells_per_tile=16)
     assert work == expected
     causal = work_of_sequence(
         170, images=[20], text=30, trained=30, newlines=4, cells_per_tile=16, image_attention="causal"
     )
-    assert causal == work_of_batch(batch, True, "causal") and causal.pairs < work.pairs
+    causal_model = dataclasses.replace(SMALL, image_attention="causal")
+    assert causal == work_of_batch(make_batch(causal_model, (30, 30, 30), 170), PRETRAIN) and causal.pairs < work.pairs
     with pytest.raises(ValueError, match="a document of 200 tokens does not fit a sequence of 170"):
         work_of_sequence(170, images=[100], text=100, trained=1, newlines=0, cells_per_tile=16)
     with pytest.raises(ValueError, match="31 trained tokens of 30 text tokens"):
@@ -288,7 +296,7 @@ def block_of(layout: Layout, recompute: str = "none") -> LayerCost:
         dataclasses.replace(layout, recompute=recompute),
         Precision(),
         trained=STAGE2,
-        stage1=False,
+        stage=FINETUNE,
     )
     return next(layer for layer in layers if layer.name == "post_decoder.5")
 
@@ -317,9 +325,9 @@ def test_ranks_share_the_work(layout: Layout) -> None:
 
 
 def test_every_context_rank_embeds_the_whole_sequence() -> None:
-    work = work_of_batch(BATCH, False)
+    work = work_of_batch(BATCH, FINETUNE)
     alone, shared = (
-        layer_costs(SMALL, work, Layout(context=context), Precision(), trained=STAGE2, stage1=False)
+        layer_costs(SMALL, work, Layout(context=context), Precision(), trained=STAGE2, stage=FINETUNE)
         for context in (1, 2)
     )
     assert shared[0].saved_bytes == alone[0].saved_bytes and shared[0].forward == alone[0].forward
@@ -349,9 +357,3 @@ def test_seconds_add_up_what_limits_them() -> None:
     # Forward 4 per pair and channel, twice with recomputation, and flash's backward 10.
     assert layer.seconds(Speeds(slow, 1e12, slow)) == pytest.approx((4 + 4 + 10) * pairs_channels / 1e12)
     assert layer.seconds(Speeds(slow, slow, 1e9)) == pytest.approx(layer.moved_bytes / 1e9)
-
-
-def test_the_losss_chunks_are_its_own() -> None:
-    assert cost._CHUNK_BYTES == linear_cross_entropy._CHUNK_BYTES
-    assert cost._BLOCK_BYTES == linear_cross_entropy._BLOCK_BYTES
-    assert cost._MOST_ROUNDINGS == linear_cross_entropy._MOST_ROUNDINGS

@@ -10,6 +10,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSche
 
 from megatron_haplovl.config.layout import Layout, Workload
 from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.planning.cost import layer_costs
 from megatron_haplovl.planning.cost_units import Precision, Speeds
 from megatron_haplovl.planning.estimate import Estimate, estimate, pipeline_seconds
@@ -111,7 +112,7 @@ def test_bubble_of_equal_stages() -> None:
 def test_memory_of_the_fullest_stage_by_hand() -> None:
     layout = Layout(tensor=2, pipeline=3, data=2, zero_stage=1, sequence_parallel=True)
     plan = of(layout)
-    layers = layer_costs(MODEL, WORK, layout, Precision(), trained=TRAINED, stage1=False)
+    layers = layer_costs(MODEL, WORK, layout, Precision(), trained=TRAINED, stage=FINETUNE)
     ends = [*plan.cut[1:], len(layers)]
     peaks = []
     for stage, (first, end) in enumerate(zip(plan.cut, ends, strict=True)):
@@ -170,14 +171,14 @@ def test_gradients_are_not_there_in_the_first_of_few_backward_passes() -> None:
 def test_data_parallel_messages_by_hand(zero_stage: int, per_step: int, per_micro_batch: int) -> None:
     plan = of(Layout(data=8, zero_stage=zero_stage))
     weights = sum(
-        layer.parameters for layer in layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+        layer.parameters for layer in layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage=FINETUNE)
     )
     assert plan.data_bytes == pytest.approx((per_step + 16 * per_micro_batch) * weights * 7 / 8)
 
 
 def test_step_time_adds_up() -> None:
     alone = of(Layout(data=1, zero_stage=1))
-    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage=FINETUNE)
     update = 30 * sum(layer.parameters for layer in layers) / 2e12
     # bf16 gradients are read and added to fp32 sums.
     adding = (2 + 2 * 4) * sum(layer.parameters for layer in layers) / 2e12
@@ -201,7 +202,7 @@ def test_step_time_adds_up() -> None:
 
 
 def test_time_of_offload_by_hand() -> None:
-    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage=FINETUNE)
     share = sum(layer.parameters for layer in layers) / 8
     arithmetic = sum(layer.seconds(CLUSTER.speeds) for layer in layers)
     update = 30 * share / 2e10
@@ -219,7 +220,7 @@ def test_time_of_offload_by_hand() -> None:
 
 
 def test_memory_of_offload_by_hand() -> None:
-    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage1=False)
+    layers = layer_costs(MODEL, WORK, Layout(), Precision(), trained=TRAINED, stage=FINETUNE)
     weights = sum(layer.parameters for layer in layers)
     plain, optimizer, both = (
         of(Layout(data=8, zero_stage=3, **flags)).memory

@@ -12,6 +12,7 @@ from deepspeed.runtime.utils import partition_balanced
 from megatron_haplovl.config.layout import Layout, Workload
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
 from megatron_haplovl.planning.cost import layer_costs
 from megatron_haplovl.planning.cost_units import Precision, Speeds
 from megatron_haplovl.planning.engine_memory import gradient_traffic
@@ -37,15 +38,15 @@ def names_and_cut(model: ModelConfig, work: Work, layout: Layout, **settings: An
         "device": "cuda",
         "bf16": True,
         "trained": STAGE2,
-        "stage1": False,
+        "stage": FINETUNE,
         "method": "auto",
         "micro_batches": 8,
     }
     return stage_cut(model, work, layout, **{**defaults, **settings})
 
 
-def loads(trained: frozenset[str] = STAGE2, stage1: bool = False, device: str = "cuda") -> list[LayerLoad]:
-    costs = layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage1=stage1)
+def loads(trained: frozenset[str] = STAGE2, stage: StageSpec = FINETUNE, device: str = "cuda") -> list[LayerLoad]:
+    costs = layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage=stage)
     return layer_loads(costs, Layout(), machine_of(device, bf16=True), bf16=True)
 
 
@@ -54,7 +55,7 @@ def test_names_are_the_flat_list() -> None:
     pre, post = [f"pre_decoder.{i}" for i in range(24)], [f"post_decoder.{i}" for i in range(32)]
     assert names == ["embedding", *pre, "connector", *post, "final_norm", "lm_head"]
     assert len(first_layers) == 4 and first_layers[0] == 0
-    names, _ = names_and_cut(MODEL, WORK, Layout(pipeline=2), trained=STAGE1, stage1=True)
+    names, _ = names_and_cut(MODEL, WORK, Layout(pipeline=2), trained=STAGE1, stage=PRETRAIN)
     assert names == ["embedding", *pre, "distillation"]
 
 
@@ -98,16 +99,16 @@ def test_ranks_of_the_layout_are_seen() -> None:
 
 
 def test_teacher_is_at_work_in_stage_1() -> None:
-    seconds = [layer.seconds for layer in loads(STAGE1, stage1=True)]
+    seconds = [layer.seconds for layer in loads(STAGE1, stage=PRETRAIN)]
     # Its forward pass, and the vocabulary's logits.
     assert seconds[-1] > 5 * seconds[1]
     with_tiles, without = (
-        layer_costs(MODEL, work, Layout(), Precision(), trained=STAGE1, stage1=True)[-1].moved_bytes
+        layer_costs(MODEL, work, Layout(), Precision(), trained=STAGE1, stage=PRETRAIN)[-1].moved_bytes
         for work in (WORK, dataclasses.replace(WORK, tiles=0))
     )
     # In bf16, 24 blocks: two norms and two sums of the width, three passes of the activation; a class token per tile.
     assert with_tiles - without == pytest.approx(24 * 2 * (10 * 1024 + 7 * 4096) * 577 * WORK.tiles)
-    assert cut(stages=2, trained=STAGE1, stage1=True)[1] > 13
+    assert cut(stages=2, trained=STAGE1, stage=PRETRAIN)[1] > 13
 
 
 def test_cpu_and_gpu_cut_differently() -> None:
@@ -137,9 +138,9 @@ def test_parameters_counts_trained_ones_as_deepspeed_does() -> None:
         partition_balanced([layer.trained_parameters for layer in loads()], 3)[:-1]
     )
     # The frozen matrix W weighs nothing in stage 1, and neither does the teacher: twelve blocks on either side.
-    trained = [layer.trained_parameters for layer in loads(STAGE1, stage1=True)]
+    trained = [layer.trained_parameters for layer in loads(STAGE1, stage=PRETRAIN)]
     assert trained[0] < trained[1] and trained[-1] < trained[1]
-    assert cut(method="parameters", stages=2, trained=STAGE1, stage1=True) == (0, 13)
+    assert cut(method="parameters", stages=2, trained=STAGE1, stage=PRETRAIN) == (0, 13)
 
 
 def test_explicit_cuts() -> None:
@@ -152,23 +153,23 @@ def test_explicit_cuts() -> None:
 
 def test_more_stages_than_layers() -> None:
     with pytest.raises(ValueError, match="26 layers cannot be cut into 27 stages"):
-        cut(stages=27, trained=STAGE1, stage1=True)
+        cut(stages=27, trained=STAGE1, stage=PRETRAIN)
 
 
 def test_seconds_of_a_layer_by_hand() -> None:
     machine = dataclasses.replace(
         machine_of("cuda", bf16=True), speeds=Speeds(products=1e30, attention=1e30, memory=1e9), intra_hop=0.0
     )
-    costs = layer_costs(MODEL, WORK, Layout(), Precision(), trained=STAGE2, stage1=False)
+    costs = layer_costs(MODEL, WORK, Layout(), Precision(), trained=STAGE2, stage=FINETUNE)
     block = layer_loads(costs, Layout(), machine, bf16=True)[30]
     # Beside what its operations move, a bf16 gradient is read and added to a sum in fp32.
     assert block.seconds == pytest.approx((costs[30].moved_bytes + 10 * costs[30].parameters) / 1e9)
     fp32 = layer_loads(costs, Layout(), machine, bf16=False)[30]
     assert fp32.seconds - block.seconds == pytest.approx(2 * costs[30].parameters / 1e9)
-    frozen = layer_costs(MODEL, WORK, Layout(), Precision(), trained=frozenset({"connector"}), stage1=False)
+    frozen = layer_costs(MODEL, WORK, Layout(), Precision(), trained=frozenset({"connector"}), stage=FINETUNE)
     assert layer_loads(frozen, Layout(), machine, bf16=True)[30].seconds == pytest.approx(frozen[30].moved_bytes / 1e9)
     tensor = Layout(tensor=2)
-    costs = layer_costs(MODEL, WORK, tensor, Precision(), trained=STAGE2, stage1=False)
+    costs = layer_costs(MODEL, WORK, tensor, Precision(), trained=STAGE2, stage=FINETUNE)
     narrow = dataclasses.replace(machine, speeds=Speeds(1e30, 1e30, 1e30), intra_node=1e9)
     assert layer_loads(costs, tensor, narrow, bf16=True)[30].seconds == pytest.approx(costs[30].tensor_bytes / 1e9)
 
@@ -192,7 +193,7 @@ def test_traffic_of_gradients(bf16: bool, zero_stage: int, per_parameter: float)
 
 def test_gradients_of_the_vocabulary_are_moved_whole() -> None:
     def moved(trained: frozenset[str], index: int) -> float:
-        return layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage1=False)[index].moved_bytes
+        return layer_costs(MODEL, WORK, Layout(), Precision(), trained=trained, stage=FINETUNE)[index].moved_bytes
 
     matrix = 2 * MODEL.vocab_size * MODEL.post.hidden_size
     # The head's is multiplied in place; the lookup's is filled with zeros.

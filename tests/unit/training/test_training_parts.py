@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_haplovl.config.cli import build_config
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.data.batch import StepCounts
 from megatron_haplovl.engine.deepspeed_config import deepspeed_config
 from megatron_haplovl.engine.metrics import reduce_metrics, total_loss
@@ -115,10 +116,12 @@ def test_a_stage_that_would_train_nothing_is_refused():
 
 
 def test_losses_are_divided_by_global_counts():
-    terms = (LossTerm("a", "text_tokens"), LossTerm("b", "patch_tokens"), LossTerm("c", "text_tokens", trained=False))
+    terms = (LossTerm("a", "text_tokens"), LossTerm("b", "patch_tokens"), LossTerm("c", "text_tokens", weight=None))
+    weighted = (LossTerm("a", "text_tokens", 0.5), terms[1], LossTerm("c", "text_tokens", 3.0))
     counts = StepCounts(lm_tokens=1, text_tokens=4, patch_tokens=0, tokens=9, documents=2)
     sums = {"a": torch.tensor(6.0), "b": torch.tensor(0.0), "c": torch.tensor(2.0)}
     assert float(total_loss(sums, terms, counts)) == 1.5
+    assert float(total_loss(sums, weighted, counts)) == 0.5 * 1.5 + 3.0 * 0.5
     assert reduce_metrics(sums, terms, counts, Group()) == {"a": 1.5, "b": 0.0, "c": 0.5}
 
 
@@ -193,7 +196,7 @@ def test_flops_of_a_model_counted_by_hand():
     # Pre-decoder: 2 blocks of 4 x 16^2 + 2 x 16 x 32; post: 2 blocks of 2 x 24^2 + 2 x 24 x 12 + 3 x 24 x 32.
     matrices = 2 * 2048 * 10 + 50 * 24 * 3 + 2 * 4032 * 10 + 16 * 24 * 10
     attention = (2 * 16 + 2 * 24) * 77
-    flops = training_flops(TINY, tokens=10, head_tokens=3, visible_pairs=77, with_post_decoder=True)
+    flops = training_flops(TINY, tokens=10, head_tokens=3, visible_pairs=77, stage=FINETUNE)
     assert flops == 6 * matrices + 12 * attention
 
 

@@ -1,0 +1,101 @@
+"""The stages of the training and their recipes, as far as settings and planning need to know them.
+
+How a stage is built is said in `training.stages`; what a recipe trains is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+PART_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding": "embedding",
+        "pre_decoder": "pre_decoder",
+        "connector": "connector",
+        "post_decoder": "post_decoder",
+        "final_norm": "post_decoder",
+        "lm_head": "post_decoder",
+        "distillation": "distillation",
+    }
+)
+"""First word of a layer's name -> the part of the model that recipes, freeze flags and learning rates speak of."""
+
+FREEZABLE = ("embedding", "pre_decoder", "connector", "post_decoder")
+"""Parts with a --freeze flag and a learning rate of their own."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the training (paper Sec. 3.2)."""
+
+    name: str
+    """The entry script is called `<name>_haplovl.py`."""
+    title: str
+    """What messages call the stage."""
+    layers: tuple[str, ...]
+    """First words of the layers' names, in the order of the flat layer list. The last layer is the head."""
+    head_tokens: str
+    """Field of `data.batch.StepCounts`: the tokens whose vocabulary logits are computed."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that no recipe of the stage trains."""
+    has_teachers: bool = False
+    """Whether the stage distils a vision teacher and the language model's embedding."""
+    own_settings: tuple[str, ...] = ()
+    """Settings (`section.field`) that no other stage reads."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the model that are there."""
+        return frozenset(PART_OF[layer] for layer in self.layers)
+
+
+PRETRAIN = StageSpec(
+    name="pretrain",
+    title="stage 1",
+    layers=("embedding", "pre_decoder", "distillation"),
+    head_tokens="text_tokens",
+    # The language model's own matrix W is what the text head is taught, so it must not move (paper Sec. 3.2).
+    frozen=frozenset({"embedding.text.weight"}),
+    has_teachers=True,
+    own_settings=(
+        "data.aux_data_path",
+        "init.teacher_layer",
+        "loss.vision_loss_weight",
+        "loss.feature_loss_weight",
+        "loss.ctp_loss_weight",
+    ),
+)
+FINETUNE = StageSpec(
+    name="finetune",
+    title="stage 2",
+    layers=("embedding", "pre_decoder", "connector", "post_decoder", "final_norm", "lm_head"),
+    head_tokens="lm_tokens",
+)
+STAGES: Mapping[str, StageSpec] = MappingProxyType({stage.name: stage for stage in (PRETRAIN, FINETUNE)})
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    """What one --recipe trains."""
+
+    stage: StageSpec
+    trains: frozenset[str]
+    """Parts of the model, see PART_OF."""
+    help: str = field(compare=False)
+
+
+RECIPES: Mapping[str, RecipeSpec] = MappingProxyType(
+    {
+        "distill": RecipeSpec(PRETRAIN, PRETRAIN.parts, "stage 1, the pre-decoder against its teachers"),
+        "align": RecipeSpec(FINETUNE, frozenset({"connector"}), "stage 2, the connector only"),
+        "full": RecipeSpec(FINETUNE, FINETUNE.parts, "stage 2, everything"),
+    }
+)
+"""--recipe -> what it trains."""
+
+
+def recipes_of(stage: StageSpec) -> tuple[str, ...]:
+    """The recipes that an entry script takes."""
+    return tuple(name for name, recipe in RECIPES.items() if recipe.stage == stage)

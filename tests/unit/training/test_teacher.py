@@ -1,0 +1,83 @@
+"""The vision teacher beside transformers' own hidden states, for every family and layer.
+
+Planted once to see it fail: CLIP's class token kept, SigLIP's colours left as they are, the norm behind SigLIP's blocks
+applied, one layer too many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from megatron_haplovl.conversion.hf_compatibility import vision_config_of
+from megatron_haplovl.conversion.hf_sources import VISION_TOWERS
+from megatron_haplovl.data.batch import Batch
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
+from megatron_haplovl.training.teacher import load_teacher
+from tests.fixtures.tiny_haplo import tiny_model
+
+MODEL = tiny_model()
+CELLS = MODEL.vision.cells_per_tile
+DEPTH = 2
+COLOURS = torch.rand(2, 3, MODEL.vision.image_size, MODEL.vision.image_size, generator=torch.Generator().manual_seed(0))
+# Patches of both tiles, in another order than theirs.
+SOURCE = torch.randperm(2 * CELLS, generator=torch.Generator().manual_seed(1))[: CELLS + 1]
+
+
+def batch_of(colours: torch.Tensor) -> Batch:
+    nothing = torch.zeros(1, 1, dtype=torch.int64)
+    tiles = (colours - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    return Batch(*[nothing] * 6, tiles, SOURCE[: len(colours) * CELLS], SOURCE, torch.zeros(0), visible_pairs=0)
+
+
+def tower_of(name: str):
+    settings = vision_config_of(dataclasses.replace(MODEL, pre=dataclasses.replace(MODEL.pre, num_layers=DEPTH)))
+    (family,) = (tower for tower in VISION_TOWERS if tower.name == name)
+    if name == "SigLIP":
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "patch_size",
+            "image_size",
+        )
+        network = SiglipVisionModel(SiglipVisionConfig(**{key: getattr(settings, key) for key in names}))
+    else:
+        network = family.model_class(settings)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return family, network.eval()
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 0, DEPTH])
+@pytest.mark.parametrize("name", [tower.name for tower in VISION_TOWERS])
+def test_features_are_the_towers_hidden_states(name, layer, tmp_path):
+    family, network = tower_of(name)
+    network.save_pretrained(tmp_path)
+    pixels = (COLOURS - torch.tensor(family.mean).view(3, 1, 1)) / torch.tensor(family.std).view(3, 1, 1)
+    with torch.no_grad():
+        expected = network(pixels, output_hidden_states=True).hidden_states[layer]
+    teacher = load_teacher(str(tmp_path), MODEL, layer)
+    assert teacher.width == MODEL.pre.hidden_size
+    found = teacher(batch_of(COLOURS))
+    patches = expected[:, expected.shape[1] - CELLS :].flatten(0, 1)
+    # Measured: 9e-7 of values up to 3.
+    torch.testing.assert_close(found, patches[SOURCE], rtol=0, atol=1e-5)
+    assert float(expected.abs().max()) > 1
+
+
+def test_a_batch_without_images_has_no_features(tmp_path):
+    _, network = tower_of("SigLIP")
+    network.save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), MODEL, -1)(batch_of(COLOURS[:0])).shape == (0, MODEL.pre.hidden_size)
+
+
+def test_a_layer_that_is_not_there_is_refused(tmp_path):
+    _, network = tower_of("CLIP")
+    network.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--teacher-layer 3: the teacher has 2 layers, so it goes from -3 to 2"):
+        load_teacher(str(tmp_path), MODEL, 3)
