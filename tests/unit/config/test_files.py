@@ -167,6 +167,10 @@ def test_a_recipe_is_for_one_stage(written, capsys):
     with pytest.raises(SystemExit):
         finetune("--config", written(DEBUG + "recipe: distill"))
     assert "finetune_haplovl.py trains --recipe align or full, not distill" in capsys.readouterr().err
+    saved = written(json.dumps(build_config("pretrain", "haplovl-7b", {}).to_dict()), "config.json")
+    with pytest.raises(SystemExit):
+        finetune("--config", saved, "--data-path", "x")
+    assert "finetune_haplovl.py trains --recipe align or full, not distill" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args("pretrain", argv=["--config", written(DEBUG + "recipe: full")])
     assert "pretrain_haplovl.py trains --recipe distill, not full" in capsys.readouterr().err
