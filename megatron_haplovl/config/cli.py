@@ -71,6 +71,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
+        action="extend",
         nargs="+",
         default=[],
         metavar="FILE",

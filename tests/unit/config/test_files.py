@@ -48,6 +48,8 @@ def test_precedence_is_stage_then_preset_then_files_in_order_then_flags(written)
     assert finetune("--config", first).optimizer.adam_beta2 == 0.98
     config = finetune("--config", first, second, "--train-iters", "9")
     assert (config.data.seq_length, config.optimizer.lr, config.schedule.train_iters) == (256, 0.002, 9)
+    # Given twice, as behind a launch script that has a file of its own.
+    assert finetune("--config", first, "--train-iters", "9", "--config", second) == config
     assert (
         finetune("--config", first, "--model", "haplovl-7b").model == build_config("finetune", "haplovl-7b", {}).model
     )
