@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,24 @@ def train_sentencepiece(folder: Path, name: str = "tiny", **options: Any) -> Pat
         input=str(corpus), model_prefix=str(folder / name), **{**settings, **options}
     )
     return folder / f"{name}.model"
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What the package logs during the test, as `LEVEL message`."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    package, collector = logging.getLogger("megatron_haplovl"), Collector()
+    level = package.level
+    package.addHandler(collector)
+    package.setLevel(logging.INFO)
+    yield lines
+    package.removeHandler(collector)
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_haplovl.checkpoint.folders import complete_checkpoints, resolve_checkpoint, restore_replaced
@@ -11,10 +11,10 @@ from megatron_haplovl.checkpoint.manifest import MANIFEST, damaged_files
 from megatron_haplovl.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from megatron_haplovl.parallel.groups import Group
 
+logger = logging.getLogger(__name__)
 
-def find_resumable(
-    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
-) -> Path | None:
+
+def find_resumable(path: str | Path, world: Group, *, allow_fallback: bool = False) -> Path | None:
     """The checkpoint that a run goes on from; see :func:`find_checkpoint`.
 
     Returns:
@@ -26,7 +26,7 @@ def find_resumable(
     candidates = _agree_on_candidates(path, world, allow_fallback)
     if not candidates:
         return None
-    folder = _first_whole(candidates, world, log, allow_fallback)
+    folder = _first_whole(candidates, world, allow_fallback)
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} holds weights only, so no run can go on from it; to start one, add --finetune, or give it as "
@@ -35,9 +35,7 @@ def find_resumable(
     return folder
 
 
-def find_checkpoint(
-    path: str | Path, world: Group, log: Callable[[str], None], *, allow_fallback: bool = False
-) -> Path:
+def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = False) -> Path:
     """The newest checkpoint of a --save folder, or the one that a path names; its checksums are verified.
 
     Called by every rank; they share the work. A checkpoint that was imported has no checksums.
@@ -45,7 +43,6 @@ def find_checkpoint(
     Args:
         path: see `resolve_checkpoint`.
         world: all ranks.
-        log: receives lines for the user.
         allow_fallback: where the newest is damaged, take the newest one before it that is whole.
 
     Raises:
@@ -55,17 +52,16 @@ def find_checkpoint(
     candidates = _agree_on_candidates(path, world, allow_fallback)
     if not candidates:
         raise ValueError(f"{path}: there is no checkpoint")
-    return _first_whole(candidates, world, log, allow_fallback)
+    return _first_whole(candidates, world, allow_fallback)
 
 
-def check_save_folder(root: str | Path, resumed: Path | None, world: Group, log: Callable[[str], None]) -> None:
+def check_save_folder(root: str | Path, resumed: Path | None, world: Group) -> None:
     """Before a run begins: can its checkpoints be written, and is another run's folder meant? Called by every rank.
 
     Args:
         root: --save.
         resumed: the checkpoint that the run goes on from.
         world: all ranks.
-        log: receives lines for the user.
 
     Raises:
         ValueError: it is no folder that can be written to.
@@ -85,8 +81,8 @@ def check_save_folder(root: str | Path, resumed: Path | None, world: Group, log:
 
     found = world.together(write)
     if found and (resumed is None or resumed.parent.resolve() != root.resolve()):
-        log(
-            f"warning: {root} holds checkpoints of another run, up to {found[0].name}; this run replaces them step by "
+        logger.warning(
+            f"{root} holds checkpoints of another run, up to {found[0].name}; this run replaces them step by "
             f"step. To go on with that run, give --load {root}"
         )
 
@@ -118,13 +114,14 @@ def _candidates(path: Path, allow_fallback: bool) -> list[Path]:
     return [newest, *(folder for folder in complete_checkpoints(newest.parent, up_to=newest) if folder != newest)]
 
 
-def _first_whole(candidates: list[Path], world: Group, log: Callable[[str], None], allow_fallback: bool) -> Path:
+def _first_whole(candidates: list[Path], world: Group, allow_fallback: bool) -> Path:
     first_damage = ""
     for folder in candidates:
         damage = [sentence for share in world.gather_objects(_damage(folder, world)) for sentence in share]
         if not damage:
             return folder
-        log(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
+        if world.rank == 0:
+            logger.warning(f"{folder} is damaged: {'; '.join(dict.fromkeys(damage))}")
         first_damage = first_damage or damage[0]
     others = (
         "and so is every one before it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings,
 from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
 from megatron_haplovl.data.sources import IndexedSource, MockSource, Source
 from megatron_haplovl.data.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class BatchLoader:
@@ -117,7 +120,6 @@ def build_loader(
     shuffle: bool = True,
     barrier: Callable[[], None] | None = None,
     is_builder: bool | None = None,
-    log: Callable[[str], None],
 ) -> BatchLoader:
     """Open the data, check it against the configuration, and plan it.
 
@@ -135,7 +137,6 @@ def build_loader(
         barrier: waits for all processes; without it, each process builds what it does not find.
         is_builder: whether this process builds the plan; default: data-parallel rank 0, or every process if there is
             no barrier.
-        log: receives lines for the user.
 
     Raises:
         ValueError: a file is missing or truncated, data made with another tokenizer, token ids outside the vocabulary,
@@ -168,9 +169,8 @@ def build_loader(
             min_packs=needed,
             is_builder=(dp_rank == 0 or barrier is None) if is_builder is None else is_builder,
             barrier=barrier or (lambda: None),
-            log=log,
         )
-    _log_plan(plan, inputs, time.monotonic() - started, log)
+    _report(plan, inputs, time.monotonic() - started)
     return BatchLoader(
         plan,
         [source for _, source in inputs.main + inputs.aux],
@@ -247,16 +247,18 @@ def _check_one_tokenizer(sources: list[Source]) -> None:
             )
 
 
-def _log_plan(plan: PackPlan, inputs: PlanInputs, seconds: float, log: Callable[[str], None]) -> None:
+def _report(plan: PackPlan, inputs: PlanInputs, seconds: float) -> None:
     first = plan.epochs[0]
     totals = dict(zip(COUNT_NAMES, first.counts.sum(axis=0).tolist(), strict=True))
     fill = totals["tokens"] / (first.num_packs * inputs.settings.seq_length)
-    log(
+    logger.info(
         f"pack plan: {totals['documents']} documents in {first.num_packs} packs per epoch ({100 * fill:.1f} % filled), "
         f"{len(plan.epochs)} epochs planned, {seconds:.1f} s"
     )
     if first.stats["skipped_long"]:
         limit = inputs.settings.seq_length
-        log(f"pack plan: {first.stats['skipped_long']} samples left out, longer than {limit} tokens")
+        logger.info(f"pack plan: {first.stats['skipped_long']} samples left out, longer than {limit} tokens")
     if inputs.aux:
-        log(f"pack plan: {first.stats['not_joined']} main samples stayed alone, too long with an auxiliary sample")
+        logger.info(
+            f"pack plan: {first.stats['not_joined']} main samples stayed alone, too long with an auxiliary sample"
+        )

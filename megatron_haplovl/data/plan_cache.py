@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ import numpy.typing as npt
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.pack_plan import BlendedSource, EpochPlan, PackPlan, PlanSettings, build_epoch
 from megatron_haplovl.data.sources import Source
+
+logger = logging.getLogger(__name__)
 
 # Rises when the same inputs would give another plan.
 _ALGORITHM = 1
@@ -61,7 +64,6 @@ def cached_plan(
     min_packs: int,
     is_builder: bool,
     barrier: Callable[[], None],
-    log: Callable[[str], None],
 ) -> PackPlan:
     """Load the epochs that hold at least `min_packs` packs, building those that are not in the cache.
 
@@ -72,14 +74,13 @@ def cached_plan(
         is_builder: whether this process builds; the others wait in `barrier` until it has. Several builders may share a
             folder.
         barrier: called once by every process.
-        log: receives one line per epoch built.
 
     Raises:
         ValueError: a sample is too long, or the folder cannot be written.
     """
     folder = cache / inputs.key
     if is_builder:
-        _build_missing(inputs, folder, min_packs, log)
+        _build_missing(inputs, folder, min_packs)
     barrier()
     epochs: list[EpochPlan] = []
     while sum(epoch.num_packs for epoch in epochs) < min_packs:
@@ -90,7 +91,7 @@ def cached_plan(
     return PackPlan(epochs)
 
 
-def _build_missing(inputs: PlanInputs, folder: Path, min_packs: int, log: Callable[[str], None]) -> None:
+def _build_missing(inputs: PlanInputs, folder: Path, min_packs: int) -> None:
     packs, number = 0, 0
     sizes: tuple[list[BlendedSource], list[BlendedSource]] | None = None
     while packs < min_packs:
@@ -99,7 +100,7 @@ def _build_missing(inputs: PlanInputs, folder: Path, min_packs: int, log: Callab
             sizes = sizes or inputs.blend()
             plan = build_epoch(*sizes, inputs.settings, number)
             _save_epoch(plan, path)
-            log(f"pack plan: built epoch {number} ({plan.num_packs} packs) in {folder}")
+            logger.info(f"pack plan: built epoch {number} ({plan.num_packs} packs) in {folder}")
         packs += _load_epoch(path).num_packs
         number += 1
 

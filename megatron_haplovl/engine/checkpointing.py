@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.engine_state import local_pieces, make_optimizer_state
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
+logger = logging.getLogger(__name__)
+
 
 class CheckpointWriter:
     """Writes checkpoints of a run, at once or beside the training (--async-save).
@@ -30,11 +33,10 @@ class CheckpointWriter:
         engine: the DeepSpeed engine.
         model: what it trains.
         config: `config.checkpoint` says where and how.
-        log: receives lines for the user.
     """
 
-    def __init__(self, engine: Any, model: ShardedModel, config: Config, log: Callable[[str], None]) -> None:
-        self._engine, self._model, self._config, self._log = engine, model, config, log
+    def __init__(self, engine: Any, model: ShardedModel, config: Config) -> None:
+        self._engine, self._model, self._config = engine, model, config
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str | None] | None = None
         self._done = ""
@@ -95,13 +97,13 @@ class CheckpointWriter:
     def _report(self, error: str | None) -> None:
         self._saved = not self._agree(error)
         if self._saved:
-            self._log(self._done)
+            logger.info(self._done)
 
     def _agree(self, error: str | None) -> bool:
         """Whether any rank has failed; says so once, on every rank the same."""
         errors = [text for text in self._model.groups.world.gather_objects(error) if text is not None]
-        if errors:
-            self._log(f"saving failed, the run goes on: {'; '.join(dict.fromkeys(errors))}")
+        if errors and self._model.groups.world.rank == 0:
+            logger.warning(f"saving failed, the run goes on: {'; '.join(dict.fromkeys(errors))}")
         return bool(errors)
 
     def _attempt(self, action: Callable[[], None]) -> str | None:

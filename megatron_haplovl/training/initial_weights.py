@@ -41,10 +41,9 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
     """
     parameters = dict(model.module.named_parameters())
     pretrained: Path | None = None
-    damage: list[str] = []
     if resumed is None and config.weights_from is not None:
         fallback = config.checkpoint.finetune and config.checkpoint.allow_fallback
-        pretrained = find_checkpoint(config.weights_from, model.groups.world, damage.append, allow_fallback=fallback)
+        pretrained = find_checkpoint(config.weights_from, model.groups.world, allow_fallback=fallback)
     # A file that is missing or broken may be read on one stage only.
     own_sources, left = model.groups.world.together(
         lambda: _copy_sources(model, config, parameters, resumed, pretrained)
@@ -59,7 +58,7 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
             whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
             with torch.no_grad():
                 parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return "\n".join([*damage, "initial weights:", provenance_table([*source_of.items(), *left])])
+    return "\n".join(["initial weights:", provenance_table([*source_of.items(), *left])])
 
 
 def _copy_sources(

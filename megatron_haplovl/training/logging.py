@@ -1,15 +1,49 @@
-"""The log line, and the other places where the same numbers go."""
+"""What a run reports: records with their rank, the log line, and the places where the same numbers go."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megatron_haplovl.config.schema import LoggingConfig
+
+NO_PREFIX = {"no_prefix": True}
+"""`extra` of a record that is printed as it is: the lines that tools read."""
+
+
+class _RankFormatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if getattr(record, "no_prefix", False):
+            return message
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"[rank {self._rank}] {level}{message}"
+
+
+def configure_logging(rank: int) -> None:
+    """Send this package's records to standard output: of rank 0 from INFO on, of every other rank the warnings.
+
+    A second call replaces what the first one set up.
+
+    Args:
+        rank: of this process in the whole run.
+    """
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_RankFormatter(rank))
+    package = logging.getLogger(__name__.partition(".")[0])
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    package.propagate = False
 
 
 class _Sink(Protocol):
@@ -64,40 +98,37 @@ class _WeightsAndBiases:
         self.run.finish()
 
 
-class RunLogger:
-    """Prints and records on one rank; on every other rank it does nothing.
+class Sinks:
+    """The places that get every logged value, beside the lines for the person who watches.
 
     Args:
         config: where to report.
         settings: the whole configuration, for trackers that keep it.
-        enabled: True on the one rank that reports.
+        enabled: True on the one rank that reports; on every other rank nothing is recorded.
+
+    Raises:
+        ValueError: a tracker's package is not installed.
     """
 
     def __init__(self, config: LoggingConfig, settings: dict[str, Any], *, enabled: bool) -> None:
-        self.enabled = enabled
-        self.sinks: list[_Sink] = []
+        self._sinks: list[_Sink] = []
         if not enabled:
             return
         if config.metrics_file is not None:
-            self.sinks.append(_JsonLines(config.metrics_file))
+            self._sinks.append(_JsonLines(config.metrics_file))
         if config.tensorboard_dir is not None:
-            self.sinks.append(_TensorBoard(config.tensorboard_dir))
+            self._sinks.append(_TensorBoard(config.tensorboard_dir))
         if config.wandb_project is not None:
-            self.sinks.append(_WeightsAndBiases(config.wandb_project, settings))
-
-    def print(self, message: str) -> None:
-        """A line for the person who watches."""
-        if self.enabled:
-            print(message, flush=True)
+            self._sinks.append(_WeightsAndBiases(config.wandb_project, settings))
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Values for the metrics file and the trackers."""
-        for sink in self.sinks:
+        for sink in self._sinks:
             sink.write(step, values)
 
     def close(self) -> None:
         """Flush and close everything."""
-        for sink in self.sinks:
+        for sink in self._sinks:
             sink.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.engine.metrics import reduce_metrics
 from megatron_haplovl.engine.steps import StepResult, Sums
 from megatron_haplovl.training.flops import training_flops
-from megatron_haplovl.training.logging import training_line
+from megatron_haplovl.training.logging import NO_PREFIX, training_line
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,7 +37,7 @@ def train(run: Run) -> None:
     window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
     step = run.first_step
     if step >= last_step:
-        run.logger.print(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
+        logger.info(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
     if step < last_step and step == 0:
         evaluate(run, step)
     while step < last_step:
@@ -47,7 +50,7 @@ def train(run: Run) -> None:
         window.tokens += result.counts.tokens
         window.flops += _flops(run, result)
         if step % config.logging.log_interval == 0 or step == last_step:
-            _log(run, step, result, window, consumed_tokens)
+            _report(run, step, result, window, consumed_tokens)
             window = _Progress()
         if _is_due(config.logging.eval_interval, step) or step == last_step:
             evaluate(run, step)
@@ -55,7 +58,7 @@ def train(run: Run) -> None:
         if run.writer is not None and (_is_due(config.checkpoint.save_interval, step) or step == last_step or leave):
             run.writer.save(step, run.train_data.plan_key)
         if leave and step < last_step:
-            run.logger.print(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
+            logger.info(f"leaving after step {step} (--exit-interval {config.checkpoint.exit_interval})")
             break
     if run.writer is not None:
         run.writer.close()
@@ -99,8 +102,9 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
-    run.logger.print(" validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:])
-    run.logger.record(step, metrics)
+    line = " validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:]
+    logger.info(line, extra=NO_PREFIX)
+    run.sinks.record(step, metrics)
     return metrics
 
 
@@ -108,7 +112,7 @@ def _sum_counts(counts: list[StepCounts]) -> StepCounts:
     return StepCounts(**{name: sum(getattr(c, name) for c in counts) for name in vars(counts[0])})
 
 
-def _log(run: Run, step: int, result: StepResult, window: _Progress, consumed_tokens: int) -> None:
+def _report(run: Run, step: int, result: StepResult, window: _Progress, consumed_tokens: int) -> None:
     batch_size = run.config.schedule.global_batch_size
     columns: dict[str, float | int] = {
         "consumed samples": step * batch_size,
@@ -123,8 +127,8 @@ def _log(run: Run, step: int, result: StepResult, window: _Progress, consumed_to
         "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.groups.world.size,
         "TFLOPs": window.flops / window.seconds / run.groups.world.size / 1e12,
     }
-    run.logger.print(training_line(step, run.config.schedule.train_iters, columns))
-    run.logger.record(step, columns)
+    logger.info(training_line(step, run.config.schedule.train_iters, columns), extra=NO_PREFIX)
+    run.sinks.record(step, columns)
 
 
 def _flops(run: Run, result: StepResult) -> float:

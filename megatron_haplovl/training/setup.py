@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +31,11 @@ from megatron_haplovl.parallel.tensor_parallel import apply_tensor_parallel, fin
 from megatron_haplovl.planning.stage_cut import stage_cut
 from megatron_haplovl.planning.work import Work, work_of_batch
 from megatron_haplovl.training.initial_weights import fill_weights
-from megatron_haplovl.training.logging import RunLogger
+from megatron_haplovl.training.logging import Sinks, configure_logging
 from megatron_haplovl.training.recipe import apply_recipe, is_trained, parameter_groups, trained_parts
 from megatron_haplovl.training.stages import head_inputs, stage_of
+
+logger = logging.getLogger(__name__)
 
 # Of the training data, what a pipeline's cut is computed from.
 _PACKS_FOR_CUT = 16
@@ -56,7 +59,7 @@ class Run:
     writer: CheckpointWriter | None
     """None without --save."""
     device: torch.device
-    logger: RunLogger
+    sinks: Sinks
 
     @property
     def groups(self) -> ParallelGroups:
@@ -65,7 +68,7 @@ class Run:
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
-        self.logger.close()
+        self.sinks.close()
         torch.distributed.destroy_process_group()
 
 
@@ -80,40 +83,41 @@ def setup(config: Config, differences: str | None = None) -> Run:
         ValueError: whatever in files or flags keeps the run from starting.
     """
     device, groups = initialize_processes(config)
-    logger = RunLogger(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    configure_logging(groups.world.rank)
+    sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
     adamw = adamw_implementation(config.optimizer, device, offloaded=config.parallel.offload_optimizer == "cpu")
-    logger.print(
+    logger.info(
         f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
-        f"on the host: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
-        f"AdamW: {ADAMW_NAMES[adamw]}"
+        f"offloaded to the host: {_offloaded(config.parallel)} | "
+        f"attention backend: {_attention_backends(config, device)} | AdamW: {ADAMW_NAMES[adamw]}"
     )
     if differences is not None:
         logger.print(differences)
 
-    train_data, valid_data = _build_streams(config, groups, logger)
+    train_data, valid_data = _build_loaders(config, groups)
     stages = _plan_stages(config, groups, device, train_data)
     if stages is not None:
-        logger.print(f"pipeline stages: --pipeline-partition {stages.partition}")
+        logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
 
     resumed = None
     if config.resume_from is not None:
         fallback = config.checkpoint.allow_fallback
-        resumed = find_resumable(config.resume_from, groups.world, logger.print, allow_fallback=fallback)
-        logger.print(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
+        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=fallback)
+        logger.info(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
     if config.checkpoint.save is None:
-        logger.print("no --save: nothing of this run is kept")
+        logger.info("no --save: nothing of this run is kept")
     else:
-        check_save_folder(config.checkpoint.save, resumed, groups.world, logger.print)
+        check_save_folder(config.checkpoint.save, resumed, groups.world)
     model = build_model(config, groups, stages)
-    logger.print(fill_weights(model, config, resumed))
+    logger.info(fill_weights(model, config, resumed))
     apply_recipe(model.module, config.recipe)
     for module in model.module.modules():
         if isinstance(module, Block):
             module.recompute = config.parallel.recompute_granularity
     if config.precision.compile:
         compile_blocks(model.module)
-    logger.print(_count_parameters(model, config.recipe))
+    logger.info(_count_parameters(model, config.recipe))
     finish_tensor_parallel(model.module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
 
     stage = stage_of(config)
@@ -129,11 +133,11 @@ def setup(config: Config, differences: str | None = None) -> Run:
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config, logger.print)
-    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, logger)
+    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
+    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, sinks)
 
 
-def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) -> tuple[BatchLoader, BatchLoader | None]:
+def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader, BatchLoader | None]:
     build = partial(
         build_loader,
         config=config,
@@ -141,7 +145,6 @@ def _build_streams(config: Config, groups: ParallelGroups, logger: RunLogger) ->
         dp_size=groups.data.size,
         barrier=groups.world.barrier,
         is_builder=groups.world.rank == 0,
-        log=logger.print,
     )
     train_data = build(
         config.data.data_path, num_steps=config.schedule.train_iters, aux_paths=config.data.aux_data_path
@@ -231,9 +234,9 @@ def _mesh(groups: ParallelGroups) -> str:
 
 
 def _offloaded(parallel: ParallelConfig) -> str:
-    """What lies in the host's memory instead of the device's."""
+    """What lies in the host's memory instead of the device's, in words."""
     moved = {"optimizer": parallel.offload_optimizer, "parameters": parallel.offload_param}
-    return " and ".join(name for name, place in moved.items() if place == "cpu") or "nothing"
+    return " and ".join(name for name, place in moved.items() if place == "cpu") or "none"
 
 
 def _attention_backends(config: Config, device: torch.device) -> str:

@@ -51,7 +51,7 @@ def whole_batches(c):
     """The global batches of the first steps, each as one tensor, from a stream without ranks."""
     schedule = dataclasses.replace(c.schedule, micro_batch_size=c.schedule.global_batch_size)
     c = dataclasses.replace(c, schedule=schedule)
-    return build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1, log=lambda _: None).micro_batches()
+    return build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1).micro_batches()
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +104,14 @@ def train_serially(c):
 
 def test_a_rank_without_images_beside_one_with_images():
     """What the comparison below must include: peers hang there under ZeRO-3."""
-    streams = [
-        build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2, log=lambda _: None)
-        for rank in (0, 1)
-    ]
+    streams = [build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2) for rank in (0, 1)]
     images = [[batch.patch_target_P.numel() > 0 for batch in stream.micro_batches()] for stream in streams]
     assert any(a != b for a, b in zip(*images, strict=True)), images
 
 
 def test_the_reference_sees_several_documents_images_and_tiles():
     c = config("full")
-    stream = build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1, log=lambda _: None)
+    stream = build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1)
     assert stream.counts(0).documents >= 2 * c.schedule.global_batch_size
     batch: Batch = next(whole_batches(c))
     assert batch.tiles_TCHW.shape[0] > 2 * c.schedule.global_batch_size and batch.newline_target_N.numel() > 0

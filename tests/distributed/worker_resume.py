@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
             deepspeed.utils.groups.mpu = None
             run = setup(c)
             train(run)
-            run.logger.close()
+            run.sinks.close()
     dist.destroy_process_group()
 
 

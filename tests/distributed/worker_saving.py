@@ -28,7 +28,7 @@ def run(folder: Path, name: str, save: str, **flags: Any) -> None:
         )
     )
     train(made)
-    made.logger.close()
+    made.sinks.close()
 
 
 def full_disk_at(step: int, full_rank: int) -> Any:

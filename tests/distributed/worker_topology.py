@@ -31,7 +31,7 @@ def run(recipe: str, layout: str, metrics: Path, **flags: object) -> None:
     )
     made = setup(c)
     train(made)
-    made.logger.close()
+    made.sinks.close()
 
 
 def main(folder: Path, action: str) -> None:

@@ -39,23 +39,29 @@ def root(tmp_path):
     return tmp_path
 
 
-def find(path, **options):
-    log = []
-    return find_resumable(path, ONE, log.append, **options), log
+@pytest.fixture
+def find(log_lines):
+    """(path, options) -> (what is found, what is logged meanwhile)."""
+
+    def found(path, **options):
+        log_lines.clear()
+        return find_resumable(path, ONE, **options), list(log_lines)
+
+    return found
 
 
-def test_the_newest_or_the_one_that_is_named(root):
+def test_the_newest_or_the_one_that_is_named(find, root):
     assert find(root) == (root / "global_step10", [])
     assert find(root / "global_step2") == (root / "global_step2", [])
     (root / "latest").unlink()
     assert find(root) == (root / "global_step10", [])
 
 
-def test_there_may_be_none_yet(tmp_path):
+def test_there_may_be_none_yet(find, tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         assert find(path) == (None, [])
         with pytest.raises(ValueError, match="there is no checkpoint"):
-            find_checkpoint(path, ONE, print)
+            find_checkpoint(path, ONE)
 
 
 def truncate(path):
@@ -72,7 +78,7 @@ def flip(path):
     "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "missing"]
 )
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "config.json", "training_state.json", MANIFEST])
-def test_damage_to_any_file_is_found(root, name, damage):
+def test_damage_to_any_file_is_found(find, root, name, damage):
     damage(root / "global_step10" / name)
     with pytest.raises(ValueError, match=rf"global_step10 is damaged .*{re.escape(name)}.*or give --allow-fallback"):
         find(root)
@@ -83,28 +89,28 @@ def test_damage_to_any_file_is_found(root, name, damage):
     assert "global_step10 is damaged" in log[0] and name in log[0]
 
 
-def test_all_are_damaged(root):
+def test_all_are_damaged(find, root):
     for step in (1, 2, 10):
         flip(root / f"global_step{step}" / "rank-00000.safetensors")
     with pytest.raises(ValueError, match=r"global_step10 is damaged .*global_step10/rank.*and so is every one before"):
         find(root, allow_fallback=True)
 
 
-def test_a_fallback_does_not_look_at_later_steps(root):
+def test_a_fallback_does_not_look_at_later_steps(find, root):
     (root / "latest").write_text("global_step2")
     flip(root / "global_step2" / "rank-00000.safetensors")
     assert find(root, allow_fallback=True)[0] == root / "global_step1"
     assert complete_checkpoints(root, up_to=root / "global_step2") == [root / "global_step2", root / "global_step1"]
 
 
-def test_latest_names_nothing(root):
+def test_latest_names_nothing(find, root):
     (root / "latest").write_text("global_step11")
     with pytest.raises(ValueError, match="names the checkpoint 'global_step11'"):
         find(root)
     assert find(root, allow_fallback=True)[0] == root / "global_step10"
 
 
-def test_killed_between_the_renames_of_a_replacement(root):
+def test_killed_between_the_renames_of_a_replacement(find, root):
     """The run had gone back, and came to step 10 again."""
     old = root / "global_step10"
     content = {path.name: path.read_bytes() for path in old.iterdir()}
@@ -119,7 +125,7 @@ def test_killed_between_the_renames_of_a_replacement(root):
     assert left.is_dir() and {path.name: path.read_bytes() for path in old.iterdir()} == content
 
 
-def test_a_manifest_of_an_earlier_version(root):
+def test_a_manifest_of_an_earlier_version(find, root):
     path = root / "global_step10" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
@@ -127,12 +133,12 @@ def test_a_manifest_of_an_earlier_version(root):
     assert find(root) == (root / "global_step10", [])
 
 
-def test_weights_alone_are_not_resumed(tmp_path):
+def test_weights_alone_are_not_resumed(find, tmp_path):
     folder = tmp_path / "global_step0"
     write_weights({"a": torch.ones(2)}, folder)
     (folder / "config.json").write_text("{}")
     (tmp_path / "latest").write_text("global_step0")
-    assert find_checkpoint(tmp_path, ONE, print) == folder
+    assert find_checkpoint(tmp_path, ONE) == folder
     with pytest.raises(ValueError, match=r"holds weights only.*--finetune"):
         find(tmp_path)
 
@@ -145,4 +151,4 @@ def test_a_rank_that_does_not_see_the_folder(root):
             return [[root / "elsewhere" / "global_step3"]] if mine and isinstance(mine[0], type(root)) else [mine]
 
     with pytest.raises(ValueError, match="rank 0 does not see it; it must be on a file system that all ranks share"):
-        find_resumable(root, Other(), print)
+        find_resumable(root, Other())

@@ -33,7 +33,7 @@ def make_config(cache: Path | None, **changes: Any) -> Config:
 
 
 def make_stream(prefix: str, config: Config, *, num_steps: int = 9, **options: Any) -> BatchLoader:
-    options = {"dp_rank": 0, "dp_size": 1, "log": lambda line: None, **options}
+    options = {"dp_rank": 0, "dp_size": 1, **options}
     return build_loader((prefix,), config, num_steps=num_steps, **options)
 
 
@@ -126,22 +126,19 @@ def test_evaluation_reads_every_sample_once(tiny_prefix: str, tmp_path: Path) ->
     assert make_stream(tiny_prefix, config, num_steps=2, shuffle=False).steps_available == 2
 
 
-def test_plan_is_cached_beside_the_data(tiny_prefix: str, tmp_path: Path) -> None:
+def test_plan_is_cached_beside_the_data(tiny_prefix: str, tmp_path: Path, log_lines: list[str]) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(Path(tiny_prefix).parent, folder)
     prefix = str(folder / "train")
-    lines: list[str] = []
-    first = rows(make_stream(prefix, make_config(None), log=lines.append).micro_batches())
-    assert any("built epoch 0" in line for line in lines)
+    first = rows(make_stream(prefix, make_config(None)).micro_batches())
+    assert any("built epoch 0" in line for line in log_lines)
     assert len(list((folder / "pack_plan_cache").iterdir())) == 1
-    lines.clear()
+    log_lines.clear()
     waited: list[int] = []
     # Another rank builds nothing, and waits.
-    second = make_stream(
-        prefix, make_config(None), dp_rank=0, is_builder=False, barrier=lambda: waited.append(1), log=lines.append
-    )
+    second = make_stream(prefix, make_config(None), dp_rank=0, is_builder=False, barrier=lambda: waited.append(1))
     assert rows(second.micro_batches()) == first
-    assert not any("built" in line for line in lines) and waited == [1]
+    assert not any("built" in line for line in log_lines) and waited == [1]
     make_stream(prefix, make_config(None, seq_length=200))
     assert len(list((folder / "pack_plan_cache").iterdir())) == 2
     assert not list((folder / "pack_plan_cache").rglob(".*"))
@@ -162,13 +159,13 @@ def test_damaged_cache(tiny_prefix: str, tmp_path: Path) -> None:
 
 def test_mock_data_needs_no_files() -> None:
     config = make_config(None, mock_data=True)
-    stream = build_loader((), config, num_steps=2000, dp_rank=0, dp_size=1, log=lambda line: None)
+    stream = build_loader((), config, num_steps=2000, dp_rank=0, dp_size=1)
     assert stream.steps_available == 2000
     first = list(zip(range(6), stream.micro_batches(), strict=False))
     again = stream.micro_batches(1)
     assert all(same(b, next(again)) for i, b in first if i >= 2)
     assert stream.counts(1999).lm_tokens > 0
-    held_out = build_loader((), config, num_steps=2, dp_rank=0, dp_size=1, shuffle=False, log=lambda line: None)
+    held_out = build_loader((), config, num_steps=2, dp_rank=0, dp_size=1, shuffle=False)
     assert not same(next(held_out.micro_batches()), first[0][1])
 
 
@@ -184,12 +181,11 @@ def test_token_id_outside_the_vocabulary(tiny_prefix: str, tmp_path: Path) -> No
         make_stream(tiny_prefix, make_config(tmp_path, vocab_size=100))
 
 
-def test_sample_longer_than_the_sequence(tiny_prefix: str, tmp_path: Path) -> None:
+def test_sample_longer_than_the_sequence(tiny_prefix: str, tmp_path: Path, log_lines: list[str]) -> None:
     with pytest.raises(ValueError, match=r"train: sample \d+ has \d+ tokens, more than --seq-length 70"):
         make_stream(tiny_prefix, make_config(tmp_path, seq_length=70))
-    lines: list[str] = []
-    make_stream(tiny_prefix, make_config(tmp_path, seq_length=70, skip_long_samples=True), log=lines.append)
-    assert any("samples left out, longer than 70 tokens" in line for line in lines)
+    make_stream(tiny_prefix, make_config(tmp_path, seq_length=70, skip_long_samples=True))
+    assert any("samples left out, longer than 70 tokens" in line for line in log_lines)
 
 
 @pytest.mark.parametrize("suffix", [".bin", "_images.bin", "_loss_mask.idx", "_image_sizes.npy"])

@@ -21,10 +21,8 @@ def make_inputs(seed: int = 0, weight: float = 1.0, vision: VisionConfig = VISIO
     return PlanInputs([(weight, MockSource(100, VISION, 64, seed, num_samples=50))], [], vision, SETTINGS)
 
 
-def load(inputs: PlanInputs, cache: Path, min_packs: int) -> tuple[PackPlan, list[str]]:
-    lines: list[str] = []
-    plan = cached_plan(inputs, cache, min_packs=min_packs, is_builder=True, barrier=lambda: None, log=lines.append)
-    return plan, lines
+def load(inputs: PlanInputs, cache: Path, min_packs: int) -> PackPlan:
+    return cached_plan(inputs, cache, min_packs=min_packs, is_builder=True, barrier=lambda: None)
 
 
 def test_key_depends_on_everything() -> None:
@@ -49,19 +47,21 @@ def test_key_depends_on_everything() -> None:
     assert len({inputs.key for inputs in [base, *others]}) == 10
 
 
-def test_epochs_are_built_once_and_as_needed(tmp_path: Path) -> None:
+def test_epochs_are_built_once_and_as_needed(tmp_path: Path, log_lines: list[str]) -> None:
     inputs = make_inputs()
-    one, lines = load(inputs, tmp_path, 1)
-    assert len(one.epochs) == len(lines) == 1
-    three, lines = load(inputs, tmp_path, 2 * one.num_packs + 5)
-    assert len(three.epochs) >= 2 and len(lines) == len(three.epochs) - 1
+    one = load(inputs, tmp_path, 1)
+    assert len(one.epochs) == len(log_lines) == 1
+    log_lines.clear()
+    three = load(inputs, tmp_path, 2 * one.num_packs + 5)
+    assert len(three.epochs) >= 2 and len(log_lines) == len(three.epochs) - 1
     assert np.array_equal(three.epochs[0].items, one.epochs[0].items)
-    _, lines = load(inputs, tmp_path, three.num_packs)
-    assert lines == []
+    log_lines.clear()
+    load(inputs, tmp_path, three.num_packs)
+    assert log_lines == []
 
 
 def test_packs_are_numbered_through_the_epochs(tmp_path: Path) -> None:
-    plan, _ = load(make_inputs(), tmp_path, 40)
+    plan = load(make_inputs(), tmp_path, 40)
     first, second = plan.epochs[0], plan.epochs[1]
     assert plan.documents(first.num_packs) == second.documents(0)
     assert plan.documents(first.num_packs - 1) == first.documents(first.num_packs - 1)
@@ -86,7 +86,7 @@ def test_two_builders_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return real(path)
 
     monkeypatch.setattr(Path, "is_dir", is_dir)
-    plan, _ = load(inputs, tmp_path, 1)
+    plan = load(inputs, tmp_path, 1)
     assert missed and plan.num_packs > 0
     assert sorted(path.name for path in folder.parent.iterdir()) == ["epoch_00000"]
 
