@@ -93,7 +93,7 @@ def setup(config: Config, differences: str | None = None) -> Run:
         f"attention backend: {_attention_backends(config, device)} | AdamW: {ADAMW_NAMES[adamw]}"
     )
     if differences is not None:
-        logger.print(differences)
+        logger.info(differences)
 
     train_data, valid_data = _build_loaders(config, groups)
     stages = _plan_stages(config, groups, device, train_data)
