@@ -38,6 +38,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "jinja2>=3.1",
+        "pyyaml>=6",
         "tqdm>=4.60",
     ],
     extras_require={

@@ -3,34 +3,13 @@
 #
 #   NUM_GPUS=8 bash examples/ds_try_launch.sh --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 3
 #
-# Further flags go to finetune_haplovl.py and win over those below.
+# Flags go to finetune_haplovl.py and win over the recipe.
 # examples/common/launch.sh has the variables that choose machines and launcher (docs/launching.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=examples/common/launch.sh
 source examples/common/launch.sh
 
-# Eight heads in both decoders, for eight tensor- or context-parallel ranks to share.
-MODEL_ARGS=(
-  --model haplovl-debug
-  --pre-num-attention-heads 8
-  --post-hidden-size 128
-  --post-num-attention-heads 8
-  --post-num-key-value-heads 8
-)
+MODEL_ARGS=(--config "${RECIPE:-examples/recipes/haplovl-debug/try_launch.yaml}")
 
-TRAINING_ARGS=(
-  --train-iters 10
-  --global-batch-size 64
-  --micro-batch-size 1
-  --log-interval 1
-)
-
-DATA_ARGS=(
-  --mock-data
-  --seq-length 128
-  --num-workers 0
-)
-
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
-  "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"
+exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py "${MODEL_ARGS[@]}" "$@"

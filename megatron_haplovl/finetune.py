@@ -3,16 +3,16 @@
 deepspeed --module megatron_haplovl.finetune --model haplovl-debug --mock-data --train-iters 10 --global-batch-size 4
 """
 
-from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.config.cli import parse_command_line
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.refusals import refusals_in_one_line
 from megatron_haplovl.training.setup import setup
 
 
 def main() -> None:
-    config = parse_args("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
+    command = parse_command_line("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
     with refusals_in_one_line():
-        run = setup(config)
+        run = setup(command.config, command.differences)
     train(run)
     run.close()
 

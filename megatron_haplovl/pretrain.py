@@ -4,18 +4,18 @@ r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillat
         --train-iters 10 --lr-warmup-iters 0 --global-batch-size 4
 """
 
-from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.config.cli import parse_command_line
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.refusals import refusals_in_one_line
 from megatron_haplovl.training.setup import setup
 
 
 def main() -> None:
-    config = parse_args(
+    command = parse_command_line(
         "pretrain", "Stage 1, modal expansion: distil CLIP and the text embedding into the pre-decoder."
     )
     with refusals_in_one_line():
-        run = setup(config)
+        run = setup(command.config, command.differences)
     train(run)
     run.close()
 

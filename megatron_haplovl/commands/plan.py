@@ -21,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        config = config_from(arguments)
+        base, config = config_from(arguments)
         work = sequence_from(arguments, config)
     except ValueError as error:
         parser.error(str(error))
     workload = Workload.of(config)
     cluster = cluster_from(arguments)
     found = search(arguments, workload, work, cluster, config.recipe)
-    print_report(arguments, config, workload, work, cluster, found)
+    print_report(base, arguments.top, config, workload, work, cluster, found)
     if arguments.json:
         write_json(Path(arguments.json), arguments, workload, work, found)
     return 0 if found.possible else 1

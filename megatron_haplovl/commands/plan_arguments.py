@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from megatron_haplovl.config.cli import add_settings, build_config
-from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
+from megatron_haplovl.config.cli import add_settings, add_sources, combine
+from megatron_haplovl.config.files import read_settings
+from megatron_haplovl.config.presets import STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.stages import RECIPES
 from megatron_haplovl.config.validate import validate_model
@@ -21,9 +22,9 @@ _DESCRIPTION = """Which parallel layout fits a model on a cluster, and what each
 
 For every layout (tensor x pipeline x context x data-parallel ranks, ZeRO stage, recomputation, micro-batch size):
 memory per rank by kind, pipeline bubble, bytes sent per step, expected step time and MFU. One is recommended; what is
-impossible is refused with the constraint that fails. Sizes of the model and the recipe are set by the flags of the
-training scripts. Defaults describe nodes of eight H100; `docs/parallelism_plans.md` says where the figures come from
-and what is assumed.
+impossible is refused with the constraint that fails. The model and the recipe are set by the flags of the training
+scripts, or by their files (--config), whose own layout is not looked at. Defaults describe nodes of eight H100;
+`docs/parallelism_plans.md` says where the figures come from and what is assumed.
 """
 
 
@@ -32,15 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model", choices=sorted(MODELS), required=True, help="preset; model flags override parts of it"
-    )
+    add_sources(parser)
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="tokens of a packed sequence (default: the preset's)"
     )
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences per step (default: the recipe's)")
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16, or fp32 (default: bf16)"
+        "--bf16", action=argparse.BooleanOptionalAction, help="bf16, or fp32 (default: the file's, else bf16)"
     )
     parser.add_argument(
         "--top", type=int, default=20, metavar="N", help="layouts to print, fastest first (default: 20)"
@@ -133,8 +132,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_from(arguments: argparse.Namespace) -> Config:
-    """The run that the training scripts would build from these flags.
+def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
+    """The preset or file that the run starts from, and the run that the training scripts would build from these flags.
 
     Raises:
         ValueError: flags that contradict each other, or that no machine or run can have.
@@ -146,8 +145,14 @@ def config_from(arguments: argparse.Namespace) -> Config:
         overrides["data", "seq_length"] = arguments.seq_length
     if arguments.global_batch_size is not None:
         overrides["schedule", "global_batch_size"] = arguments.global_batch_size
-    recipe = overrides.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
-    config = build_config(RECIPES[recipe].stage.name, arguments.model, overrides)
+    files = [read_settings(path) for path in arguments.config]
+    given = {path: value for file in files for path, value in file.values.items()} | overrides
+    if arguments.bf16 is None:
+        arguments.bf16 = given.get(("precision", "bf16"), True)
+    overrides["precision", "bf16"] = arguments.bf16
+    recipe = given.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
+    combined = combine(RECIPES[recipe].stage.name, arguments.model, files, overrides)
+    config = combined.config
     validate_model(config.model)
     for flag, value in (
         ("--gpus", arguments.gpus),
@@ -170,7 +175,7 @@ def config_from(arguments: argparse.Namespace) -> Config:
     ):
         if getattr(arguments, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
-    return config
+    return combined.base, config
 
 
 def sequence_from(arguments: argparse.Namespace, config: Config) -> Work:

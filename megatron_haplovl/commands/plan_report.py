@@ -18,25 +18,23 @@ from megatron_haplovl.planning.work import Work
 
 
 def print_report(
-    arguments: argparse.Namespace, config: Config, workload: Workload, work: Work, cluster: Cluster, found: Found
+    base: str, top: int, config: Config, workload: Workload, work: Work, cluster: Cluster, found: Found
 ) -> None:
     """The question, what is refused and why, the fastest layouts, and the recommended one with its flags."""
-    _print_question(arguments, config, workload, work, cluster)
+    _print_question(base, config, workload, work, cluster)
     _print_refused(found.refused)
     best = found.recommended
     if best is None:
         print("\nno layout is possible")
         return
-    shown = found.possible[: arguments.top]
+    shown = found.possible[:top]
     _print_plans(shown if best in shown else [*shown, best], len(found.possible))
     _print_recommended(best)
 
 
-def _print_question(
-    arguments: argparse.Namespace, config: Config, workload: Workload, work: Work, cluster: Cluster
-) -> None:
+def _print_question(base: str, config: Config, workload: Workload, work: Work, cluster: Cluster) -> None:
     print(
-        f"{arguments.model}, recipe {config.recipe.recipe}, {'bf16' if arguments.bf16 else 'fp32'}; sequences of "
+        f"{base}, recipe {config.recipe.recipe}, {'bf16' if config.precision.bf16 else 'fp32'}; sequences of "
         f"{workload.seq_length:,} tokens, {workload.global_batch_size} per step; a sequence has {work.patches:,.0f} "
         f"patches, {work.head_tokens:,.0f} tokens with logits and {work.pairs / 1e6:.1f} M visible pairs"
     )

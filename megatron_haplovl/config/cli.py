@@ -1,54 +1,35 @@
-"""Command-line flags, generated from the schema; nothing about a setting is written down twice."""
+"""Command-line flags, generated from the schema, and files with the same settings; nothing is written down twice."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
+import shlex
 import sys
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_haplovl.config.files import SettingsFile, read_settings
 from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig
+from megatron_haplovl.config.settings import Setting, SettingPath, iterate_settings, with_settings
 from megatron_haplovl.config.stages import STAGES, recipes_of
 from megatron_haplovl.config.validate import validate
 
-# Spelt with an underscore by every DeepSpeed user.
-_SPELLING = {"deepspeed-config": "deepspeed_config"}
+_COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One leaf of the schema: where it is, and the flag that sets it."""
+class CommandLine:
+    """A run's configuration, and what in it is not the model preset's."""
 
-    path: tuple[str, ...]
-    flag: str
-    type: Any
-    field: dataclasses.Field[Any]
-
-    @property
-    def dest(self) -> str:
-        """Name of the value in the parsed namespace."""
-        return ".".join(self.path)
-
-
-def iterate_settings(section: type, path: tuple[str, ...] = (), prefix: str = "") -> Iterator[Setting]:
-    """Yield every leaf field of a (nested) configuration dataclass, in the order in which it is written."""
-    types_by_name = typing.get_type_hints(section)
-    for f in dataclasses.fields(section):
-        field_type = types_by_name[f.name]
-        if dataclasses.is_dataclass(field_type):
-            assert isinstance(field_type, type)
-            nested_prefix = f.metadata.get("prefix", "")
-            yield from iterate_settings(field_type, (*path, f.name), nested_prefix)
-        else:
-            name = f"{prefix}-{f.name}" if prefix else f.name
-            name = name.replace("_", "-")
-            yield Setting((*path, f.name), "--" + _SPELLING.get(name, name), field_type, f)
+    config: Config
+    base: str
+    """The model preset's name, or the checkpoint's configuration file that stands in its place."""
+    differences: str
+    """What differs from the base, as flags, with the file or the command line that says so; for the log."""
 
 
 def add_settings(parser: argparse.ArgumentParser, section: type, path: tuple[str, ...], prefix: str = "") -> None:
@@ -69,27 +50,35 @@ def _add_flag(group: Any, s: Setting) -> None:
         help_text += " (from --model)"
     elif default not in (None, False, ()):
         help_text += f" (default: {default})"
-    kind = _scalar_type(s.type)
+    kind = s.scalar
     common: dict[str, Any] = {"dest": s.dest, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
     if kind is bool:
         group.add_argument(s.flag, action=argparse.BooleanOptionalAction, **common)
         return
-    if typing.get_origin(s.type) is tuple:
+    if s.is_list:
         common["nargs"] = "+"
     common["metavar"] = s.field.metadata["metavar"]
     if s.field.metadata["choices"] is None and common["metavar"] is None:
-        common["metavar"] = {int: "N", float: "X", str: "PATH" if s.type == (str | None) else "NAME"}[kind]
+        common["metavar"] = {int: "N", float: "X", str: "PATH" if s.optional else "NAME"}[kind]
     group.add_argument(s.flag, type=kind, choices=s.field.metadata["choices"], **common)
 
 
-def _scalar_type(annotation: Any) -> type:
-    """The type one command-line word has: `int` for `int | None`, `str` for `tuple[str, ...]`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        (annotation,) = (t for t in typing.get_args(annotation) if t is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        annotation = typing.get_args(annotation)[0]
-    assert annotation in (int, float, str, bool), annotation
-    return typing.cast(type, annotation)
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --config, which all other settings start from."""
+    parser.add_argument(
+        "--model",
+        choices=sorted(MODELS),
+        help="model preset, of which any flag overrides a part; needed unless a file of --config names it",
+    )
+    parser.add_argument(
+        "--config",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="settings in YAML or JSON under the names of the flags, or a checkpoint's config.json; a later file wins "
+        "over an earlier one, and a flag over all files. Paths in a file start from the working directory",
+    )
 
 
 def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
@@ -100,14 +89,13 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
         description: first lines of `--help`.
     """
     parser = argparse.ArgumentParser(
-        usage=f"deepspeed {_started(stage)} --model NAME [flags]",
+        usage=f"deepspeed {_started(stage)} [--config FILE ...] [--model NAME] [flags]",
         description=description,
-        epilog=f"Unset flags take the model preset's value, then the default of this stage: {_stage_summary(stage)}.",
+        epilog=f"What no flag or file sets has the model preset's value, then the default of this stage: "
+        f"{_stage_summary(stage)}.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", choices=sorted(MODELS), help="model preset; any flag below overrides a part of it", required=True
-    )
+    add_sources(parser)
     # The `deepspeed` launcher passes this; the environment says the same, and is what is read.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
@@ -131,7 +119,12 @@ def _stage_summary(stage: str) -> str:
 
 
 def parse_args(stage: str, description: str = "", argv: Sequence[str] | None = None) -> Config:
-    """Parse and check a command line.
+    """The configuration of a command line; see :func:`parse_command_line`."""
+    return parse_command_line(stage, description, argv).config
+
+
+def parse_command_line(stage: str, description: str = "", argv: Sequence[str] | None = None) -> CommandLine:
+    """Parse and check a command line, and read the files that it names.
 
     Args:
         stage: "pretrain" (stage 1) or "finetune" (stage 2).
@@ -139,59 +132,99 @@ def parse_args(stage: str, description: str = "", argv: Sequence[str] | None = N
         argv: the words; default `sys.argv[1:]`.
 
     Raises:
-        SystemExit: for a malformed, unknown or contradictory flag, with a sentence that says which.
+        SystemExit: for a malformed, unknown or contradictory setting, with a sentence that says which.
     """
     parser = build_parser(stage, description)
     given = vars(parser.parse_args(argv))
-    model = given.pop("model")
+    model, files = given.pop("model"), given.pop("config")
     given.pop("local_rank")
     try:
-        config = build_config(stage, model, {tuple(name.split(".")): value for name, value in given.items()})
-        validate(config)
+        flags = {tuple(name.split(".")): value for name, value in given.items()}
+        combined = combine(stage, model, [read_settings(path) for path in files], flags)
+        validate(combined.config)
     except ValueError as error:
         parser.error(str(error))
-    return config
+    return combined
 
 
-def build_config(stage: str, model: str, overrides: dict[tuple[str, ...], Any]) -> Config:
+def build_config(stage: str, model: str, overrides: Mapping[SettingPath, Any]) -> Config:
     """Combine defaults, stage, preset and overrides (path in the schema -> value) into one configuration.
 
     Raises:
         ValueError: an unknown stage or model, or a recipe of the other stage.
     """
-    if stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGES)}")
-    if model not in MODELS:
-        raise ValueError(f"unknown model preset {model!r}; choose from {sorted(MODELS)}")
-    config = Config(model=MODELS[model])
-    settings: dict[tuple[str, ...], Any] = {
-        (section, name): value for section, values in STAGE_DEFAULTS[stage].items() for name, value in values.items()
-    }
-    settings["data", "seq_length"] = SEQ_LENGTHS[model]
-    for path, value in {**settings, **overrides}.items():
-        config = _replace(config, path, tuple(value) if isinstance(value, list) else value)
+    return combine(stage, model, (), overrides).config
+
+
+def combine(
+    stage: str, model: str | None, files: Sequence[SettingsFile], flags: Mapping[SettingPath, Any]
+) -> CommandLine:
+    """Combine, each winning over those before: defaults, stage, model preset, files in their order, flags.
+
+    Args:
+        stage: "pretrain" or "finetune".
+        model: preset; None where a file names it, or is a checkpoint's configuration.
+        files: what --config names.
+        flags: path in the schema -> value.
+
+    Raises:
+        ValueError: an unknown stage or model, none at all or two, or a recipe of the other stage.
+    """
+    base, start, rest = _base(stage, model, files)
+    layers = [*((file.path, file.values) for file in rest), (_COMMAND_LINE, flags)]
+    config, said_by = start, dict[SettingPath, str]()
+    for where, values in layers:
+        config = with_settings(config, values)
+        said_by |= dict.fromkeys(values, where)
     # A stage's other defaults would not fit another stage's recipe.
     recipes = recipes_of(STAGES[stage])
     if config.recipe.recipe not in recipes:
         raise ValueError(f"{stage}_haplovl.py trains --recipe {' or '.join(recipes)}, not {config.recipe.recipe}")
-    return config
+    said = {where: _words(start, config, [path for path in said_by if said_by[path] == where]) for where, _ in layers}
+    lines = [f"  {shlex.join(words)} ({where})" for where, words in said.items() if words]
+    return CommandLine(config, base, "\n".join([f"settings that differ from {base}:", *(lines or ["  none"])]))
+
+
+def _base(stage: str, model: str | None, files: Sequence[SettingsFile]) -> tuple[str, Config, Sequence[SettingsFile]]:
+    """What all else is compared with, by name and in full, and the files that are left to be put on top of it."""
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGES)}")
+    config = with_settings(
+        Config(),
+        {(section, name): value for section, values in STAGE_DEFAULTS[stage].items() for name, value in values.items()},
+    )
+    named = [*(file.preset for file in files if file.preset is not None), *([] if model is None else [model])]
+    for file in (file for file in files if file.whole_model):
+        if named:
+            raise ValueError(
+                f"{file.path} holds a whole model, so the preset {named[-1]} would change nothing; leave it out"
+            )
+        if file is not files[0]:
+            raise ValueError(
+                f"{file.path} holds every setting, so nothing of {files[0].path} would be left; give it first and alone"
+            )
+    if files and files[0].whole_model:
+        return files[0].path, with_settings(config, files[0].values), files[1:]
+    if not named:
+        raise ValueError("no model is named: give --model NAME, or a --config FILE that says model: NAME")
+    preset = named[-1]
+    if preset not in MODELS:
+        raise ValueError(f"unknown model preset {preset!r}; choose from {sorted(MODELS)}")
+    config = dataclasses.replace(config, model=MODELS[preset])
+    return preset, with_settings(config, {("data", "seq_length"): SEQ_LENGTHS[preset]}), files
+
+
+def _words(start: Config, config: Config, among: Collection[SettingPath]) -> list[str]:
+    """Flags of those settings that differ."""
+    changed = (s for s in iterate_settings(Config) if s.path in among and s.value_in(config) != s.value_in(start))
+    return [word for s in changed for word in s.words(s.value_in(config))]
 
 
 def flags_to_reach(model: ModelConfig, wanted: ModelConfig) -> list[str]:
     """The model flags, with their values, that turn one model into another."""
     words: list[str] = []
     for s in iterate_settings(ModelConfig):
-        value = functools.reduce(getattr, s.path, wanted)
-        if value == functools.reduce(getattr, s.path, model):
-            continue
-        if s.type is bool:
-            words.append(s.flag if value else s.flag.replace("--", "--no-", 1))
-        else:
-            words += [s.flag, str(value)]
+        value = s.value_in(wanted)
+        if value != s.value_in(model):
+            words += s.words(value)
     return words
-
-
-def _replace(section: Any, path: tuple[str, ...], value: Any) -> Any:
-    name, *rest = path
-    inner = _replace(getattr(section, name), tuple(rest), value) if rest else value
-    return dataclasses.replace(section, **{name: inner})

@@ -1,7 +1,7 @@
 """Named models with the paper's sizes, and the paper's training settings for each stage.
 
 A preset is a mapping of flag values in nested form, so that it can only set what a flag can set. The order of
-precedence is: schema default < stage defaults < preset < flags given by the user.
+precedence is: schema default < stage defaults < preset < files (--config) < flags.
 """
 
 from __future__ import annotations

@@ -72,8 +72,12 @@ class Run:
         torch.distributed.destroy_process_group()
 
 
-def setup(config: Config) -> Run:
+def setup(config: Config, differences: str | None = None) -> Run:
     """Build a run from its configuration. Called by every rank.
+
+    Args:
+        config: the run.
+        differences: for the log, what in it differs from the model preset.
 
     Raises:
         ValueError: something in files or flags keeps the run from starting.
@@ -88,6 +92,8 @@ def setup(config: Config) -> Run:
         f"offloaded: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
         f"AdamW: {ADAMW_NAMES[adamw]}"
     )
+    if differences is not None:
+        logger.info(differences)
 
     train_data, valid_data = _build_loaders(config, groups)
     stages = _plan_stages(config, groups, device, train_data)

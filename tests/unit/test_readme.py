@@ -1,26 +1,14 @@
-"""What the README names exists, and its commands have only flags that the programs know."""
+"""What the README names exists; `test_documented_commands.py` is about its commands."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-from megatron_haplovl.commands import convert, evaluate, generate, plan_arguments, preprocess
-from megatron_haplovl.config.cli import parse_args
-
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "examples/nlvr/README.md"]
-TOOLS = {
-    "preprocess_data": preprocess,
-    "convert_checkpoint": convert,
-    "evaluate": evaluate,
-    "generate": generate,
-    "plan_parallelism": plan_arguments,
-}
 # Paths that a reader will have after following the commands, or that belong to other software.
 MADE_BY_COMMANDS = ("runs/", "data/captions", "data/instructions", "images/", ".venv")
 
@@ -38,35 +26,3 @@ def test_every_path_that_is_named_exists(document):
     folder = (REPOSITORY / document).parent
     missing = [path for path in missing if not (folder / path).exists()]
     assert named and not missing
-
-
-def commands(document: str) -> list[list[str]]:
-    """Commands of the code blocks, continuation lines joined, comments cut."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text_of(document), re.DOTALL)).replace("\\\n", " ")
-    return [words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))]
-
-
-def test_the_training_commands_are_valid():
-    checked = 0
-    for words in commands("README.md"):
-        for stage in ("pretrain", "finetune"):
-            script = f"{stage}_haplovl.py"
-            if script in words and "..." not in words:
-                parse_args(stage, argv=words[words.index(script) + 1 :])
-                checked += 1
-    assert checked >= 3
-
-
-def test_the_tools_know_every_flag():
-    checked = set()
-    for words in commands("README.md"):
-        for name, command in TOOLS.items():
-            if (tool := f"tools/{name}.py") in words:
-                command.build_parser().parse_args(words[words.index(tool) + 1 :])
-                checked.add(name)
-    assert checked == TOOLS.keys() - {"plan_parallelism"}
-
-
-def test_argparse_would_notice():
-    with pytest.raises((SystemExit, argparse.ArgumentError)):
-        parse_args("finetune", argv=["--model", "haplovl-7b", "--data-path", "x", "--no-such-flag"])

@@ -252,7 +252,7 @@ def test_config_with_an_unknown_setting(tmp_path: Path) -> None:
     values = Config().to_dict()
     values["model"]["pre"]["wings"] = 2
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="unknown settings in PreDecoderConfig: wings"):
+    with pytest.raises(ValueError, match="unknown setting model.pre.wings"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match="has no iteration"):
         read_iteration(tmp_path)

@@ -135,3 +135,20 @@ def test_a_partition_is_planned_or_refused(tmp_path: Path, capsys: pytest.Captur
     assert {tuple(layers) for layers in first_layers("post_decoder.9")} == {("embedding", "post_decoder.9")}
     auto, uniform = ({tuple(layers) for layers in first_layers(method)} for method in ("auto", "uniform"))
     assert auto and uniform and not auto & uniform
+
+
+def test_a_file_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stage1.yaml"
+    path.write_text("model: haplovl-8b\nrecipe: distill\nbf16: false\nseq-length: 2048\nmax-tiles: 2\nzero-stage: 3\n")
+    words = ("--gpus", "8", "--micro-batch-size", "1", "--context-parallel-size", "1", "--top", "1")
+    status, from_file = plan(capsys, "--config", str(path), *words)
+    flags = ("--model", "haplovl-8b", "--recipe", "distill", "--no-bf16", "--seq-length", "2048", "--max-tiles", "2")
+    assert (status, from_file) == plan(capsys, *flags, *words)
+    assert from_file.startswith("haplovl-8b, recipe distill, fp32; sequences of 2,048 tokens, 256 per step;")
+    assert (
+        ", bf16; sequences of 1,024 tokens"
+        in plan(capsys, "--config", str(path), "--bf16", "--seq-length", "1024", *words)[1]
+    )
+    with pytest.raises(SystemExit):
+        plan(capsys, "--gpus", "8")
+    assert "no model is named" in capsys.readouterr().err

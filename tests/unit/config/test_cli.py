@@ -3,8 +3,9 @@ import dataclasses
 
 import pytest
 
-from megatron_haplovl.config.cli import build_config, build_parser, flags_to_reach, iterate_settings, parse_args
+from megatron_haplovl.config.cli import build_config, build_parser, flags_to_reach, parse_args
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.settings import iterate_settings
 
 MOCK = ["--model", "haplovl-debug", "--mock-data"]
 LINEAR = ["--post-rope-scaling-type", "linear"]

@@ -1,8 +1,7 @@
-"""The launch scripts start what their variables ask for, with the paper's settings, or say what is missing."""
+"""The launch scripts start what their variables ask for, with a recipe's settings, or say what is missing."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,34 +9,18 @@ from pathlib import Path
 import pytest
 
 from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config
+from tests.fixtures.stand_in_launchers import REPOSITORY, launched, start
 
-REPOSITORY = Path(__file__).parents[3]
-STAGE1 = {"DATA": "my data", "SAVE": "my runs/1", "VISION_TEACHER": "clip", "LANGUAGE_MODEL": "llm"}
-STAGE2 = {"PHASE": "full", "START": "a", "DATA": "d", "SAVE": "s", "TRAIN_ITERS": "10", "LANGUAGE_MODEL": "llm"}
-LAUNCH_VARIABLES = ("LAUNCHER", "HOSTFILE", "NUM_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+STAGE1 = {"RECIPE": "examples/recipes/haplovl-7b/stage1.yaml", "SAVE": "my runs/1"}
+STAGE1_FLAGS = [
+    *("--vision-teacher", "clip", "--language-model", "llm", "--data-path", "my data/instructions"),
+    *("--aux-data-path", "my data/captions", "--valid-data-path", "my data/heldout", "--eval-interval", "1000"),
+]
+STAGE2 = {"RECIPE": "examples/recipes/haplovl-7b/instructions.yaml", "SAVE": "s"}
+STAGE2_FLAGS = ["--pretrained-checkpoint", "a", "--language-model", "llm", "--data-path", "d"]
 TORCHRUN = {"LAUNCHER": "torchrun", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
-
-
-def start(folder: Path, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command where `deepspeed` and `torchrun` are stand-ins that print their names and words, one a line."""
-    for launcher in ("deepspeed", "torchrun"):
-        fake = folder / launcher
-        fake.write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
-        fake.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-    slurm = REPOSITORY / "tests" / "fixtures" / "fake_cluster"
-    path = os.pathsep.join([str(folder), str(slurm), os.environ["PATH"]])
-    return subprocess.run(
-        command, env={**environment, **variables, "PATH": path}, cwd=REPOSITORY, capture_output=True, text=True
-    )
-
-
-def launched(folder: Path, script: str, variables: dict[str, str], *flags: str) -> list[str]:
-    """The launcher that a script starts, and its words."""
-    result = start(folder, ["bash", f"examples/{script}", *flags], variables)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
 
 
 def config_of(words: list[str], script: str, stage: str) -> Config:
@@ -46,8 +29,10 @@ def config_of(words: list[str], script: str, stage: str) -> Config:
 
 @pytest.mark.parametrize("model", ["haplovl-7b", "haplovl-8b"])
 def test_stage_1(tmp_path, model):
-    words = launched(tmp_path, "ds_pretrain_haplovl.sh", {**STAGE1, "MODEL": model})
+    recipe = f"examples/recipes/{model}/stage1.yaml"
+    words = launched(tmp_path, "ds_pretrain_haplovl.sh", {**STAGE1, "RECIPE": recipe}, *STAGE1_FLAGS)
     config = config_of(words, "pretrain_haplovl.py", "pretrain")
+    assert config.model.post == MODELS[model].post
     assert (config.schedule.train_iters, config.schedule.global_batch_size) == (40000, 256)
     assert config.schedule.lr_warmup_iters == 2000
     optimizer = config.optimizer
@@ -59,26 +44,31 @@ def test_stage_1(tmp_path, model):
     assert config.checkpoint.save == config.checkpoint.load == "my runs/1"
 
 
-@pytest.mark.parametrize(("phase", "lr"), [("align", 1e-3), ("full", 2e-5)])
-def test_stage_2(tmp_path, phase, lr):
-    words = launched(tmp_path, "ds_finetune_haplovl.sh", {**STAGE2, "PHASE": phase})
+@pytest.mark.parametrize(
+    ("part", "recipe", "lr", "batch"), [("align", "align", 1e-3, 256), ("instructions", "full", 2e-5, 128)]
+)
+def test_stage_2(tmp_path, part, recipe, lr, batch):
+    variables = {**STAGE2, "RECIPE": f"examples/recipes/haplovl-7b/{part}.yaml"}
+    words = launched(tmp_path, "ds_finetune_haplovl.sh", variables, *STAGE2_FLAGS)
     config = config_of(words, "finetune_haplovl.py", "finetune")
-    assert (config.recipe.recipe, config.optimizer.lr) == (phase, lr)
-    assert (config.schedule.global_batch_size, config.optimizer.adam_beta2) == (128, 0.98)
+    assert (config.recipe.recipe, config.optimizer.lr) == (recipe, lr)
+    assert (config.schedule.global_batch_size, config.optimizer.adam_beta2) == (batch, 0.98)
     assert (config.optimizer.weight_decay, config.schedule.lr_decay_style) == (0.0, "cosine")
+    assert config.init.pretrained_checkpoint == "a"
+    assert config.checkpoint.save == config.checkpoint.load == "s"
 
 
 @pytest.mark.parametrize(
-    ("script", "entry", "stage", "variables"),
+    ("script", "entry", "stage", "variables", "needed"),
     [
-        ("ds_pretrain_haplovl.sh", "pretrain_haplovl.py", "pretrain", STAGE1),
-        ("ds_finetune_haplovl.sh", "finetune_haplovl.py", "finetune", STAGE2),
-        ("ds_try_launch.sh", "finetune_haplovl.py", "finetune", {}),
+        ("ds_pretrain_haplovl.sh", "pretrain_haplovl.py", "pretrain", STAGE1, STAGE1_FLAGS),
+        ("ds_finetune_haplovl.sh", "finetune_haplovl.py", "finetune", STAGE2, STAGE2_FLAGS),
+        ("ds_try_launch.sh", "finetune_haplovl.py", "finetune", {}, []),
     ],
 )
-def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables):
+def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables, needed):
     sizes = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2"]
-    flags = [*sizes, "--zero-stage", "3", "--save", "another run"]
+    flags = [*needed, *sizes, "--zero-stage", "3", "--save", "another run"]
     config = config_of(launched(tmp_path, script, variables, *flags), entry, stage)
     parallel = config.parallel
     assert (parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.zero_stage) == (2, 2, 3)
@@ -139,10 +129,14 @@ def test_what_would_start_something_else_is_refused(tmp_path, variables, message
     assert message in result.stderr
 
 
-def test_a_missing_variable_is_named(tmp_path):
-    result = start(tmp_path, ["bash", "examples/ds_finetune_haplovl.sh"], {})
-    assert result.returncode != 0
-    assert "PHASE" in result.stderr
+@pytest.mark.parametrize("missing", ["RECIPE", "SAVE"])
+def test_a_missing_variable_is_named(tmp_path, missing):
+    for script, variables in (("ds_pretrain_haplovl.sh", STAGE1), ("ds_finetune_haplovl.sh", STAGE2)):
+        given = {name: value for name, value in variables.items() if name != missing}
+        result = start(tmp_path, ["bash", f"examples/{script}"], given)
+        assert result.returncode != 0
+        assert result.stdout == ""
+        assert f"{missing}: f" in result.stderr
 
 
 JOB = {
@@ -179,7 +173,7 @@ def test_slurm_starts_torchrun_on_every_machine(tmp_path):
     [
         ([], "usage: sbatch"),
         (["examples/no_such.sh"], f"there is no launch script examples/no_such.sh in {REPOSITORY}"),
-        (["examples/ds_pretrain_haplovl.sh"], "DATA: folder of the preprocessed data"),
+        (["examples/ds_pretrain_haplovl.sh"], "RECIPE: file of settings"),
     ],
 )
 def test_a_slurm_job_fails_with_what_it_started(tmp_path, words, message):
