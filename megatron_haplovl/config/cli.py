@@ -108,7 +108,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", choices=sorted(MODELS), help="model preset; any flag below overrides a part of it", required=True
     )
-    # The `deepspeed` launcher passes this; the environment says the same, and is what is read.
+    # The `deepspeed` launcher passes this. The environment says the same, and we read it there.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         section = typing.get_type_hints(Config)[f.name]
