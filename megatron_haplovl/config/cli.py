@@ -117,7 +117,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
 
 
 def _started(stage: str) -> str:
-    """The script, or the module where that is what was started: a wheel has no scripts."""
+    """The script, or the module if that was started, because a wheel has no scripts."""
     module, main = f"megatron_haplovl.{stage}", sys.modules["__main__"].__spec__
     return f"--module {module}" if main is not None and main.name == module else f"{stage}_haplovl.py"
 

@@ -60,7 +60,7 @@ def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_paralle
     """Turn the serial model, on the meta device, into this rank's part of it.
 
     Args:
-        model: of either stage.
+        model: the model of either stage.
         group: the tensor-parallel ranks.
         sequence_parallel: shard the hidden state along the sequence wherever no matrix is split.
     """
