@@ -122,7 +122,7 @@ def run_export(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a user's error ends in one line on stderr and exit status 1."""
     args = build_parser().parse_args(argv)
-    # Its reports of what a CLIP holds beside the vision tower would bury ours.
+    # transformers would report what a CLIP holds beside the vision tower, and bury our own report.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

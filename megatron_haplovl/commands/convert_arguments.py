@@ -13,7 +13,7 @@ from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What --dtype stands for; None keeps the format that is there."""
+"""What --dtype stands for; None keeps each tensor's own format."""
 
 
 def build_parser() -> argparse.ArgumentParser:

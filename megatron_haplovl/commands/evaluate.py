@@ -67,7 +67,7 @@ def answer_all(answerer: Answerer, questions: list[Question], batch_size: int, m
 
 
 def write_predictions(path: Path, questions: list[Question], predictions: list[str]) -> None:
-    """One line for each question, with the keys of LLaVA's answer files and the true answer beside."""
+    """One line for each question, with the keys of LLaVA's answer files and the true answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for question, prediction in zip(questions, predictions, strict=True):
@@ -83,7 +83,7 @@ def write_predictions(path: Path, questions: list[Question], predictions: list[s
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Everything behind the flags.
+    """Do what the flags ask for.
 
     Raises:
         ValueError: a bad flag, model, question file or image.

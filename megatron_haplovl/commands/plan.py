@@ -13,7 +13,7 @@ from megatron_haplovl.config.layout import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan.
+    """Print what the layouts would cost, and recommend one.
 
     Returns:
         1 if no layout is possible, else 0.

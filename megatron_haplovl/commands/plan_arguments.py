@@ -61,19 +61,19 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("gpus_per_node", "GPUs of a node"),
         ("memory_gib", "memory of a GPU"),
-        ("reserved_gib", "of it, for CUDA's context, NCCL, libraries and fragmentation"),
+        ("reserved_gib", "part of that memory for CUDA's context, NCCL, libraries and fragmentation"),
         ("peak_tflops", "dense bf16 arithmetic of a GPU"),
         ("memory_gb_per_second", "memory bandwidth of a GPU"),
-        ("intra_node_gb_per_second", "between GPUs of a node"),
-        ("inter_node_gb_per_second", "between nodes"),
-        ("intra_hop_microseconds", "time of a ring's step inside a node beyond its bytes"),
+        ("intra_node_gb_per_second", "bandwidth between GPUs of a node"),
+        ("inter_node_gb_per_second", "bandwidth between nodes"),
+        ("intra_hop_microseconds", "time of a ring's step inside a node, beside sending its bytes"),
         ("inter_hop_microseconds", "the same between nodes"),
         ("efficiency", "share of the peak that matrix products reach"),
         ("attention_efficiency", "share of the peak that attention reaches on visible pairs"),
         ("overlap", "share of ZeRO 3's messages that can pass beside arithmetic"),
-        ("host_link_gb_per_second", "between a GPU and its host, for offload"),
+        ("host_link_gb_per_second", "bandwidth between a GPU and its host, for offload"),
         ("host_memory_gb_per_second", "memory bandwidth of the host, per GPU, for offload"),
-        ("bandwidth_efficiency", "share of the bandwidths, of memory and network, that is reached"),
+        ("bandwidth_efficiency", "share of the bandwidths (memory and network) that is reached"),
     ):
         default = getattr(sold, name)
         machine.add_argument(
@@ -128,7 +128,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--text-tokens", type=int, default=256, metavar="N", help="text tokens (default: 256)")
     data.add_argument(
-        "--trained-tokens", type=int, default=128, metavar="N", help="of them, answer tokens (default: 128)"
+        "--trained-tokens", type=int, default=128, metavar="N", help="answer tokens among them (default: 128)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every layout that `haplovl-plan` looks at: possible with what it costs, or refused with the constraint that fails."""
+"""Every layout that `haplovl-plan` looks at: possible, with its costs, or refused, with the constraints that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_haplovl.planning.machine import GIB, Cluster
 from megatron_haplovl.planning.work import Work
 from megatron_haplovl.training.recipe import trained_parts
 
-# Estimates are no finer than this: of the layouts as fast as the fastest, the one with most room is recommended.
+# Estimates are no finer than this: among the layouts as fast as the fastest, the one with most room is recommended.
 _AS_FAST = 1.02
 
 
@@ -23,13 +23,13 @@ class Found:
     """All layouts that were looked at."""
 
     possible: Sequence[Estimate]
-    """Fastest first."""
+    """Possible layouts, the fastest first."""
     refused: Sequence[tuple[Layout, dict[str, str]]]
-    """Each with the constraints that fail: name -> sentence."""
+    """Refused layouts, each with the constraints that fail: name -> sentence."""
 
     @property
     def recommended(self) -> Estimate | None:
-        """The roomiest of the fastest."""
+        """The fastest layout; among several as fast, the one with most room."""
         if not self.possible:
             return None
         longest = _AS_FAST * self.possible[0].step_seconds
@@ -44,7 +44,7 @@ def search(
     Args:
         arguments: the layouts to try, `bf16` and `pipeline_partition`.
         workload: model and batch.
-        work: of one sequence.
+        work: the work in one packed sequence.
         cluster: what it runs on.
         recipe: what is trained.
     """
@@ -63,7 +63,7 @@ def search(
                     bf16=arguments.bf16,
                     partition=arguments.pipeline_partition,
                 )
-            except ValueError as error:  # An explicit partition is for one number of stages.
+            except ValueError as error:  # An explicit partition fits one number of stages only.
                 refused.append((layout, {"partition": str(error)}))
                 continue
             if plan.memory.peak <= cluster.memory:
@@ -76,7 +76,7 @@ def search(
 
 
 def _layouts(arguments: argparse.Namespace, workload: Workload) -> Iterator[Layout]:
-    """Every arrangement to look at. A value that the user names is tried even where it is hopeless, to say why."""
+    """Every layout to look at. A value that the user names is tried even if it is hopeless, to say why."""
     gpus = arguments.gpus
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     tensor = arguments.tensor_model_parallel_size or [n for n in divisors if n <= arguments.gpus_per_node]

@@ -153,7 +153,7 @@ def preprocess(args: argparse.Namespace) -> int:
             for reason, count in reasons.most_common():
                 print(f"  {reason}: {count}", file=sys.stderr)
         if bad and not args.skip_bad_records:
-            print("Nothing was written. Mend them, or leave them out with --skip-bad-records.", file=sys.stderr)
+            print("Nothing was written. Repair these records, or skip them with --skip-bad-records.", file=sys.stderr)
             return 1
         if writer.num_samples == 0:
             raise ValueError(f"{args.input} has no usable record")
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        The exit status: 1 for records that cannot be used, 2 for what cannot be used at all.
+        The exit status: 1 if records cannot be used, 2 if input, tokenizer or template cannot be used at all.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -96,7 +96,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_sources(parser)
-    # The `deepspeed` launcher passes this; the environment says the same, and is what is read.
+    # The `deepspeed` launcher passes this. The environment says the same, and we read it there.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         section = typing.get_type_hints(Config)[f.name]
@@ -105,7 +105,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
 
 
 def _started(stage: str) -> str:
-    """The script, or the module where that is what was started: a wheel has no scripts."""
+    """The script, or the module if that was started, because a wheel has no scripts."""
     module, main = f"megatron_haplovl.{stage}", sys.modules["__main__"].__spec__
     return f"--module {module}" if main is not None and main.name == module else f"{stage}_haplovl.py"
 

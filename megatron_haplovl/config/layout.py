@@ -41,7 +41,7 @@ class Layout:
 
         Args:
             config: the settings.
-            data: the data-parallel size, which shows only when the processes have met.
+            data: the data-parallel size, which is known only when the processes have met.
         """
         parallel = config.parallel
         return cls(
@@ -86,7 +86,7 @@ class Workload:
 
     @property
     def has_post_decoder(self) -> bool:
-        """Whether the language model's blocks are trained, or at least there."""
+        """Whether the model has the language model's blocks, trained or not."""
         return "post_decoder" in self.stage.layers
 
     @property

@@ -1,6 +1,6 @@
 """The stages of the training and their recipes, as far as settings and planning need to know them.
 
-How a stage is built is said in `training.stages`; what a recipe trains is said here.
+`training.stages` says how a stage is built; here is what a recipe trains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PART_OF: Mapping[str, str] = MappingProxyType(
         "distillation": "distillation",
     }
 )
-"""First word of a layer's name -> the part of the model that recipes, freeze flags and learning rates speak of."""
+"""First word of a layer's name -> the part of the model, as recipes, freeze flags and learning rates name it."""
 
 FREEZABLE = ("embedding", "pre_decoder", "connector", "post_decoder")
 """Parts with a --freeze flag and a learning rate of their own."""
@@ -33,7 +33,7 @@ class StageSpec:
     name: str
     """The entry script is called `<name>_haplovl.py`."""
     title: str
-    """What messages call the stage."""
+    """The stage's name in messages."""
     layers: tuple[str, ...]
     """First words of the layers' names, in the order of the flat layer list. The last layer is the head."""
     head_tokens: str
@@ -47,7 +47,7 @@ class StageSpec:
 
     @property
     def parts(self) -> frozenset[str]:
-        """The parts of the model that are there."""
+        """The parts of the model that the stage has."""
         return frozenset(PART_OF[layer] for layer in self.layers)
 
 
@@ -56,7 +56,7 @@ PRETRAIN = StageSpec(
     title="stage 1",
     layers=("embedding", "pre_decoder", "distillation"),
     head_tokens="text_tokens",
-    # The language model's own matrix W is what the text head is taught, so it must not move (paper Sec. 3.2).
+    # The text head is taught the language model's own matrix W, so W must not move (paper Sec. 3.2).
     frozen=frozenset({"embedding.text.weight"}),
     has_teachers=True,
     own_settings=(

@@ -193,7 +193,7 @@ def data_is_mock(config: Config) -> bool:
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
     workload = Workload.of(config)
-    # The number of data-parallel ranks shows only when the processes have met.
+    # The number of data-parallel ranks is known only when the processes have met.
     layout = Layout.of(config)
     for sentence in check_layout(workload, layout).values():
         raise ValueError(sentence)

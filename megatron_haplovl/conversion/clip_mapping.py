@@ -24,8 +24,8 @@ def clip_vision_table(model: ModelConfig, *, side: int) -> list[Entry]:
 
     Args:
         model: sizes.
-        side: patches along one side of CLIP's image; where the model's tile has another number, the position embedding
-            is interpolated.
+        side: patches along one side of CLIP's image; if the model's tile has another number, the position embedding is
+            interpolated.
     """
     d, tile = model.pre.hidden_size, model.vision.cells_per_side
     return [

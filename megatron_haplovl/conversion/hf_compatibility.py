@@ -37,9 +37,9 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
     The image size may differ: the position embedding is interpolated.
 
     Args:
-        config: of the vision half.
-        model: what it must fit.
-        where: its file.
+        config: the vision half's configuration.
+        model: the model that it must fit.
+        where: the file that it was read from.
 
     Raises:
         ValueError: a setting differs; the message names the flag.
@@ -65,7 +65,7 @@ def check_vision_config(config: PretrainedConfig, model: ModelConfig, where: Pat
 
 
 def check_language_config(config: PretrainedConfig, model: ModelConfig, where: Path, *, stage: StageSpec) -> None:
-    """Compare a Llama or Qwen2 configuration with the text embedding and (where the stage has one) the post-decoder.
+    """Compare a Llama or Qwen2 configuration with the text embedding and (if the stage has one) the post-decoder.
 
     Raises:
         ValueError: it is no such model, a setting differs (the message names the flag), or the model has a part that

@@ -68,24 +68,24 @@ def _constant(theirs: str, shape: Shape, value: float, kept_by: tuple[str, str])
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A family of vision transformers that a pre-decoder inherits from, and that teaches it in stage 1."""
+    """A family of vision transformers that a pre-decoder inherits from and that teach it in stage 1."""
 
     name: str
     model_type: str
-    """Hugging Face's, of the model with a text half; the vision half's ends in `_vision_model`."""
+    """Hugging Face's type of the model with a text half; that of the vision half alone ends in `_vision_model`."""
     model_class: type[PreTrainedModel]
     """The vision half in transformers."""
     mean: tuple[float, float, float]
-    """Colours that it normalises its pixels with, red, green, blue."""
+    """Mean that the tower normalises its pixels with (red, green, blue); below it the standard deviation."""
     std: tuple[float, float, float]
     leading_positions: int
     """Positions in front of the patches, such as a class token; their features are dropped."""
     has_first_norm: bool
     """Whether a norm stands between the embedding and the blocks, as in the pre-decoder."""
     table: Callable[..., list[Entry]]
-    """(model, side=patches along one side of its image) -> what is taken; names relative to the vision half."""
+    """(model, side=patches along one side of the tower's image) -> the tensors that are taken; names relative to it."""
     extra: re.Pattern[str]
-    """Tensors that a folder may hold beside those."""
+    """Names of the tensors that a folder may hold beside those that are taken."""
 
     def colour_change(self) -> list[tuple[float, float]]:
         """(scale, shift) of red, green and blue: our normalised pixel, times scale plus shift, is the tower's."""
@@ -224,7 +224,7 @@ def _bias(ours: str, theirs: str, rows: int, model: ModelConfig, setting: str) -
 
 
 def _post_norms_and_matrices(model: ModelConfig, prefix: str, first_layer: int) -> list[Entry]:
-    """The bias-free parts of a Llama block, which Llama and Haplo name alike."""
+    """The bias-free parts of a Llama block; Llama and Haplo give them the same names."""
     width, ffn = model.post.hidden_size, model.post.ffn_hidden_size
     table: list[Entry] = []
     for n in range(model.post.num_layers):
@@ -247,7 +247,7 @@ def _qkv_rows(model: ModelConfig) -> tuple[tuple[str, int], ...]:
 
 
 def patch_entry(theirs: str, model: ModelConfig) -> Entry:
-    """A convolution's weight, and the same windows flattened."""
+    """A convolution's weight in their form; in ours, its windows are flattened."""
     d, k = model.pre.hidden_size, model.vision.patch_size
     return Entry(
         theirs,

@@ -19,7 +19,7 @@ from megatron_haplovl.conversion.hf_compatibility import check_language_config, 
 from megatron_haplovl.conversion.hf_mapping import Entry, VisionTower, haplo_table, language_model_table
 from megatron_haplovl.conversion.siglip_mapping import SIGLIP
 
-# Tensors that a folder may hold beside those that are taken. Anything else is an error: it would change the outputs.
+# What a folder may hold beside the tensors that are taken. Anything else is an error, because it would change outputs.
 _ROTARY_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _ANYTHING = re.compile(".*")
 
@@ -137,8 +137,8 @@ def open_language_model(
     Args:
         folder: a Hugging Face LlamaForCausalLM or Qwen2ForCausalLM. A tied output head is the embedding matrix.
         model: the sizes it must have.
-        allow: what may be missing or left over beside what is known of these models.
-        stage: of the training. Stage 1 takes the text embedding only, and looks at nothing else.
+        allow: what may be missing or left over, beside what these models are known to lack or hold.
+        stage: the training's stage. Stage 1 takes the text embedding only, and looks at nothing else.
 
     Raises:
         ValueError: the folder is not such a model, or one of its settings or shapes contradicts `model`.

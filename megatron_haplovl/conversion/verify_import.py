@@ -47,9 +47,9 @@ class TowerDifference:
 def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDifference:
     """Compare the embedding of patches and the pre-decoder's blocks with those of the vision tower they came from.
 
-    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. Where the
-    checkpoint's image size is another one, transformers interpolates its position embedding, too. Where the tower has
-    no norm in front of its blocks, ours is left out.
+    Both see the patches of an image without a class token, at position 0, where RoPE turns nothing. If the
+    checkpoint's image size is another one, transformers interpolates its position embedding, too. If the tower has no
+    norm in front of its blocks, ours is left out.
 
     Args:
         checkpoint: a `global_stepN` folder.

@@ -36,7 +36,7 @@ class _Worker:
 def process_in_order(
     records: Iterable[RawRecord], processor: RecordProcessor, settings: ProcessorSettings, workers: int
 ) -> Iterator[Result]:
-    """Process all records; the results come in the order of the records, whichever worker is faster."""
+    """Process all records; results come in the order of the records, no matter which worker is faster."""
     if workers == 1:
         yield from map(processor.process, records)
         return

@@ -20,7 +20,7 @@ from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 HeadInputs = Callable[[Batch], tuple[Any, ...]]
-"""Micro-batch -> what the model's head is given behind the hidden state: the batch itself, targets, loss function."""
+"""Micro-batch -> what the model's head gets behind the hidden state: the batch itself, targets, loss function."""
 
 
 def build_engine(
@@ -57,7 +57,7 @@ def build_engine(
         return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
 
     if zero_stage == 3:
-        # ZeRO-3 must have a parameter whole wherever it is read, too.
+        # ZeRO-3 must also gather a parameter for every other module that reads it.
         for reader, parameter in model.module.parameters_read_elsewhere():
             deepspeed.zero.register_external_parameter(reader, parameter)
     initialize = partial(deepspeed.initialize, optimizer=optimizer, config=settings, dist_init_required=False)

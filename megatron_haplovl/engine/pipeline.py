@@ -43,7 +43,7 @@ class PipelineStage(nn.Module):
 
     Args:
         model: the model, with the layers of this stage only.
-        layers: their names.
+        layers: names of these layers.
         slot: where the first and the last stage find the whole micro-batch.
         loss: the end of the last stage: (the head's input, micro-batch) -> loss.
         placeholders: parameters for the optimizer groups that have none on this stage.

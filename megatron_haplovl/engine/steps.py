@@ -20,7 +20,7 @@ Sums = dict[str, torch.Tensor]
 """Losses of this rank's micro-batches, summed over tokens."""
 
 FiniteCheck = Callable[[Sums], dict[str, float]]
-"""This rank's sums -> the step's losses, equal on every rank. Raises FloatingPointError where one is not finite."""
+"""This rank's sums -> the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class StepResult:
     """What one optimizer step reports."""
 
     losses: dict[str, float]
-    """By name, of the whole global batch; "loss" is the trained total. Equal on every rank."""
+    """Losses of the whole global batch by name; "loss" is the trained total. Equal on every rank."""
     grad_norm: float
-    """Before clipping, over all ranks."""
+    """Norm of the gradients before clipping, over all ranks."""
     counts: StepCounts
     """Valid tokens of the whole global batch."""
     visible_pairs: int
@@ -71,7 +71,7 @@ class DirectSteps:
         Args:
             micro_batches: as many as the engine accumulates are taken.
             counts: valid tokens of the whole global batch.
-            check_finite: called once, when all losses are there and no weight has changed yet.
+            check_finite: called once, when all losses are known and no weight has changed yet.
 
         Raises:
             FloatingPointError: see `check_finite`.
@@ -169,7 +169,7 @@ class PipelinedSteps:
         self._check_finite: FiniteCheck | None = None
         self._losses: dict[str, float] = {}
         self._visible_pairs = 0
-        # The schedule ends in the optimizer's step, so what comes before the step must be hooked in.
+        # The schedule ends in the optimizer's step, so whatever must come before the step is hooked in.
         optimizer.register_step_pre_hook(lambda *_: self._check_once())
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
@@ -196,7 +196,7 @@ class PipelinedSteps:
             yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
     def _check_once(self) -> None:
-        # ZeRO steps group by group, and not at all where gradients are not finite.
+        # ZeRO steps group by group, and not at all if gradients are not finite.
         if self._check_finite is not None:
             check_finite, self._check_finite = self._check_finite, None
             self._losses = check_finite(self._loss.sums)

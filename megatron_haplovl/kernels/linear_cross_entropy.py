@@ -6,7 +6,7 @@ all that backward still has to do is to multiply by one number. Recomputing the 
 fourth matrix product on top of the three that the plain form needs.
 
 Shapes, beyond the legend in `data/batch.py`: M trained tokens, L width of the head's input, V words of the vocabulary
-(with a group: of this rank), C tokens of a chunk, R tokens of a block of a chunk, K ranks.
+(with a group: this rank's words), C tokens of a chunk, R tokens of a block of a chunk, K ranks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class LossTerm:
     count: str
     """Field of `data.batch.StepCounts` that the sum is divided by."""
     weight: float | None = 1.0
-    """Factor in the total; None for what is only reported."""
+    """Factor in the total; None for a term that is only reported."""
 
 
 def distillation_terms(weights: LossConfig) -> tuple[LossTerm, ...]:

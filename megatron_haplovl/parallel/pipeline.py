@@ -37,7 +37,7 @@ class Stages:
 
 
 def keep_stage(model: LayeredModel, layers: Sequence[str]) -> None:
-    """Drop every layer of the model but these, on the meta device. What stays keeps its name.
+    """Drop all layers of the model but these, on the meta device. Their parameters keep their names.
 
     The heads of stage 1 read the frozen matrix of the embedding, so the last stage keeps a copy of it, in an
     `embedding` that is no layer of that stage.

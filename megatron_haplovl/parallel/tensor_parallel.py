@@ -60,7 +60,7 @@ def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_paralle
     """Turn the serial model, on the meta device, into this rank's part of it.
 
     Args:
-        model: of either stage.
+        model: the model of either stage.
         group: the tensor-parallel ranks.
         sequence_parallel: shard the hidden state along the sequence wherever no matrix is split.
     """
@@ -89,8 +89,8 @@ def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_paralle
 
 
 def finish_tensor_parallel(model: LayeredModel, group: Group, *, sequence_parallel: bool) -> None:
-    """Mark the parameters, now that they are allocated: what DeepSpeed's gradient norm counts once and what on each
-    rank, and which gradients are terms of a sum."""
+    """Mark the parameters once they are allocated: which ones DeepSpeed's gradient norm counts once and which on every
+    rank, and whose gradients are terms of a sum."""
     if group.size == 1:
         return
     for name, parameter in model.named_parameters():

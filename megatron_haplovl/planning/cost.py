@@ -47,7 +47,7 @@ def layer_costs(
         layout: how ranks share the work; `data`, `pipeline` and `zero_stage` change nothing here.
         precision: number formats.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
-        stage: of the training, which decides the layers. The vision teacher has the pre-decoder's sizes.
+        stage: the training's stage, which decides the layers. The vision teacher has the pre-decoder's sizes.
     """
     costs: list[LayerCost] = []
 
@@ -83,8 +83,8 @@ def layer_costs(
 
 
 def model_operations(model: ModelConfig, work: Work, stage: StageSpec) -> float:
-    """Operations of forward and backward when everything trains, as MFU counts them: three times the forward pass's, of
-    the student only."""
+    """Operations of forward and backward when everything trains, as MFU counts them: three times those of the student's
+    forward pass."""
     whole = layer_costs(model, work, Layout(), Precision(), trained=set(), stage=stage)
     teacher = _teacher(model, work).total if stage.has_teachers else 0.0
     return 3.0 * (sum(layer.forward.total for layer in whole) - teacher)

@@ -37,7 +37,7 @@ def stage_cut(
         device: `cuda` or `cpu`, see `planning.machine.machine_of`.
         bf16: bf16 with fp32 master weights; otherwise fp32.
         trained: parts that are trained, as `training.recipe.trained_parts` names them.
-        stage: of the training, which decides the layers.
+        stage: the training's stage, which decides the layers.
         method: `--pipeline-partition`, see `planning.partition.cut_layers`.
         micro_batches: micro-batches per optimizer step.
 

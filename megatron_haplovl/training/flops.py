@@ -14,7 +14,7 @@ def training_flops(model: ModelConfig, *, tokens: int, head_tokens: int, visible
         tokens: tokens that are not padding.
         head_tokens: tokens whose vocabulary logits are computed.
         visible_pairs: (query, key) pairs under the mixed mask.
-        stage: of the training, which decides whether there is a post-decoder.
+        stage: the training's stage, which decides whether there is a post-decoder.
     """
     pre, post = model.pre, model.post
     mlp_matrices = 3 if pre.gated_mlp else 2

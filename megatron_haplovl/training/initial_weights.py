@@ -132,7 +132,7 @@ def _copy_sources(
 
 
 def _reason_to_leave(name: str, stage: StageSpec, allow: Allowed) -> str | None:
-    """Why a tensor of a checkpoint may be left out that the model has no place for.
+    """Why a checkpoint's tensor may be left out if the model has no place for it.
 
     Stage 2 drops stage 1's heads (paper Sec. 3.2: "we keep the pre-decoder, while discarding the heads"), and stage 1
     can start from a checkpoint of the whole model.

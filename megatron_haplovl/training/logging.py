@@ -31,12 +31,12 @@ class _RankFormatter(logging.Formatter):
 
 
 def configure_logging(rank: int) -> None:
-    """Send this package's records to standard output: of rank 0 from INFO on, of every other rank the warnings.
+    """Send this package's records to standard output: from rank 0 all from INFO on, from every other rank the warnings.
 
     A second call replaces what the first one set up.
 
     Args:
-        rank: of this process in the whole run.
+        rank: this process's rank in the whole run.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_RankFormatter(rank))

@@ -17,7 +17,7 @@ def part_of(parameter: str) -> str:
 
 
 def trained_parts(config: RecipeConfig) -> frozenset[str]:
-    """Parts that a recipe trains, less what the freeze flags take away."""
+    """Parts that a recipe trains, without those that the freeze flags freeze."""
     frozen = {part for part in FREEZABLE if getattr(config, f"freeze_{part}")}
     return RECIPES[config.recipe].trains - frozen
 

@@ -1,6 +1,6 @@
-"""What a stage of the training is, in one table: model, losses, and what the head is given to compute them.
+"""What a stage of the training is, in one table: model, losses, and what the head gets to compute them.
 
-`config.stages` has what settings and planning need to know of a stage: its layers, what its recipes train.
+`config.stages` has what settings and planning need to know about a stage: its layers, and what its recipes train.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.teacher import build_teacher, teacher_width
 
 Targets = Callable[[Batch], tuple[Any, ...]]
-"""Micro-batch -> what the head is given beside the hidden state, the batch and the loss function."""
+"""Micro-batch -> what the head gets beside the hidden state, the batch and the loss function."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Stage:
     """One stage of the training."""
 
     build_model: Callable[[Config], LayeredModel]
-    """The serial model; called where parameters are made on the meta device."""
+    """Makes the serial model; called in a context that puts parameters on the meta device."""
     loss: Callable[..., dict[str, torch.Tensor]]
-    """What the head calls: sums over tokens, by the names of the terms. Takes the words that this rank holds."""
+    """Called by the head: sums over tokens, by the names of the terms. Is told which words this rank holds."""
     terms: Callable[[LossConfig], tuple[LossTerm, ...]]
     """What the sums are divided by, and their weights in the total."""
     build_targets: Callable[[Config, torch.device], Targets]
-    """What a micro-batch is trained towards beside what it holds itself."""
+    """Targets of a micro-batch that are not in the batch itself, such as a teacher's features."""
 
 
 def _distillation_model(config: Config) -> LayeredModel:
@@ -72,12 +72,12 @@ def stage_of(config: Config) -> Stage:
 
 
 def head_inputs(stage: Stage, config: Config, model: ShardedModel, device: torch.device) -> HeadInputs:
-    """What the head of a stage is given for a micro-batch, behind the hidden state.
+    """What the head of a stage gets for a micro-batch, behind the hidden state.
 
     Args:
-        stage: of the training.
+        stage: the training's stage.
         config: the run's settings.
-        model: this rank's part of it. Only the last stage of a pipeline has the head.
+        model: this rank's part of the model. Only the last stage of a pipeline has the head.
         device: what the model runs on.
     """
     pipeline = model.groups.pipeline

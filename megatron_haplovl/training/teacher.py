@@ -19,12 +19,12 @@ class VisionTeacher(nn.Module):
     """T_v of paper Eq. 2.
 
     Args:
-        tower: an instance of `family.model_class`. It is cut off behind the layer that teaches.
+        tower: an instance of `family.model_class`. Its layers behind the one that teaches are dropped.
         family: says how its pixels are normalised, and which of its positions are no patches.
         layer: index into its `hidden_states`; -1 is the last.
 
     Raises:
-        ValueError: it has no such layer.
+        ValueError: the tower has no such layer.
     """
 
     def __init__(self, tower: Any, family: VisionTower, layer: int) -> None:
@@ -37,7 +37,7 @@ class VisionTeacher(nn.Module):
         self.tower = tower.eval().requires_grad_(False)
         inner = getattr(tower, "vision_model", tower)  # The names differ between releases of transformers.
         inner.encoder.layers = inner.encoder.layers[: layer % (depth + 1)]
-        # What comes behind the blocks is no hidden state.
+        # The output of what comes behind the blocks is no hidden state.
         inner.post_layernorm = nn.Identity()
         inner.use_head = False
         self._leading = family.leading_positions
@@ -84,7 +84,7 @@ def load_teacher(folder: str, model: ModelConfig, layer: int) -> VisionTeacher:
     """Read the teacher from a Hugging Face folder.
 
     Raises:
-        ValueError: it is of no known family, or its tiles or patches differ from the model's.
+        ValueError: the teacher is of no known family, or its tiles or patches differ from the model's.
     """
     family, config = vision_tower_of(folder)
     for ours, theirs in (("image_size", config.image_size), ("patch_size", config.patch_size)):

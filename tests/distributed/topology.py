@@ -6,5 +6,5 @@ import deepspeed
 
 
 def forget_topology() -> None:
-    """Before another layout is built: DeepSpeed keeps the last engine's topology in a global."""
+    """Call before another layout is built, because DeepSpeed keeps the last engine's topology in a global."""
     deepspeed.utils.groups.mpu = None

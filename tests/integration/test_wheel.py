@@ -87,7 +87,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds the wheel, and sees what else is installed here, but no checkout."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", symlinks=True)
-    # Paths in a .pth file are added without reading the .pth files there, among which is that of an editable install.
+    # A path in a .pth file is added without reading the .pth files there, so not that of an editable install either.
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     python = str(folder / "venv/bin/python")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_haplovl.commands import evaluate, generate, plan_arguments, preprocess
+from megatron_haplovl.commands import convert_arguments, evaluate, generate, plan_arguments, preprocess
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
 from megatron_haplovl.config.files import read_settings
 from tests.fixtures.stand_in_launchers import REPOSITORY, launched

@@ -1,4 +1,4 @@
-"""DeepSpeed's undocumented names, all that are in use: each must still be there, and none is used that is not listed.
+"""All of DeepSpeed's undocumented names that are in use: each must still exist, and no unlisted one may be used.
 
 After an upgrade of DeepSpeed, read this test first.
 """
@@ -97,7 +97,7 @@ DOCUMENTED = {
     "train",
     "train_batch",
 }
-"""What else of an engine may be used."""
+"""Other attributes of an engine that may be used."""
 
 
 def users(name: str) -> str:

@@ -100,7 +100,7 @@ def test_ranks_of_the_layout_are_seen() -> None:
 
 def test_teacher_is_at_work_in_stage_1() -> None:
     seconds = [layer.seconds for layer in loads(STAGE1, stage=PRETRAIN)]
-    # Its forward pass, and the vocabulary's logits.
+    # It holds the teacher's forward pass and the vocabulary's logits.
     assert seconds[-1] > 5 * seconds[1]
     with_tiles, without = (
         layer_costs(MODEL, work, Layout(), Precision(), trained=STAGE1, stage=PRETRAIN)[-1].moved_bytes
