@@ -1,0 +1,35 @@
+"""The scripts of a checkout start the package's commands, and find the package without an installation."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+SCRIPTS = {
+    "tools/preprocess_data.py": "commands.preprocess",
+    "tools/convert_checkpoint.py": "commands.convert",
+    "tools/evaluate.py": "commands.evaluate",
+    "tools/generate.py": "commands.generate",
+    "tools/plan_parallelism.py": "commands.plan",
+    "pretrain_haplovl.py": "pretrain",
+    "finetune_haplovl.py": "finetune",
+}
+
+
+@pytest.mark.parametrize(("script", "module"), SCRIPTS.items())
+def test_a_script_starts_the_command(script: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python itself puts the script's own folder in front.
+    monkeypatch.setattr(sys, "path", [str((REPOSITORY / script).parent), *sys.path])
+    names = runpy.run_path(str(REPOSITORY / script))
+    assert names["main"] is resolve_name(f"megatron_haplovl.{module}:main")
+    assert sys.path[0] == str(REPOSITORY)
+
+
+def test_there_are_no_other_scripts() -> None:
+    found = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tools/*.py")}
+    assert found == {script for script in SCRIPTS if script.startswith("tools/")}
