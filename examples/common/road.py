@@ -71,11 +71,13 @@ class Recipe:
     image_folder: Path
     records: tuple[Records, ...]
     """Everything that is trained or measured on."""
+    preprocessing: Words
+    """Flags of tools/preprocess_data.py: processes, and the model that samples must fit."""
     tokenizer: Path | Made
     vision_teacher: Path | Made
     language_model: Path | Made
     model: Words
-    """Flags that name the model and how it sees images."""
+    """Flags of all trainings that name the model and how it sees images, where no settings file does."""
     launch: Words
     """Words before a training script."""
     device: str
@@ -87,8 +89,6 @@ class Recipe:
     questions: Path
     evaluation: Words = ()
     """Flags of tools/evaluate.py."""
-    workers: int = 1
-    """Processes that preprocess one file."""
     resumes: bool = False
     """Whether an interrupted training goes on from its newest checkpoint; otherwise it starts over."""
 
@@ -223,7 +223,7 @@ def _preprocess(recipe: Recipe, records: Records, tokenizer: _Folder) -> Phase:
         (
             *("python", "tools/preprocess_data.py", "--input", records.json, "--image-folder", recipe.image_folder),
             *("--output-prefix", recipe.prefix(records.name), "--tokenizer-model", tokenizer.path),
-            *("--chat-template", records.chat_template, "--workers", str(recipe.workers), *recipe.model),
+            *("--chat-template", records.chat_template, *recipe.preprocessing),
         ),
         after=(*recipe.data, *tokenizer.phases),
         inputs=(Path("megatron_haplovl/data"), Path("tools/preprocess_data.py"), *records.inputs),

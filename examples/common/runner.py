@@ -67,9 +67,6 @@ def run_recipe(args: argparse.Namespace, phases: Sequence[Phase], endings: Seque
     if args.dry_run:
         print_commands(phases, endings, args.run)
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _exit)
     status = run_phases(phases, args.run, args.at_once)
     for ending in endings:
         if status != 0:
@@ -80,7 +77,13 @@ def run_recipe(args: argparse.Namespace, phases: Sequence[Phase], endings: Seque
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Exit with the status that a recipe's `main` returns; a user's error is one line on stderr and status 1."""
+    """Exit with the status that a recipe's `main` returns; a user's error is one line on stderr and status 1.
+
+    A signal that ends this process ends what it has started, too.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit)
     try:
         status = main()
     except ValueError as error:

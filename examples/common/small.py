@@ -57,6 +57,7 @@ def small_recipe(
     vocab_size: int,
     vision_teacher: Words,
     language_model: Words,
+    settings: Path,
     stage1: Words,
     align: Words,
     full: Words,
@@ -72,14 +73,21 @@ def small_recipe(
         vocab_size: upper limit of the tokenizer, and rows of the embedding.
         vision_teacher: flags of train_vision_teacher, with its captions and their image folder.
         language_model: flags of train_language_model.
-        stage1: flags of the trainings, with their blends of data.
-        align: the same.
-        full: the same.
+        settings: folder of {training,stage1,align,full}.yaml: the numbers of all trainings, and of each.
+        stage1: further flags of stage 1: its blend of data.
+        align: the same of the alignment.
+        full: the same of the full fine-tuning.
     """
+
+    def training(name: str, title: str, heldout: str, flags: Words) -> Training:
+        files = (settings / "training.yaml", settings / f"{name}.yaml")
+        return Training(name, title, heldout, ("--config", *files, *flags, *precision), inputs=files)
+
     (data,) = make_data.outputs
     precision = precision_flags(args.run, args.precision, dry_run=args.dry_run)
     texts = ("--train", data / "texts.json", "--heldout", data / "heldout_texts.json")
     vocabulary = ("--vocab-size", str(vocab_size))
+    whole_model = ("--model", "haplovl-debug", *vocabulary, *model)
     return Recipe(
         run=args.run,
         data=(make_data,),
@@ -91,15 +99,16 @@ def small_recipe(
             Records("texts", data / "texts.json", BRIEF_TEMPLATE),
             Records("heldout_instructions", data / "heldout_instructions.json", BRIEF_TEMPLATE),
         ),
+        preprocessing=("--workers", "1", *whole_model),
         tokenizer=Made(("--input", data / "captions.json", data / "instructions.json", *vocabulary)),
         vision_teacher=Made((*vision_teacher, *precision)),
         language_model=Made((*texts, *vocabulary, *language_model, *precision)),
-        model=("--model", "haplovl-debug", *vocabulary, *model),
+        model=whole_model,
         launch=("deepspeed", "--num_gpus", str(args.num_processes)),
         device="cpu",
-        stage1=Training("stage1", "stage 1", "heldout_instructions", (*stage1, *precision)),
-        captions=Training("align", "align", "heldout_captions", ("--recipe", "align", *align, *precision)),
-        instructions=Training("full", "full", "heldout_instructions", ("--recipe", "full", *full, *precision)),
+        stage1=training("stage1", "stage 1", "heldout_instructions", stage1),
+        captions=training("align", "align", "heldout_captions", align),
+        instructions=training("full", "full", "heldout_instructions", full),
         chat_template=BRIEF_TEMPLATE,
         questions=data / "heldout_questions.jsonl",
         evaluation=("--batch-size", "64", "--max-new-tokens", "8"),

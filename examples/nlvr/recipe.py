@@ -16,13 +16,11 @@ from examples.common.road import Recipe, preprocessed, road
 from examples.common.runner import run_recipe, start
 from examples.common.small import parse_small_arguments, small_recipe
 
-_TRAINING = (
-    *("--init-std", "0.07", "--micro-batch-size", "2", "--global-batch-size", "8", "--num-workers", "0"),
-    *("--zero-stage", "1", "--log-interval", "10", "--eval-iters", "10"),
+# Scripts that the data depend on.
+_SOURCES = (
+    *("nlvr/prepare_nlvr.py", "nlvr/pictures.py", "nlvr/questions.py"),
+    *("common/questions.py", "common/llava_json.py"),
 )
-_STAGE1 = ("--train-iters", "150", "--lr", "1e-3", "--lr-warmup-iters", "20")
-_ALIGN = ("--train-iters", "80", "--lr", "3e-3", "--lr-warmup-iters", "10")
-_FULL = ("--train-iters", "600", "--lr", "1e-3", "--lr-warmup-iters", "30", "--eval-interval", "250")
 
 
 def nlvr(args: argparse.Namespace) -> Recipe:
@@ -36,7 +34,6 @@ def nlvr(args: argparse.Namespace) -> Recipe:
     for path in annotations:
         if not path.is_file():
             raise ValueError(f"{path} does not exist; {args.nlvr} must be the folder `nlvr` of a clone of lil-lab/nlvr")
-    sources = ("examples/nlvr", "examples/common/questions.py", "examples/common/llava_json.py")
     boxes = ("--train", data / "boxes.json", "--heldout", data / "heldout_boxes.json", "--image-folder", data)
     instructions, captions, texts = (preprocessed(args.run, name) for name in ("instructions", "captions", "texts"))
     return small_recipe(
@@ -44,7 +41,7 @@ def nlvr(args: argparse.Namespace) -> Recipe:
         make_data=Phase(
             "data",
             ("python", "-m", "examples.nlvr.prepare_nlvr", "--nlvr", args.nlvr, "--output", data),
-            inputs=[*(Path(source) for source in sources), *annotations],
+            inputs=[*(Path("examples", source) for source in _SOURCES), *annotations],
             outputs=[data],
         ),
         image_folder=args.nlvr,
@@ -53,9 +50,10 @@ def nlvr(args: argparse.Namespace) -> Recipe:
         vocab_size=1536,
         vision_teacher=(*boxes, "--steps", "250", "--batch-size", "64", "--lr", "1e-3"),
         language_model=("--steps", "300", "--batch-size", "8", "--lr", "1e-3"),
-        stage1=(*_TRAINING, *_STAGE1, "--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
-        align=(*_TRAINING, *_ALIGN, "--data-path", captions),
-        full=(*_TRAINING, *_FULL, "--data-path", "3", instructions, "1", captions),
+        settings=Path("examples/nlvr"),
+        stage1=("--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
+        align=("--data-path", captions),
+        full=("--data-path", "3", instructions, "1", captions),
     )
 
 

@@ -15,16 +15,12 @@ from examples.common.road import Recipe, preprocessed, road
 from examples.common.runner import Ending, run_recipe, start
 from examples.common.small import parse_small_arguments, small_recipe
 
-_QUESTION = "How many shapes?"
-
-# The numbers below were tuned on two cores for accuracy within ten minutes; they are no recipe for a large model.
-_TRAINING = (
-    *("--init-std", "0.07", "--micro-batch-size", "4", "--global-batch-size", "8", "--num-workers", "0"),
-    *("--zero-stage", "1", "--log-interval", "10", "--eval-iters", "10"),
+# Scripts that the data depend on.
+_SOURCES = (
+    *("quickstart/make_demo_data.py", "quickstart/scenes.py", "quickstart/questions.py"),
+    *("common/questions.py", "common/llava_json.py"),
 )
-_STAGE1 = ("--train-iters", "300", "--lr", "1e-3", "--lr-warmup-iters", "20", "--eval-interval", "50")
-_ALIGN = ("--train-iters", "150", "--lr", "3e-3", "--lr-warmup-iters", "10", "--eval-interval", "50")
-_FULL = ("--train-iters", "2200", "--lr", "1.5e-3", "--lr-warmup-iters", "30", "--eval-interval", "250")
+_QUESTION = "How many shapes?"
 
 
 def quickstart(args: argparse.Namespace) -> Recipe:
@@ -32,13 +28,12 @@ def quickstart(args: argparse.Namespace) -> Recipe:
     data = args.run / "data"
     images = data / "images"
     instructions, captions, texts = (preprocessed(args.run, name) for name in ("instructions", "captions", "texts"))
-    sources = ("examples/quickstart", "examples/common/questions.py", "examples/common/llava_json.py")
     return small_recipe(
         args,
         make_data=Phase(
             "data",
             ("python", "-m", "examples.quickstart.make_demo_data", "--output", data),
-            inputs=[Path(source) for source in sources],
+            inputs=[Path("examples", source) for source in _SOURCES],
             outputs=[data],
         ),
         image_folder=images,
@@ -49,9 +44,10 @@ def quickstart(args: argparse.Namespace) -> Recipe:
             *("--steps", "400", "--batch-size", "64", "--lr", "1e-3"),
         ),
         language_model=("--steps", "600", "--batch-size", "16", "--lr", "1e-3"),
-        stage1=(*_TRAINING, *_STAGE1, "--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
-        align=(*_TRAINING, *_ALIGN, "--data-path", captions),
-        full=(*_TRAINING, *_FULL, "--data-path", "3", instructions, "1", captions, "1", texts),
+        settings=Path("examples/quickstart"),
+        stage1=("--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
+        align=("--data-path", captions),
+        full=("--data-path", "3", instructions, "1", captions, "1", texts),
     )
 
 
