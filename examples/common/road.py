@@ -54,10 +54,10 @@ class Training:
     """Above its losses in the plot."""
     heldout: str
     """Name of the records that it is measured on."""
+    settings: tuple[Path, ...]
+    """Files with its numbers; a later one wins."""
     flags: Words
-    """What it takes from the recipe: numbers, and blends of data."""
-    inputs: tuple[Path, ...] = ()
-    """Files that the flags name and whose contents count."""
+    """Its blend of data, and what wins over the files."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,11 @@ def _train(recipe: Recipe, training: Training, tokenizer: _Folder, start: Words,
         (
             *(*recipe.launch, script, *recipe.model, "--tokenizer-model", tokenizer.path, "--device", recipe.device),
             *("--save", folder, *(("--load", folder) if recipe.resumes else ()), "--metrics-file", metrics),
-            *(*begin, "--valid-data-path", recipe.prefix(training.heldout), *training.flags),
+            *(*begin, "--valid-data-path", recipe.prefix(training.heldout), "--config", *training.settings),
+            *training.flags,
         ),
         after=after,
-        inputs=training.inputs,
+        inputs=training.settings,
         outputs=(folder, metrics),
         resumes=recipe.resumes,
     )

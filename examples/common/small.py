@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -57,10 +58,9 @@ def small_recipe(
     vocab_size: int,
     vision_teacher: Words,
     language_model: Words,
-    settings: Path,
-    stage1: Words,
-    align: Words,
-    full: Words,
+    stage1: Training,
+    align: Training,
+    full: Training,
 ) -> Recipe:
     """A recipe with everything made from the data, and trained on the CPU.
 
@@ -73,16 +73,10 @@ def small_recipe(
         vocab_size: upper limit of the tokenizer, and rows of the embedding.
         vision_teacher: flags of train_vision_teacher, with its captions and their image folder.
         language_model: flags of train_language_model.
-        settings: folder of {training,stage1,align,full}.yaml: the numbers of all trainings, and of each.
-        stage1: further flags of stage 1: its blend of data.
-        align: the same of the alignment.
-        full: the same of the full fine-tuning.
+        stage1: all but the number format.
+        align: the same.
+        full: the same.
     """
-
-    def training(name: str, title: str, heldout: str, flags: Words) -> Training:
-        files = (settings / "training.yaml", settings / f"{name}.yaml")
-        return Training(name, title, heldout, ("--config", *files, *flags, *precision), inputs=files)
-
     (data,) = make_data.outputs
     precision = precision_flags(args.run, args.precision, dry_run=args.dry_run)
     texts = ("--train", data / "texts.json", "--heldout", data / "heldout_texts.json")
@@ -106,9 +100,9 @@ def small_recipe(
         model=whole_model,
         launch=("deepspeed", "--num_gpus", str(args.num_processes)),
         device="cpu",
-        stage1=training("stage1", "stage 1", "heldout_instructions", stage1),
-        captions=training("align", "align", "heldout_captions", align),
-        instructions=training("full", "full", "heldout_instructions", full),
+        stage1=dataclasses.replace(stage1, flags=(*stage1.flags, *precision)),
+        captions=dataclasses.replace(align, flags=(*align.flags, *precision)),
+        instructions=dataclasses.replace(full, flags=(*full.flags, *precision)),
         chat_template=BRIEF_TEMPLATE,
         questions=data / "heldout_questions.jsonl",
         evaluation=("--batch-size", "64", "--max-new-tokens", "8"),

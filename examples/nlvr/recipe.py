@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 
 from examples.common.phases import Phase
-from examples.common.road import Recipe, preprocessed, road
+from examples.common.road import Recipe, Training, preprocessed, road
 from examples.common.runner import run_recipe, start
 from examples.common.small import parse_small_arguments, small_recipe
 
+_NUMBERS = Path("examples/nlvr")
 # Scripts that the data depend on.
 _SOURCES = (
     *("nlvr/prepare_nlvr.py", "nlvr/pictures.py", "nlvr/questions.py"),
@@ -50,10 +51,27 @@ def nlvr(args: argparse.Namespace) -> Recipe:
         vocab_size=1536,
         vision_teacher=(*boxes, "--steps", "250", "--batch-size", "64", "--lr", "1e-3"),
         language_model=("--steps", "300", "--batch-size", "8", "--lr", "1e-3"),
-        settings=Path("examples/nlvr"),
-        stage1=("--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
-        align=("--data-path", captions),
-        full=("--data-path", "3", instructions, "1", captions),
+        stage1=Training(
+            name="stage1",
+            title="stage 1",
+            heldout="heldout_instructions",
+            settings=(_NUMBERS / "training.yaml", _NUMBERS / "stage1.yaml"),
+            flags=("--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
+        ),
+        align=Training(
+            name="align",
+            title="align",
+            heldout="heldout_captions",
+            settings=(_NUMBERS / "training.yaml", _NUMBERS / "align.yaml"),
+            flags=("--data-path", captions),
+        ),
+        full=Training(
+            name="full",
+            title="full",
+            heldout="heldout_instructions",
+            settings=(_NUMBERS / "training.yaml", _NUMBERS / "full.yaml"),
+            flags=("--data-path", "3", instructions, "1", captions),
+        ),
     )
 
 

@@ -60,9 +60,8 @@ def own_data(args: argparse.Namespace) -> Recipe:
         return Records(name, file, chat_template, inputs=(file,))
 
     def training(name: str, title: str, blend: Words, more: str) -> Training:
-        files = (Path("examples/recipes", args.model, f"{name}.yaml"), *args.settings)
-        flags = ("--config", *files, *vocabulary, *blend, *shlex.split(more))
-        return Training(name, title, "heldout", flags, inputs=files)
+        settings = (Path("examples/recipes", args.model, f"{name}.yaml"), *args.settings)
+        return Training(name, title, "heldout", settings, (*vocabulary, *blend, *shlex.split(more)))
 
     return Recipe(
         run=args.run,

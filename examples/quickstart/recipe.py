@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from examples.common.phases import Phase
-from examples.common.road import Recipe, preprocessed, road
+from examples.common.road import Recipe, Training, preprocessed, road
 from examples.common.runner import Ending, run_recipe, start
 from examples.common.small import parse_small_arguments, small_recipe
 
@@ -20,6 +20,7 @@ _SOURCES = (
     *("quickstart/make_demo_data.py", "quickstart/scenes.py", "quickstart/questions.py"),
     *("common/questions.py", "common/llava_json.py"),
 )
+_NUMBERS, _MORE_NUMBERS = Path("examples/recipes/haplovl-debug"), Path("examples/quickstart/training.yaml")
 _QUESTION = "How many shapes?"
 
 
@@ -44,10 +45,30 @@ def quickstart(args: argparse.Namespace) -> Recipe:
             *("--steps", "400", "--batch-size", "64", "--lr", "1e-3"),
         ),
         language_model=("--steps", "600", "--batch-size", "16", "--lr", "1e-3"),
-        settings=Path("examples/quickstart"),
-        stage1=("--data-path", "2", instructions, "1", texts, "--aux-data-path", captions),
-        align=("--data-path", captions),
-        full=("--data-path", "3", instructions, "1", captions, "1", texts),
+        stage1=Training(
+            name="stage1",
+            title="stage 1",
+            heldout="heldout_instructions",
+            settings=(_NUMBERS / "stage1.yaml", _MORE_NUMBERS),
+            flags=(
+                *("--eval-interval", "50", "--data-path", "2", instructions, "1", texts),
+                *("--aux-data-path", captions),
+            ),
+        ),
+        align=Training(
+            name="align",
+            title="align",
+            heldout="heldout_captions",
+            settings=(_NUMBERS / "align.yaml", _MORE_NUMBERS),
+            flags=("--eval-interval", "50", "--data-path", captions),
+        ),
+        full=Training(
+            name="full",
+            title="full",
+            heldout="heldout_instructions",
+            settings=(_NUMBERS / "full.yaml", _MORE_NUMBERS),
+            flags=("--eval-interval", "250", "--data-path", "3", instructions, "1", captions, "1", texts),
+        ),
     )
 
 
