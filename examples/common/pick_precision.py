@@ -1,7 +1,7 @@
-"""Print `bf16` or `fp32`: the number format in which this machine multiplies matrices faster.
+"""Find the number format in which this machine multiplies matrices faster, print it, and keep it in a file.
 
-Processors with bf16 units are several times faster with it; others emulate it and are slower. The answer is kept in a
-file, so that a second run of an example makes the same choice.
+Processors with bf16 units are several times faster with it; others emulate it and are slower. The answer is kept, so
+that a second run of an example makes the same choice.
 """
 
 from __future__ import annotations
@@ -30,16 +30,11 @@ def seconds_per_product(dtype: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wanted", choices=("auto", "bf16", "fp32"), help="auto measures; the others are just printed")
-    parser.add_argument("--file", type=Path, required=True, help="keeps the answer of auto")
+    parser.add_argument("--file", type=Path, required=True, help="keeps the answer: bf16 or fp32")
     args = parser.parse_args()
-    if args.wanted != "auto":
-        print(args.wanted)
-        return
-    if not args.file.is_file():
-        faster = "bf16" if seconds_per_product(torch.bfloat16) < seconds_per_product(torch.float32) else "fp32"
-        args.file.write_text(faster + "\n", encoding="utf-8")
-    print(args.file.read_text(encoding="utf-8").strip())
+    faster = "bf16" if seconds_per_product(torch.bfloat16) < seconds_per_product(torch.float32) else "fp32"
+    args.file.write_text(faster + "\n", encoding="utf-8")
+    print(faster)
 
 
 if __name__ == "__main__":

@@ -48,16 +48,15 @@ def summarize(run: Path, hf_checkpoint: Path, plot: Path) -> dict[str, Any]:
     """Everything that an example reports.
 
     Args:
-        run: the run's folder, with `evaluation.json`, `metrics/stage1.jsonl`, `phases/` and the teachers.
+        run: the run's folder, with `evaluation.json`, `metrics/stage1.jsonl`, `phases/` and the teachers
+            that it made.
         hf_checkpoint: the exported model.
         plot: the PNG of the losses.
     """
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     scores = ("accuracy", "majority_accuracy", "count")
-    teachers = {
-        name: json.loads((run / "teachers" / name / "teacher.json").read_text(encoding="utf-8"))
-        for name in ("vision", "language")
-    }
+    reports = {name: run / "teachers" / name / "teacher.json" for name in ("vision", "language")}
+    teachers = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in reports.items() if path.is_file()}
     return {
         **{name: evaluation[name] for name in scores},
         "per_type": {kind: {name: score[name] for name in scores} for kind, score in evaluation["per_type"].items()},

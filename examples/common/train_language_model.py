@@ -1,4 +1,4 @@
-"""Train a small Llama on conversations without images, and save it as an ordinary Hugging Face LlamaForCausalLM folder.
+"""Train a small Llama on conversations, images left out, and save it as a Hugging Face LlamaForCausalLM folder.
 
 It has the sizes of a HaploVL preset's post-decoder, so that it can initialise it. The file `teacher.json` beside the
 weights says how well it predicts and answers held-out conversations.
@@ -125,8 +125,10 @@ def main() -> None:
 
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help="LLaVA JSON files without images")
-    parser.add_argument("--heldout", type=Path, required=True, help="held-out LLaVA JSON without images")
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, help="LLaVA JSON files; an image is one token to it"
+    )
+    parser.add_argument("--heldout", type=Path, required=True, help="held-out LLaVA JSON")
     parser.add_argument("--tokenizer-model", type=Path, required=True, help="tokenizer folder or .model")
     parser.add_argument(
         "--chat-template", default="examples/common/brief.jinja", help="template that renders the conversations"

@@ -18,6 +18,7 @@ from examples.common.samples import CaptionedImage, endless_batches, load_captio
 from examples.common.teacher_loop import train
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
@@ -27,30 +28,21 @@ _MAX_CAPTION_TOKENS = 128
 
 def build_clip(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     """A CLIP with random weights whose vision half has the sizes of `model`'s pre-decoder."""
-    pre, vision = model.pre, model.vision
+    width = model.pre.hidden_size
     assert tokenizer.eos_token_id != 2, "CLIPTextModel reads an end-of-sequence id of 2 as `take the largest id`"
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": pre.hidden_size,
-        "intermediate_size": 2 * pre.hidden_size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": _TEXT_LAYERS,
-        "num_attention_heads": pre.num_attention_heads,
+        "num_attention_heads": model.pre.num_attention_heads,
         "max_position_embeddings": _MAX_CAPTION_TOKENS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    eyes = {
-        "hidden_size": pre.hidden_size,
-        "intermediate_size": pre.ffn_hidden_size,
-        "num_hidden_layers": pre.num_layers,
-        "num_attention_heads": pre.num_attention_heads,
-        "hidden_act": pre.activation,
-        "layer_norm_eps": pre.layernorm_epsilon,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=eyes, projection_dim=pre.hidden_size))
+    eyes = vision_config_of(model).to_dict()
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=eyes, projection_dim=width))
     # Beside pixels, whose embedding has a size of about one, CLIP's usual start of 0.02 hides where a patch is; a short
     # training would hardly find it again.
     torch.nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=1.0)

@@ -104,6 +104,9 @@ def check(command: Command, folder: Path) -> None:
             if parser is preprocess.build_parser:
                 preprocess.settings_from(arguments)
             return
+    if "pytest" in words:
+        assert all((REPOSITORY / word).exists() for word in words if word.startswith("tests/"))
+        return
     scripts = [word for word in words if word.endswith(".sh")]
     assert scripts, f"{command.page}: no test knows what {' '.join(words)} starts"
     assert (REPOSITORY / scripts[0]).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -69,6 +70,13 @@ def test_summary(run_folder):
     assert {"accuracy", "majority_accuracy", "per_type", "seconds", "hf_checkpoint", "plot", "stage1"} <= set(summary)
     assert summary["per_type"] == {"colour": {"accuracy": 0.9, "majority_accuracy": 0.3, "count": 40}}
     assert summary["seconds"] == {"stage1": 12.5}
+    assert summary["teachers"] == {"vision": {"figure": "vision"}, "language": {"figure": "language"}}
     text = report(summary)
     assert "90.0%" in text
     assert str(run_folder / "hf") in text
+
+
+def test_teachers_that_were_not_made_have_no_figures(run_folder):
+    shutil.rmtree(run_folder / "teachers" / "vision")
+    summary = summarize(run_folder, run_folder / "hf", run_folder / "losses.png")
+    assert summary["teachers"] == {"language": {"figure": "language"}}

@@ -1,0 +1,1 @@
+"""One's own conversations and images, with one's own CLIP, language model and tokenizer."""
