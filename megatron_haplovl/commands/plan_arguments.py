@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_haplovl.config.cli import add_settings, add_sources, combine
 from megatron_haplovl.config.files import read_settings
-from megatron_haplovl.config.presets import STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
-from megatron_haplovl.config.stages import RECIPES
+from megatron_haplovl.config.stages import FINETUNE, RECIPES
 from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.planning.machine import Cluster, DataSheet
@@ -150,7 +149,7 @@ def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
     if arguments.bf16 is None:
         arguments.bf16 = given.get(("precision", "bf16"), True)
     overrides["precision", "bf16"] = arguments.bf16
-    recipe = given.get(("recipe", "recipe"), STAGE_DEFAULTS["finetune"]["recipe"]["recipe"])
+    recipe = given.get(("recipe", "recipe"), FINETUNE.defaults["recipe.recipe"])
     combined = combine(RECIPES[recipe].stage.name, arguments.model, files, overrides)
     config = combined.config
     validate_model(config.model)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_haplovl.config.files import SettingsFile, read_settings
-from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS, STAGE_DEFAULTS
+from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.config.settings import Setting, SettingPath, iterate_settings, with_settings
 from megatron_haplovl.config.stages import STAGES, recipes_of
@@ -112,9 +112,7 @@ def _started(stage: str) -> str:
 
 def _stage_summary(stage: str) -> str:
     return ", ".join(
-        f"--{name.replace('_', '-')} {value}"
-        for section in STAGE_DEFAULTS[stage].values()
-        for name, value in section.items()
+        f"--{setting.partition('.')[2].replace('_', '-')} {value}" for setting, value in STAGES[stage].defaults.items()
     )
 
 
@@ -189,10 +187,8 @@ def _base(stage: str, model: str | None, files: Sequence[SettingsFile]) -> tuple
     """What all else is compared with, by name and in full, and the files that are left to be put on top of it."""
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; choose from {sorted(STAGES)}")
-    config = with_settings(
-        Config(),
-        {(section, name): value for section, values in STAGE_DEFAULTS[stage].items() for name, value in values.items()},
-    )
+    defaults = {tuple(setting.split(".")): value for setting, value in STAGES[stage].defaults.items()}
+    config = with_settings(Config(), defaults)
     named = [*(file.preset for file in files if file.preset is not None), *([] if model is None else [model])]
     for file in (file for file in files if file.whole_model):
         if named:

@@ -1,12 +1,10 @@
-"""Named models with the paper's sizes, and the paper's training settings for each stage.
+"""Named models with the paper's sizes.
 
 A preset is a mapping of flag values in nested form, so that it can only set what a flag can set. The order of
 precedence is: schema default < stage defaults < preset < files (--config) < flags.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.config.vision import VisionConfig
@@ -81,18 +79,4 @@ SEQ_LENGTHS: dict[str, int] = {
     "haplovl-8b": 6144,
     "haplovl-8b-mi": 6144,
     "haplovl-7b-pro": 6144,
-}
-
-# Section -> field -> value. Paper Tables 8 and 9 and Sec. 4.1.
-STAGE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "pretrain": {
-        "recipe": {"recipe": "distill"},
-        "optimizer": {"lr": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 1e-4},
-        "schedule": {"global_batch_size": 256, "train_iters": 40000, "lr_warmup_iters": 2000},
-    },
-    "finetune": {
-        "recipe": {"recipe": "full"},
-        "optimizer": {"lr": 2e-5, "adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.0},
-        "schedule": {"global_batch_size": 128, "train_iters": 30000, "lr_warmup_iters": 0},
-    },
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 PART_OF: Mapping[str, str] = MappingProxyType(
     {
@@ -38,6 +39,8 @@ class StageSpec:
     """First words of the layers' names, in the order of the flat layer list. The last layer is the head."""
     head_tokens: str
     """Field of `data.batch.StepCounts`: the tokens whose vocabulary logits are computed."""
+    defaults: Mapping[str, Any]
+    """Settings (`section.field`) that differ from the schema's defaults: the paper's."""
     frozen: frozenset[str] = frozenset()
     """Parameters that no recipe of the stage trains."""
     has_teachers: bool = False
@@ -56,6 +59,17 @@ PRETRAIN = StageSpec(
     title="stage 1",
     layers=("embedding", "pre_decoder", "distillation"),
     head_tokens="text_tokens",
+    # Paper Table 8 and Sec. 4.1.
+    defaults={
+        "recipe.recipe": "distill",
+        "optimizer.lr": 1e-4,
+        "optimizer.adam_beta1": 0.9,
+        "optimizer.adam_beta2": 0.95,
+        "optimizer.weight_decay": 1e-4,
+        "schedule.global_batch_size": 256,
+        "schedule.train_iters": 40000,
+        "schedule.lr_warmup_iters": 2000,
+    },
     # The text head is taught the language model's own matrix W, so W must not move (paper Sec. 3.2).
     frozen=frozenset({"embedding.text.weight"}),
     has_teachers=True,
@@ -72,6 +86,17 @@ FINETUNE = StageSpec(
     title="stage 2",
     layers=("embedding", "pre_decoder", "connector", "post_decoder", "final_norm", "lm_head"),
     head_tokens="lm_tokens",
+    # Paper Table 9 and Sec. 4.1.
+    defaults={
+        "recipe.recipe": "full",
+        "optimizer.lr": 2e-5,
+        "optimizer.adam_beta1": 0.9,
+        "optimizer.adam_beta2": 0.98,
+        "optimizer.weight_decay": 0.0,
+        "schedule.global_batch_size": 128,
+        "schedule.train_iters": 30000,
+        "schedule.lr_warmup_iters": 0,
+    },
 )
 STAGES: Mapping[str, StageSpec] = MappingProxyType({stage.name: stage for stage in (PRETRAIN, FINETUNE)})
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_haplovl.config.schema import OptimizerConfig, RecipeConfig
 from megatron_haplovl.config.stages import FREEZABLE, PART_OF, RECIPES
+from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 
 def part_of(parameter: str) -> str:
@@ -37,6 +38,18 @@ def apply_recipe(model: nn.Module, config: RecipeConfig) -> None:
         parameter.requires_grad_(is_trained(name, config))
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"recipe {config.recipe!r} with these freeze flags leaves nothing to train")
+
+
+def optimizer_groups(model: ShardedModel, optimizer: OptimizerConfig, recipe: RecipeConfig) -> list[dict[str, Any]]:
+    """The groups of this rank's parameters; see :func:`parameter_groups`.
+
+    Raises:
+        ValueError: a learning rate for a part that is not trained.
+    """
+    if model.stages is None:
+        return parameter_groups(model.module, optimizer)
+    of_all_stages = {name: len(shape) for name, shape in model.shapes.items() if is_trained(name, recipe)}
+    return parameter_groups(model.module, optimizer, trained=of_all_stages)
 
 
 def parameter_groups(

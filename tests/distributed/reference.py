@@ -18,8 +18,8 @@ from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.parallel.groups import build_groups
 from megatron_haplovl.training.initial_weights import fill_weights
+from megatron_haplovl.training.model_setup import build_model
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
-from megatron_haplovl.training.setup import build_model
 from megatron_haplovl.training.teacher import random_teacher
 from tests.distributed.cases import STEPS
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.training.initial_weights import fill_weights
-from megatron_haplovl.training.setup import build_model
+from megatron_haplovl.training.model_setup import build_model
 from tests.distributed.cases import config
 from tests.distributed.test_sharded_loading import LARGE
 

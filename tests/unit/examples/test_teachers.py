@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig
 
 from examples.common.train_vision_teacher import build_clip
 from megatron_haplovl.config.presets import MODELS
@@ -21,7 +22,9 @@ def test_the_clip_has_the_pre_decoders_sizes_and_activation(tmp_path, activation
     debug = MODELS["haplovl-debug"]
     model = dataclasses.replace(debug, pre=dataclasses.replace(debug.pre, activation=activation))
     clip = build_clip(model, tokenizer)
-    check_vision_config(clip.config.vision_config, model, Path("clip"))
+    vision = clip.config.vision_config
+    assert isinstance(vision, CLIPVisionConfig)
+    check_vision_config(vision, model, Path("clip"))
     size = model.vision.image_size
     with torch.no_grad():
         hidden = clip.vision_model(pixel_values=torch.zeros(1, 3, size, size)).last_hidden_state

@@ -19,7 +19,7 @@ from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
 from megatron_haplovl.model.rope import rope_table
-from megatron_haplovl.training.setup import compile_blocks
+from megatron_haplovl.training.model_setup import compile_blocks
 
 TINY = ModelConfig(
     vocab_size=50,

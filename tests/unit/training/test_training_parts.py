@@ -16,9 +16,9 @@ from megatron_haplovl.parallel.groups import Group, ParallelGroups
 from megatron_haplovl.parallel.pipeline import Stages, keep_stage
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
+from megatron_haplovl.training.model_setup import build_model
 from megatron_haplovl.training.recipe import apply_recipe, parameter_groups
 from megatron_haplovl.training.schedule import learning_rate
-from megatron_haplovl.training.setup import build_model
 from tests.unit.model.test_model import TINY
 
 
