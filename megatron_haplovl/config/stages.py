@@ -46,7 +46,7 @@ class StageSpec:
     has_teachers: bool = False
     """Whether the stage distils a vision teacher and the language model's embedding."""
     own_settings: tuple[str, ...] = ()
-    """Settings (`section.field`) that no other stage reads."""
+    """Settings (`section.field`, or a whole `section`) that no other stage reads."""
 
     @property
     def parts(self) -> frozenset[str]:
@@ -73,13 +73,7 @@ PRETRAIN = StageSpec(
     # The text head is taught the language model's own matrix W, so W must not move (paper Sec. 3.2).
     frozen=frozenset({"embedding.text.weight"}),
     has_teachers=True,
-    own_settings=(
-        "data.aux_data_path",
-        "init.teacher_layer",
-        "loss.vision_loss_weight",
-        "loss.feature_loss_weight",
-        "loss.ctp_loss_weight",
-    ),
+    own_settings=("data.aux_data_path", "init.teacher_layer", "loss"),
 )
 FINETUNE = StageSpec(
     name="finetune",

@@ -178,11 +178,13 @@ def _validate_settings_of_other_stages(config: Config) -> None:
     defaults = Config()
     for stage in STAGES.values():
         for setting in stage.own_settings if stage != config.stage else ():
-            section, name = setting.split(".")
-            if getattr(getattr(config, section), name) != getattr(getattr(defaults, section), name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is for {stage.title} only ({stage.name}_haplovl.py); leave it out"
-                )
+            section, _, field = setting.partition(".")
+            usual = getattr(defaults, section)
+            for name, value in vars(getattr(config, section)).items():
+                if field in ("", name) and value != getattr(usual, name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is for {stage.title} only ({stage.name}_haplovl.py); leave it out"
+                    )
 
 
 def data_is_mock(config: Config) -> bool:
