@@ -23,7 +23,7 @@ For every layout (tensor x pipeline x context x data-parallel ranks, ZeRO stage,
 memory per rank by kind, pipeline bubble, bytes sent per step, expected step time and MFU. One is recommended; what is
 impossible is refused with the constraint that fails. The model and the recipe are set by the flags of the training
 scripts, or by their files (--config), whose own layout is not looked at. Defaults describe nodes of eight H100;
-`docs/parallelism_plans.md` says where the figures come from and what is assumed.
+`docs/reports/parallelism_plans.md` says where the figures come from and what is assumed.
 """
 
 

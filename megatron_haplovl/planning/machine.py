@@ -55,7 +55,7 @@ class Cluster(Machine):
 @dataclass(frozen=True)
 class DataSheet:
     """A GPU and its network, and the shares that are assumed to be reached. The defaults are nodes of eight H100 SXM;
-    `docs/parallelism_plans.md` says where each figure comes from. Nothing here was measured."""
+    `docs/reports/parallelism_plans.md` says where each figure comes from. Nothing here was measured."""
 
     gpus_per_node: int = 8
     memory_gib: float = 79.0
