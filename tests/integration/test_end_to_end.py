@@ -158,6 +158,19 @@ def test_stage_1_reports_three_losses_and_a_held_out_evaluation(chain):
     assert "consumed samples: 16 |" in chain.output["stage 1"]
 
 
+def test_the_page_of_log_columns_names_what_is_logged(chain):
+    text = (REPOSITORY / "docs/log_columns.md").read_text()
+    table, terms = (re.search(rf"## {title}.*?(?=\n## )", text, re.DOTALL)[0] for title in ("The training", "Loss"))
+    columns = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
+    of_stage = {stage: set(re.findall(rf"^\| `([^`]+)` \| {stage} \|", terms, re.MULTILINE)) for stage in (1, 2)}
+    for stage, name in ((1, "stage1"), (2, "full")):
+        lines = [json.loads(line) for line in (chain.folder / f"{name}.jsonl").read_text().splitlines()]
+        training = next(line.keys() for line in lines if "loss" in line)
+        held_out = next(line.keys() for line in lines if "loss" not in line)
+        assert training - {"iteration", "time"} == columns | of_stage[stage]
+        assert held_out - {"iteration", "time"} == {f"valid {term}" for term in of_stage[stage]}
+
+
 def test_hand_over_says_what_was_loaded_dropped_and_initialised(chain):
     folder = chain.folder
     for stage, part, count, origin in (
