@@ -12,13 +12,13 @@ from megatron_haplovl.config.schema import Config
 PAGE = Path(__file__).parents[3] / "docs" / "flags.md"
 
 
-def test_the_page_is_up_to_date():
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == flag_reference(), (
         "docs/flags.md is older than the flags; run: python -m megatron_haplovl.config.reference > docs/flags.md"
     )
 
 
-def test_every_flag_has_one_row_with_its_help():
+def test_every_flag_has_one_row_with_its_help() -> None:
     rows = [line for line in flag_reference().split("\n## Presets")[0].splitlines() if line.startswith("| `--")]
     for s in iterate_settings(Config):
         (row,) = [row for row in rows if f"`{s.flag}`" in row.split(" | ")[0]]
@@ -28,7 +28,7 @@ def test_every_flag_has_one_row_with_its_help():
     assert len(rows) == len(list(iterate_settings(Config))) + len(shown)
 
 
-def test_defaults_of_stages_and_presets():
+def test_defaults_of_stages_and_presets() -> None:
     page = flag_reference()
     for flag, section, name in (("--lr", "optimizer", "lr"), ("--train-iters", "schedule", "train_iters")):
         first, second = (STAGE_DEFAULTS[stage][section][name] for stage in ("pretrain", "finetune"))

@@ -32,7 +32,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_every_suffix_key_and_reason_is_named():
+def test_every_suffix_key_and_reason_is_named() -> None:
     wanted = {*names.DATA_SUFFIXES, names.MANIFEST_SUFFIX, names.REPORT_SUFFIX, *COUNT_NAMES}
     for section in (Manifest, Counts, FileEntry, BadRecord):
         wanted |= {f.name for f in dataclasses.fields(section)}
@@ -65,7 +65,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "example")
 
 
-def test_the_manifest_is_the_one_that_is_shown(prefix):
+def test_the_manifest_is_the_one_that_is_shown(prefix: str) -> None:
     shown, found = json.loads(blocks("json")[1]), json.loads(Path(prefix + names.MANIFEST_SUFFIX).read_text())
     assert shown["files"].keys() < found["files"].keys()
     for suffix, entry in shown["files"].items():
@@ -75,7 +75,7 @@ def test_the_manifest_is_the_one_that_is_shown(prefix):
     assert shown.keys() == found.keys()
 
 
-def test_the_files_hold_what_is_shown(prefix):
+def test_the_files_hold_what_is_shown(prefix: str) -> None:
     rows = re.findall(r"^\| `(\w*)\.bin`, sequence (\d) \| `\[(.*)\]` \|$", PAGE, re.MULTILINE)
     assert len(rows) == 6
     for part, number, values in rows:
@@ -85,20 +85,20 @@ def test_the_files_hold_what_is_shown(prefix):
     assert f"| `_image_sizes.npy` | `{sizes.tolist()}` |" in PAGE
 
 
-def test_the_index_is_the_one_that_is_shown(prefix):
+def test_the_index_is_the_one_that_is_shown(prefix: str) -> None:
     (block,) = (block for block in blocks("text") if "MMIDIDX" in block and "4d 4d" in block)
     shown = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
     assert Path(prefix + ".idx").read_bytes() == shown
 
 
-def test_the_report_is_the_one_that_is_shown(tmp_path):
+def test_the_report_is_the_one_that_is_shown(tmp_path: Path) -> None:
     result = preprocess(tmp_path, blocks("json")[0].replace("b.ppm", "c.ppm"))
     assert result.returncode == 1
     assert sorted(path.name for path in tmp_path.glob("example*")) == ["example.report.jsonl"]
     assert (tmp_path / "example.report.jsonl").read_text() == blocks("json")[2]
 
 
-def test_the_cache_is_laid_out_as_shown(prefix, tmp_path):
+def test_the_cache_is_laid_out_as_shown(prefix: str, tmp_path: Path) -> None:
     settings = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)
     inputs = PlanInputs([(1.0, IndexedSource(prefix))], [], VisionConfig(14, 14), settings)
     cached_plan(inputs, tmp_path, min_packs=1, is_builder=True, barrier=lambda: None, log=lambda _: None)

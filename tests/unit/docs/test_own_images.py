@@ -19,7 +19,7 @@ from megatron_haplovl.evaluation.questions import load_questions
 
 REPOSITORY = Path(__file__).parents[3]
 PAGE = (REPOSITORY / "docs" / "own_images_one_evening.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL)
 # Instead of running a program, print its words.
 STUBS = """
 python() { printf '%s\\x1f' python "$@"; echo; }
@@ -33,7 +33,7 @@ def words_of(script: str) -> list[list[str]]:
     return [line.split("\x1f")[:-1] for line in result.stdout.splitlines()]
 
 
-def test_the_trainings_take_their_flags():
+def test_the_trainings_take_their_flags() -> None:
     trainings = [words for words in words_of("".join(BLOCKS[:-1])) if words[0] == "deepspeed"]
     configs = []
     for words in trainings:
@@ -44,7 +44,7 @@ def test_the_trainings_take_their_flags():
     assert [config.init.pretrained_checkpoint for config in configs] == [None, "my/stage1", "my/align"]
 
 
-def test_the_other_programs_know_their_flags():
+def test_the_other_programs_know_their_flags() -> None:
     sources = [
         path.read_text()
         for folder in ("tools", "examples", "megatron_haplovl")
@@ -57,7 +57,7 @@ def test_the_other_programs_know_their_flags():
         assert any(f'"{flag}"' in source for source in sources), flag
 
 
-def test_the_script_makes_records_and_questions(tmp_path):
+def test_the_script_makes_records_and_questions(tmp_path: Path) -> None:
     rows = []
     for i in range(20):
         path = tmp_path / "my" / "images" / f"{i}.png"
@@ -81,7 +81,7 @@ def test_the_script_makes_records_and_questions(tmp_path):
     assert len(questions) == 4 and not {image.name for q in questions for image in q.images} & trained
 
 
-def test_the_sizes_for_pretrained_models_are_those_of_the_two_models():
+def test_the_sizes_for_pretrained_models_are_those_of_the_two_models() -> None:
     (words,) = words_of(BLOCKS[-1] + 'python "${MODEL[@]}"')
     model = parse_args("finetune", argv=[*words[1:], "--mock-data"]).model
     clip = CLIPVisionConfig(

@@ -33,12 +33,12 @@ def texts() -> list[str]:
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_a_quoted_message_exists(quoted):
+def test_a_quoted_message_exists(quoted: str) -> None:
     # What is between two parts of a message may hold values, words, or a part of it that is chosen at run time.
     pattern = re.compile(".*".join(re.escape(part.strip()) for part in quoted.split("…")), re.DOTALL)
     assert any(pattern.search(text) for text in texts())
 
 
-def test_messages_are_found_at_all():
+def test_messages_are_found_at_all() -> None:
     assert len(QUOTED) > 50
     assert not any("nothing of this kind" in text for text in texts())
