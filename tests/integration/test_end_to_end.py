@@ -160,7 +160,8 @@ def test_stage_1_reports_three_losses_and_a_held_out_evaluation(chain):
 
 def test_the_page_of_log_columns_names_what_is_logged(chain):
     text = (REPOSITORY / "docs/log_columns.md").read_text()
-    table, terms = (re.search(rf"## {title}.*?(?=\n## )", text, re.DOTALL)[0] for title in ("The training", "Loss"))
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    table, terms = sections["The training line"], sections["Loss terms"]
     columns = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE))
     of_stage = {stage: set(re.findall(rf"^\| `([^`]+)` \| {stage} \|", terms, re.MULTILINE)) for stage in (1, 2)}
     for stage, name in ((1, "stage1"), (2, "full")):

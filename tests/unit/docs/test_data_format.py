@@ -101,7 +101,7 @@ def test_the_report_is_the_one_that_is_shown(tmp_path: Path) -> None:
 def test_the_cache_is_laid_out_as_shown(prefix: str, tmp_path: Path) -> None:
     settings = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)
     inputs = PlanInputs([(1.0, IndexedSource(prefix))], [], VisionConfig(14, 14), settings)
-    cached_plan(inputs, tmp_path, min_packs=1, is_builder=True, barrier=lambda: None, log=lambda _: None)
+    cached_plan(inputs, tmp_path, min_packs=1, is_builder=True, barrier=lambda: None)
     (epoch,) = (tmp_path / inputs.key).iterdir()
     assert epoch.name == "epoch_00000"
     for path in epoch.iterdir():

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, Qwen2Config
 
 from megatron_haplovl.config.cli import parse_args
+from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config
 from megatron_haplovl.data.records import check_record, read_records
 from megatron_haplovl.evaluation.questions import load_questions
@@ -87,7 +88,7 @@ def test_the_sizes_for_pretrained_models_are_those_of_the_two_models() -> None:
     clip = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
     )
-    check_vision_config(clip, model, Path("clip-vit-base-patch16"), "clip")
+    check_vision_config(clip, model, Path("clip-vit-base-patch16"))
     qwen = Qwen2Config(
         vocab_size=151936,
         hidden_size=896,
@@ -97,4 +98,4 @@ def test_the_sizes_for_pretrained_models_are_those_of_the_two_models() -> None:
         num_key_value_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     )
-    check_language_config(qwen, model, Path("Qwen2.5-0.5B-Instruct"), embedding_only=False)
+    check_language_config(qwen, model, Path("Qwen2.5-0.5B-Instruct"), stage=FINETUNE)
