@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_haplovl.config.cli import Setting, build_config, build_parser, iterate_settings
+from megatron_haplovl.config.cli import build_config, build_parser
 from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.settings import Setting, iterate_settings
 
 _HEAD = """# Flags
 
@@ -49,8 +49,8 @@ def flag_reference() -> str:
             parts.append(_row(s, actions[s.dest], default))
     parts.append(f"\n## Presets\n\n| flag | {' | '.join(MODELS)} |\n|{'---|' * (1 + len(MODELS))}")
     for s in of_preset:
-        assert len({_value(s, configs[stage, "haplovl-debug"]) for stage in stages}) == 1, s.flag
-        values = (_shown(_value(s, configs[stages[0], model])) for model in MODELS)
+        assert len({s.value_in(configs[stage, "haplovl-debug"]) for stage in stages}) == 1, s.flag
+        values = (_shown(s.value_in(configs[stages[0], model])) for model in MODELS)
         parts.append(f"| `{s.flag}` | {' | '.join(values)} |")
     return "\n".join(parts) + "\n"
 
@@ -95,17 +95,13 @@ def _values(action: argparse.Action) -> str:
 
 def _default(s: Setting, configs: dict[tuple[str, str], Config]) -> str:
     """One value where stages and presets agree, one for each stage where presets agree, else "preset"."""
-    found = {key: _value(s, config) for key, config in configs.items()}
+    found = {key: s.value_in(config) for key, config in configs.items()}
     by_stage = {stage: _shown(value) for (stage, _), value in found.items()}
     if any(_shown(value) != by_stage[stage] for (stage, _), value in found.items()):
         return _PRESET
     if len(set(by_stage.values())) == 1:
         return next(iter(by_stage.values()))
     return ", ".join(f"{value} (stage {number})" for number, value in enumerate(by_stage.values(), start=1))
-
-
-def _value(s: Setting, config: Config) -> Any:
-    return functools.reduce(getattr, s.path, config)
 
 
 def _shown(value: Any) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_haplovl.config.cli import build_parser, iterate_settings
+from megatron_haplovl.config.cli import build_parser
 from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
 from megatron_haplovl.config.reference import flag_reference
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.config.settings import iterate_settings
 
 PAGE = Path(__file__).parents[3] / "docs" / "flags.md"
 
