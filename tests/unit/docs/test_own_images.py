@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from transformers import CLIPVisionConfig, Qwen2Config
 
@@ -34,7 +35,8 @@ def words_of(script: str) -> list[list[str]]:
     return [line.split("\x1f")[:-1] for line in result.stdout.splitlines()]
 
 
-def test_the_trainings_take_their_flags() -> None:
+def test_the_trainings_take_their_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
     trainings = [words for words in words_of("".join(BLOCKS[:-1])) if words[0] == "deepspeed"]
     configs = []
     for words in trainings:
@@ -53,7 +55,7 @@ def test_the_other_programs_know_their_flags() -> None:
     ]
     others = [words for words in words_of("".join(BLOCKS[:-1])) if words[0] == "python" and len(words) > 2]
     programs = {words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py" for words in others}
-    assert len(programs) == 7 and all((REPOSITORY / program).is_file() for program in programs)
+    assert len(programs) == 8 and all((REPOSITORY / program).is_file() for program in programs)
     for flag in {word for words in others for word in words if word.startswith("--")} - {"--model", "--seq-length"}:
         assert any(f'"{flag}"' in source for source in sources), flag
 
