@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_haplovl.config.cli import build_config, build_parser
-from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
+from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.config.settings import Setting, iterate_settings
+from megatron_haplovl.config.stages import STAGES
 
 _HEAD = """# Flags
 
@@ -31,7 +32,7 @@ values. An unknown or contradictory flag ends the program with a sentence; an ab
 
 def flag_reference() -> str:
     """The whole page, in Markdown."""
-    stages = list(STAGE_DEFAULTS)
+    stages = list(STAGES)
     parser = build_parser(stages[0], "")
     actions = {action.dest: action for action in parser._actions}
     configs = {(stage, model): build_config(stage, model, {}) for stage in stages for model in MODELS}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_haplovl.config.cli import build_parser
-from megatron_haplovl.config.presets import MODELS, STAGE_DEFAULTS
+from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.reference import flag_reference
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.config.settings import iterate_settings
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 
 PAGE = Path(__file__).parents[3] / "docs" / "flags.md"
 
@@ -31,8 +32,8 @@ def test_every_flag_has_one_row_with_its_help() -> None:
 
 def test_defaults_of_stages_and_presets() -> None:
     page = flag_reference()
-    for flag, section, name in (("--lr", "optimizer", "lr"), ("--train-iters", "schedule", "train_iters")):
-        first, second = (STAGE_DEFAULTS[stage][section][name] for stage in ("pretrain", "finetune"))
+    for flag, name in (("--lr", "optimizer.lr"), ("--train-iters", "schedule.train_iters")):
+        first, second = (stage.defaults[name] for stage in (PRETRAIN, FINETUNE))
         assert f"| `{flag}` | " in page and f" | {first} (stage 1), {second} (stage 2) | " in page
     widths = " | ".join(str(model.pre.hidden_size) for model in MODELS.values())
     assert f"| `--pre-hidden-size` | {widths} |" in page
