@@ -29,7 +29,9 @@ def append(path: Path, text: str = "x") -> str:
 
 
 def wait_for(path: Path) -> str:
-    return f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.01)\n"
+    """Code that fails after a minute in vain."""
+    wait = f"for _ in range(6000): os.path.exists({str(path)!r}) or time.sleep(0.01)"
+    return f"import os, time\n{wait}\nopen({str(path)!r})\n"
 
 
 def test_runs_once_and_again_after_a_change(tmp_path, capsys):
@@ -82,10 +84,22 @@ def test_removes_nothing_outside_its_run(tmp_path, where):
     precious.mkdir(parents=True)
     inside = run / "inside"
     inside.mkdir(parents=True)
+    phases = [phase("first", append(tmp_path / "trace")), phase("p", "pass", outputs=[inside, run / where])]
     with pytest.raises(ValueError, match="is not inside the run folder"):
-        run_phases([phase("p", "pass", outputs=[inside, run / where])], run, 2)
+        run_phases(phases, run, 1)
     assert precious.exists()
     assert inside.exists()
+    # Said before anything begins.
+    assert not (tmp_path / "trace").exists()
+
+
+def test_removes_nothing_behind_a_link_that_an_earlier_phase_has_made(tmp_path):
+    run, precious = tmp_path / "run", tmp_path / "elsewhere" / "precious"
+    precious.mkdir(parents=True)
+    link = phase("link", f"import os; os.symlink({str(precious.parent)!r}, {str(run / 'link')!r})")
+    with pytest.raises(ValueError, match="is not inside the run folder"):
+        run_phases([link, phase("p", "pass", after=[link], outputs=[run / "link" / "precious"])], run, 1)
+    assert precious.exists()
 
 
 def test_two_phases_of_one_name_would_share_a_marker(tmp_path):
@@ -179,14 +193,16 @@ def test_a_phase_that_resumes_keeps_its_outputs_unless_something_has_changed(tmp
 
     end, other = tmp_path / "end", tmp_path / "other end"
     end.write_text("1")
-    other.write_text("0")
+    other.write_text("1")
     assert run_phases([training(str(end))], tmp_path, 1) == 1
     end.write_text("0")
     assert run_phases([training(str(end))], tmp_path, 1) == 0
     assert output.read_text() == "xx"
     assert run_phases([training(str(end))], tmp_path, 1) == 0
     assert output.read_text() == "xx"
-    assert run_phases([training(str(other))], tmp_path, 1) == 0
+    assert run_phases([training(str(other))], tmp_path, 1) == 1
+    assert output.read_text() == "x"
+    assert run_phases([training(str(end))], tmp_path, 1) == 0
     assert output.read_text() == "x"
 
 
