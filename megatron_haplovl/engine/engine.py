@@ -13,7 +13,7 @@ from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.engine.clipping import GradientClipping
 from megatron_haplovl.engine.deepspeed_config import deepspeed_config
 from megatron_haplovl.engine.optimizer import build_optimizer
-from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage, pipeline_module
+from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage, pipeline_module, separate_buffers
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps, PipelineLoss
 from megatron_haplovl.engine.topology import DeepSpeedTopology
 from megatron_haplovl.losses.terms import LossTerm
@@ -43,50 +43,44 @@ def build_engine(
     """
     import deepspeed
 
-    groups, zero_stage = model.groups, config.parallel.zero_stage
-    settings = deepspeed_config(config, groups.data.size)
+    settings = deepspeed_config(config, model.groups.data.size)
     placeholders = _fill_empty_groups(optimizer_groups)
     offloaded = config.parallel.offload_optimizer == "cpu"
     optimizer = build_optimizer(optimizer_groups, config.optimizer, device, offloaded=offloaded)
     clipping = None
-    if zero_stage == 0:
+    if config.parallel.zero_stage == 0:
         clipping = GradientClipping(model, config.optimizer.clip_grad)
         optimizer.register_step_pre_hook(clipping)
-
-    def grad_norm() -> float:
-        return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
-
-    if zero_stage == 3:
+    if config.parallel.zero_stage == 3:
         # ZeRO-3 must also gather a parameter for every other module that reads it.
         for reader, parameter in model.module.parameters_read_elsewhere():
             deepspeed.zero.register_external_parameter(reader, parameter)
     initialize = partial(deepspeed.initialize, optimizer=optimizer, config=settings, dist_init_required=False)
 
-    if model.stages is None:
-        engine, *_ = initialize(model=model.module, mpu=DeepSpeedTopology(groups) if groups.tensor.size > 1 else None)
-        steps: DirectSteps | PipelinedSteps = DirectSteps(
-            engine,
-            lambda batch: engine(*head_inputs(batch)),
-            terms,
-            grad_norm,
-            replicas=groups.replicas.size,
-            device=device,
-        )
-        return engine, steps
+    def grad_norm() -> float:
+        return float(engine.get_global_grad_norm() if clipping is None else clipping.norm)
 
+    replicas = model.groups.replicas.size
+    if model.stages is None:
+        topology = DeepSpeedTopology(model.groups) if model.groups.tensor.size > 1 else None
+        engine, *_ = initialize(model=model.module, mpu=topology)
+        direct = DirectSteps(
+            engine, lambda batch: engine(*head_inputs(batch)), terms, grad_norm, replicas=replicas, device=device
+        )
+        return engine, direct
     loss = PipelineLoss(
         lambda hidden_BSD, batch: model.module.losses(hidden_BSD, *head_inputs(batch)),
         terms,
-        scale=settings["gradient_accumulation_steps"] * groups.replicas.size,
+        scale=settings["gradient_accumulation_steps"] * replicas,
         device=device,
     )
-    slot = MicroBatchSlot()
-    stage = PipelineStage(model.module, model.stages.of(groups.pipeline.rank), slot, loss, placeholders)
-    engine, *_ = initialize(model=pipeline_module(stage, groups))
-    # DeepSpeed would receive gradients in the buffer of activations, even if their number formats differ.
-    engine._allocate_or_extend_buffers = lambda _index, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+    stage = PipelineStage(
+        model.module, model.stages.of(model.groups.pipeline.rank), MicroBatchSlot(), loss, placeholders
+    )
+    engine, *_ = initialize(model=pipeline_module(stage, model.groups))
+    separate_buffers(engine, device)
     reads_data = stage.is_first or stage.is_last
-    return engine, PipelinedSteps(engine, slot, loss, grad_norm, optimizer, reads_data=reads_data)
+    return engine, PipelinedSteps(engine, stage.slot, loss, grad_norm, optimizer, reads_data=reads_data)
 
 
 def _fill_empty_groups(groups: list[dict[str, Any]]) -> torch.nn.ParameterList:

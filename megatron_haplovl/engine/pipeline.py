@@ -106,3 +106,11 @@ def pipeline_module(stage: PipelineStage, groups: ParallelGroups) -> Any:
     # DeepSpeed prints the place of every single rank.
     with contextlib.redirect_stdout(io.StringIO()):
         return PipelineModule(layers, topology=topology, partition_method="uniform")
+
+
+def separate_buffers(engine: Any, device: torch.device) -> None:
+    """Let a pipeline engine receive gradients in buffers of their own.
+
+    DeepSpeed would receive them in the buffer of activations, even if their number formats differ.
+    """
+    engine._allocate_or_extend_buffers = lambda _index, shape, dtype: torch.zeros(shape, dtype=dtype, device=device)

@@ -39,96 +39,99 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
         ValueError: a damaged checkpoint; a tensor of the wrong shape; or a tensor that the model or every source lacks,
             if --allow-unexpected or --allow-missing does not name it.
     """
-    parameters = dict(model.module.named_parameters())
     pretrained: Path | None = None
     if resumed is None and config.weights_from is not None:
         fallback = config.checkpoint.finetune and config.checkpoint.allow_fallback
         pretrained = find_checkpoint(config.weights_from, model.groups.world, allow_fallback=fallback)
+    to = _Destination(model)
+
+    def copy_all() -> None:
+        if resumed is None:
+            _copy_sources(to, config, pretrained)
+        else:
+            _copy_resumed(to, resumed, config.model)
+
     # A file that is missing or broken may be read on one stage only.
-    own_sources, left = model.groups.world.together(
-        lambda: _copy_sources(model, config, parameters, resumed, pretrained)
-    )
-    stages = model.groups.pipeline.gather_objects(own_sources)
+    model.groups.world.together(copy_all)
+    stages = model.groups.pipeline.gather_objects(to.source_of)
     merged = {name: source for stage in stages for name, source in stage.items()}
     source_of = {name: merged[name] for name in model.shapes}
     if not config.data.mock_data or resumed is not None or pretrained is not None:
         _refuse_missing(source_of, _allowed(config))
-    for name, parameter in parameters.items():
+    for name, parameter in to.parameters.items():
         if source_of[name] == NEW:
             whole = initial_value(name, model.shapes[name], config.model.init_std, config.run.seed)
             with torch.no_grad():
                 parameter.copy_(local_part(name, whole, model.groups.tensor))
-    return "\n".join(["initial weights:", provenance_table([*source_of.items(), *left])])
+    return "\n".join(["initial weights:", provenance_table([*source_of.items(), *to.left])])
 
 
-def _copy_sources(
-    model: ShardedModel,
-    config: Config,
-    parameters: dict[str, torch.nn.Parameter],
-    resumed: Path | None,
-    pretrained: Path | None,
-) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Fill this rank's parameters from files.
+class _Destination:
+    """This rank's parameters while they are filled, and where each came from."""
 
-    Returns:
-        Where each parameter came from, and which tensors of the files were left, with the reason.
-    """
-    source_of = dict.fromkeys(parameters, NEW)
-    left: list[tuple[str, str]] = []
-    allow = _allowed(config)
+    def __init__(self, model: ShardedModel) -> None:
+        self.shapes = model.shapes
+        self.parameters = dict(model.module.named_parameters())
+        self.source_of = dict.fromkeys(self.parameters, NEW)
+        self.left: list[tuple[str, str]] = []
+        """Tensors of the files that were left out, with the reason."""
+        self._tensor = model.groups.tensor
 
-    def copy(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    def copy(self, weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
         """Copy tensors one at a time, so that memory never holds more than one whole tensor."""
         for name, tensor in weights:
-            if name not in model.shapes:
+            if name not in self.shapes:
                 raise ValueError(
                     f"{source}: the model has no parameter {name!r} (shape {list(tensor.shape)}); --allow-unexpected "
                     "skips those that it names"
                 )
-            if tensor.shape != model.shapes[name]:
+            if tensor.shape != self.shapes[name]:
                 raise ValueError(
-                    f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(model.shapes[name])}; "
+                    f"{source}: {name} has shape {list(tensor.shape)}, the model expects {list(self.shapes[name])}; "
                     "check --model and the size flags"
                 )
-            if name in parameters:
+            if name in self.parameters:
                 with torch.no_grad():
-                    parameters[name].copy_(local_part(name, tensor, model.groups.tensor))
-                source_of[name] = source
+                    self.parameters[name].copy_(local_part(name, tensor, self._tensor))
+                self.source_of[name] = source
 
-    def copy_mapped(weights: MappedWeights, without: tuple[str, ...] = ()) -> None:
+    def copy_mapped(self, weights: MappedWeights, without: tuple[str, ...] = ()) -> None:
         """Copy the tensors of a Hugging Face folder."""
-        wanted = [name for name in weights.names() if name in parameters and name not in without]
-        copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
-        source_of.update((name, weights.origin(name)) for name in wanted)
-        left.extend(weights.skipped)
+        wanted = [name for name in weights.names() if name in self.parameters and name not in without]
+        self.copy(((name, weights.get(name)) for name in wanted), str(weights.folder))
+        self.source_of.update((name, weights.origin(name)) for name in wanted)
+        self.left.extend(weights.skipped)
 
-    init = config.init
-    if resumed is not None:
-        _check_same_model(resumed, config.model)
-        if (was := read_config(resumed).model.image_attention) != config.model.image_attention:
-            raise ValueError(f"{resumed} was trained with --image-attention {was}; make the run agree")
-        saved = open_checkpoint(resumed)
-        if missing := sorted(model.shapes.keys() - set(saved.names())):
-            raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
-        if unexpected := sorted(set(saved.names()) - model.shapes.keys()):
-            raise ValueError(f"{resumed} has {unexpected[0]!r}, the model has not ({len(unexpected)} tensors)")
-        copy(((name, saved.get(name)) for name in saved.names() if name in parameters), str(resumed))
-        return source_of, left
+
+def _copy_resumed(to: _Destination, resumed: Path, model: ModelConfig) -> None:
+    """Copy the weights of a run that goes on."""
+    _check_same_model(resumed, model)
+    if (was := read_config(resumed).model.image_attention) != model.image_attention:
+        raise ValueError(f"{resumed} was trained with --image-attention {was}; make the run agree")
+    saved = open_checkpoint(resumed)
+    if missing := sorted(to.shapes.keys() - set(saved.names())):
+        raise ValueError(f"{resumed} has no {missing[0]!r} ({len(missing)} tensors are missing)")
+    if unexpected := sorted(set(saved.names()) - to.shapes.keys()):
+        raise ValueError(f"{resumed} has {unexpected[0]!r}, the model has not ({len(unexpected)} tensors)")
+    to.copy(((name, saved.get(name)) for name in saved.names() if name in to.parameters), str(resumed))
+
+
+def _copy_sources(to: _Destination, config: Config, pretrained: Path | None) -> None:
+    """Copy what a new run starts from; a later source wins."""
+    init, allow = config.init, _allowed(config)
     if init.vision_teacher is not None:
-        copy_mapped(open_vision_tower(init.vision_teacher, config.model, allow))
+        to.copy_mapped(open_vision_tower(init.vision_teacher, config.model, allow))
     if init.language_model is not None:
         weights = open_language_model(init.language_model, config.model, allow, stage=config.stage)
-        copy_mapped(weights, ("embedding.text.weight",) if config.model.text_embedding == "folded" else ())
+        to.copy_mapped(weights, ("embedding.text.weight",) if config.model.text_embedding == "folded" else ())
     if pretrained is not None:
         _check_same_model(pretrained, config.model)
         reader = open_checkpoint(pretrained)
-        reasons = {
-            name: _reason_to_leave(name, config.stage, allow) for name in reader.names() if name not in model.shapes
-        }
-        left += [(name, reason) for name, reason in reasons.items() if reason is not None]
-        ours = (name for name in reader.names() if name in parameters or reasons.get(name, "") is None)
-        copy(((name, reader.get(name)) for name in ours), str(pretrained))
-    return source_of, left
+        foreign = [name for name in reader.names() if name not in to.shapes]
+        reasons = {name: _reason_to_leave(name, config.stage, allow) for name in foreign}
+        to.left += [(name, reason) for name, reason in reasons.items() if reason is not None]
+        ours = (name for name in reader.names() if name in to.parameters or reasons.get(name, "") is None)
+        to.copy(((name, reader.get(name)) for name in ours), str(pretrained))
 
 
 def _reason_to_leave(name: str, stage: StageSpec, allow: Allowed) -> str | None:
