@@ -68,6 +68,9 @@ def expected_results(q, k, v, weight, mask):
 # Measured worst cases of output and gradients, interpreted: 7.4e-7, 6.7e-4 and 7.8e-3. Where fp32 becomes bf16 the
 # interpreter cuts digits off and a GPU rounds, so that bf16 is about half as far off on a GPU.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# How far fp32 results may be off whatever torch's own are, because its products round otherwise on each processor.
+# Measured in short sequences: 2.9e-7 where torch's had 1.2e-7 (AVX2), and less than twice torch's (AVX-512).
+FEW_ROUNDINGS = 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -82,7 +85,7 @@ def test_output_and_gradients(layout, dtype, device):
     assert max(found) < TOLERANCE[dtype]
     if dtype != torch.bfloat16 or device == "cuda":
         for error, sdpa_error in zip(found, errors(run(sdpa_attention, *inputs, mask), expected), strict=True):
-            assert error <= 2 * sdpa_error
+            assert error <= max(2 * sdpa_error, FEW_ROUNDINGS)
 
 
 @pytest.mark.parametrize("device", DEVICES)
