@@ -37,12 +37,16 @@ class Inputs:
 
 
 def inputs(dtype: torch.dtype, tokens: int) -> Inputs:
-    """Inputs that are the same on every rank, rounded to fp32 so that all dtypes see the same values."""
+    """Inputs that are the same on every rank and in every dtype.
+
+    They are eighths and the scale is two, so that every logit is exact: equal words tie on any machine, though a matrix
+    of another size is multiplied in another order.
+    """
     random = torch.Generator().manual_seed(tokens)
-    weight_VL = torch.randn(VOCAB, WIDTH, generator=random)
+    weight_VL = _eighths(VOCAB, WIDTH, random)
     # The largest logits occur twice, both on different ranks and on one rank.
     weight_VL[[5, 7, 55]] = 4 * weight_VL[5]
-    hidden_ML = torch.randn(tokens, WIDTH, generator=random)
+    hidden_ML = _eighths(tokens, WIDTH, random)
     # The targets include words of every rank, those with equals, and one that is embedded exactly (distance zero).
     target_M = torch.randint(0, VOCAB, (tokens,), generator=random)
     target_M[: tokens // 2] = torch.tensor([5, 7, 55, 13] * tokens)[: tokens // 2]
@@ -52,8 +56,12 @@ def inputs(dtype: torch.dtype, tokens: int) -> Inputs:
         weight_VL.to(dtype),
         target_M,
         torch.randn(2, 5, generator=random).to(dtype).requires_grad_(),
-        torch.tensor([0.3], dtype=dtype, requires_grad=True),
+        torch.tensor([2.0], dtype=dtype).log().requires_grad_(),
     )
+
+
+def _eighths(rows: int, width: int, random: torch.Generator) -> torch.Tensor:
+    return (8 * torch.randn(rows, width, generator=random)).round() / 8
 
 
 def set_chunks() -> None:
