@@ -129,7 +129,7 @@ def test_from_records_to_an_export_without_a_checkout(installed: Path, tiny_spm_
         assert f"usage: haplovl-{command} " in shown
     assert "\n    haplovl-plan --model haplovl-8b --gpus 64 " in shown
     for stage in ("pretrain", "finetune"):
-        assert f"usage: deepspeed --module megatron_haplovl.{stage} --model NAME [flags]" in shown
+        assert f"usage: deepspeed --module megatron_haplovl.{stage} " in shown
 
     turns = [{"from": "human", "value": "What color is the circle?"}, {"from": "gpt", "value": "The circle is red."}]
     (installed / "records.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(2)]))
