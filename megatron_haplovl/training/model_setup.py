@@ -31,12 +31,15 @@ logger = logging.getLogger(__name__)
 _PACKS_FOR_CUT = 16
 
 
-def ready_model(config: Config, groups: ParallelGroups, stages: Stages | None, resumed: Path | None) -> ShardedModel:
+def ready_model(
+    config: Config, groups: ParallelGroups, device: torch.device, stages: Stages | None, resumed: Path | None
+) -> ShardedModel:
     """This rank's part of the model, ready for the engine. Called by every rank.
 
     Args:
         config: the run's settings.
         groups: its process groups.
+        device: what it will run on.
         stages: of the pipeline, if there is one.
         resumed: the checkpoint that the run goes on from, if there is one.
 
@@ -50,7 +53,7 @@ def ready_model(config: Config, groups: ParallelGroups, stages: Stages | None, r
         if isinstance(module, Block):
             module.recompute = config.parallel.recompute_granularity
     if config.precision.compile:
-        compile_blocks(model.module)
+        compile_blocks(model.module, device)
     logger.info(describe_parameters(model, config.recipe))
     finish_tensor_parallel(model.module, groups.tensor, sequence_parallel=config.parallel.sequence_parallel)
     return model
@@ -129,10 +132,24 @@ def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe:
             )
 
 
-def compile_blocks(model: LayeredModel) -> None:
-    """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph."""
+def compile_blocks(model: LayeredModel, device: torch.device) -> None:
+    """Compile every block in place; parameters keep their names. Attention, already fused, breaks the graph.
+
+    Raises:
+        ValueError: on a CPU, a torch whose compiled blocks have wrong gradients.
+    """
+    if device.type == "cpu" and torch_version() < (2, 12):
+        raise ValueError(
+            f"--compile computes wrong gradients on a CPU with torch {torch.__version__}; use 2.12 or later"
+        )
     # Otherwise a block that is compiled too often would go on uncompiled, with no more than a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
+
+
+def torch_version() -> tuple[int, int]:
+    """Major and minor version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -83,7 +83,7 @@ def setup(config: Config, differences: str | None = None) -> Run:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
 
     resumed = _checkpoint_to_resume(config, groups)
-    model = ready_model(config, groups, stages, resumed)
+    model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
     terms = stage.terms(config.loss)
     engine, steps = build_engine(

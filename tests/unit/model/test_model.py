@@ -19,7 +19,7 @@ from megatron_haplovl.model.embeddings import cut_patches
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
 from megatron_haplovl.model.rope import rope_table
-from megatron_haplovl.training.model_setup import compile_blocks
+from megatron_haplovl.training.model_setup import compile_blocks, torch_version
 
 TINY = ModelConfig(
     vocab_size=50,
@@ -245,12 +245,19 @@ def test_debug_preset_runs():
     assert sum(p.numel() for p in model.parameters()) < 20_000_000
 
 
+@pytest.mark.skipif(torch_version() >= (2, 12), reason="this torch compiles right gradients")
+def test_a_torch_that_compiles_wrong_gradients_is_refused():
+    with pytest.raises(ValueError, match=r"wrong gradients on a CPU with torch .*; use 2\.12 or later"):
+        compile_blocks(make_model(), torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch_version() < (2, 12), reason="this torch compiles wrong gradients on a CPU, and is refused")
 def test_compiled_blocks_compute_the_same():
     """`--compile` keeps names, losses and gradients, and compiles nothing again once it has seen training and
     evaluation. Inductor's kernels differ in rounding."""
     batch = make_batch([["t", "I", "t"], ["t", "t"]], 16)
     plain, compiled = make_model(), make_model()
-    compile_blocks(compiled)
+    compile_blocks(compiled, torch.device("cpu"))
     assert list(dict(compiled.named_parameters())) == list(dict(plain.named_parameters()))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     graphs = []
