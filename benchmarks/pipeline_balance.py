@@ -35,7 +35,7 @@ from benchmarks.planner_memory import STAGE1, STAGE2, build, make_batch
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
-from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
@@ -88,9 +88,9 @@ class FlatModel:
     """Makes the inputs anew for every micro-batch on every stage."""
 
 
-def flat_model(config: ModelConfig, batch: Batch, stage1: bool, dtype: torch.dtype) -> FlatModel:
+def flat_model(config: ModelConfig, batch: Batch, stage: StageSpec, dtype: torch.dtype) -> FlatModel:
     """A model with random weights, as a list of functions of the hidden state."""
-    model = build(config, dtype, stage1, STAGE1 if stage1 else STAGE2).to(batch.tokens_BS.device)
+    model = build(config, dtype, stage, STAGE1 if stage.has_teachers else STAGE2).to(batch.tokens_BS.device)
     first, *inner, last = model.layers().items()
     layers: dict[str, Layer] = {first[0]: lambda _x, _inputs: model.embedding(batch)}
     for name, layer in inner:
@@ -169,7 +169,7 @@ def deepspeed_is_here() -> bool:
 
 def measure(
     config: ModelConfig,
-    stage1: bool,
+    stage: StageSpec,
     device: torch.device,
     dtype: torch.dtype,
     stage_counts: Sequence[int],
@@ -178,12 +178,12 @@ def measure(
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """One record per stage count and partition."""
-    batch = make_batch(config, TEXT_LENGTHS, SEQ_LENGTH, untrained=0 if stage1 else QUESTION).to(device)
-    work, bf16 = work_of_batch(batch, PRETRAIN if stage1 else FINETUNE), dtype == torch.bfloat16
-    trained = STAGE1 if stage1 else STAGE2
-    model = flat_model(config, batch, stage1, dtype)
+    batch = make_batch(config, TEXT_LENGTHS, SEQ_LENGTH, untrained=0 if stage.has_teachers else QUESTION).to(device)
+    work, bf16 = work_of_batch(batch, stage), dtype == torch.bfloat16
+    trained = STAGE1 if stage.has_teachers else STAGE2
+    model = flat_model(config, batch, stage, dtype)
     precision = precision_of(bf16, zero_stage=1, device=device.type)
-    costs = layer_costs(config, work, Layout(), precision, trained=trained, stage=PRETRAIN if stage1 else FINETUNE)
+    costs = layer_costs(config, work, Layout(), precision, trained=trained, stage=stage)
     predicted = [load.seconds for load in layer_loads(costs, Layout(), machine_of(device.type, bf16), bf16)]
     all_cuts: dict[tuple[int, str], tuple[int, ...]] = {}
     for stages in stage_counts:
@@ -194,7 +194,7 @@ def measure(
             device=device.type,
             bf16=bf16,
             trained=trained,
-            stage=PRETRAIN if stage1 else FINETUNE,
+            stage=stage,
             method="auto",
             micro_batches=MICRO_BATCHES,
         )
@@ -206,16 +206,16 @@ def measure(
     seconds: dict[tuple[int, str], list[list[float]]] = {key: [[] for _ in cut] for key, cut in all_cuts.items()}
     for _ in range(repeats):
         for key, cut in all_cuts.items():
-            for stage, (first, end) in enumerate(pairwise((*cut, len(names)))):
-                seconds[key][stage].append(median_seconds(lambda a=first, b=end: ran.run(a, b), 0, 1, clock))  # type: ignore[misc]
+            for place, (first, end) in enumerate(pairwise((*cut, len(names)))):
+                seconds[key][place].append(median_seconds(lambda a=first, b=end: ran.run(a, b), 0, 1, clock))  # type: ignore[misc]
     return [
-        _record(stage1, *key, [names[first] for first in cut], stage_sums(predicted, cut), seconds[key])
+        _record(stage, *key, [names[first] for first in cut], stage_sums(predicted, cut), seconds[key])
         for key, cut in all_cuts.items()
     ]
 
 
 def _record(
-    stage1: bool,
+    stage: StageSpec,
     stages: int,
     partition: str,
     first_layers: list[str],
@@ -225,7 +225,7 @@ def _record(
     seconds = [statistics.median(of_stage) for of_stage in repeated]
     scale = sum(seconds) / sum(predicted)
     return {
-        "training_stage": 1 if stage1 else 2,
+        "training_stage": 1 if stage.has_teachers else 2,
         "stages": stages,
         "partition": partition,
         "imbalance": _imbalance(seconds),
@@ -265,9 +265,9 @@ def main() -> None:
     with_deepspeed = deepspeed_is_here()
 
     records: list[dict[str, Any]] = []
-    for stage1 in (False, True):
-        counts = [stages for stages in arguments.stages if not stage1 or stages <= 4]
-        records += measure(config, stage1, device, dtype, counts, arguments.repeats, with_deepspeed, clock)
+    for stage in (FINETUNE, PRETRAIN):
+        counts = [stages for stages in arguments.stages if not stage.has_teachers or stages <= 4]
+        records += measure(config, stage, device, dtype, counts, arguments.repeats, with_deepspeed, clock)
     where = machine(device)
     print(f"\n{where}; haplovl-7b, widths / {arguments.shrink}, {dtype}")
     print_table(

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import MIB, machine, print_table, write_json
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
-from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
+from megatron_haplovl.config.stages import FINETUNE, PART_OF, StageSpec
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate
@@ -138,15 +138,13 @@ def run_block(block: Block, x_BSD: torch.Tensor, inputs: AttentionInputs, recomp
 
 
 def build(
-    config: ModelConfig, dtype: torch.dtype, stage1: bool, trained: frozenset[str]
+    config: ModelConfig, dtype: torch.dtype, stage: StageSpec, trained: frozenset[str]
 ) -> HaploVL | HaploVLForDistillation:
     """A model with random weights; only the given parts train."""
-    model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
+    model = HaploVLForDistillation(config, config.pre.hidden_size) if stage.has_teachers else HaploVL(config)
     initialize_weights(dict(model.named_parameters()), config.init_std, seed=0)
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        part = "post_decoder" if part in ("final_norm", "lm_head") else part
-        parameter.requires_grad_(part in trained and not (stage1 and name == "embedding.text.weight"))
+        parameter.requires_grad_(PART_OF[name.split(".")[0]] in trained and name not in stage.frozen)
     return model.to(dtype)
 
 
@@ -190,17 +188,17 @@ def predict_layers(
     batch: Batch,
     dtype: torch.dtype,
     recompute: str,
-    stage1: bool,
+    stage: StageSpec,
     trained: frozenset[str],
 ) -> dict[str, LayerCost]:
     """The planner's costs for the same batch."""
     costs = layer_costs(
         config,
-        work_of_batch(batch, PRETRAIN if stage1 else FINETUNE),
+        work_of_batch(batch, stage),
         Layout(recompute=recompute),
         Precision(element=dtype.itemsize, residual=dtype.itemsize, device="cpu"),
         trained=trained,
-        stage=PRETRAIN if stage1 else FINETUNE,
+        stage=stage,
     )
     return {layer.name: layer for layer in costs}
 
@@ -245,8 +243,8 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for recompute in ("none", "selective", "full"):
             where = {"dtype": str(dtype).removeprefix("torch."), "recompute": recompute}
-            _, measured = measure_layers(build(CONFIG, dtype, False, STAGE2), batch, recompute)
-            predicted = predict_layers(CONFIG, batch, dtype, recompute, False, STAGE2)
+            _, measured = measure_layers(build(CONFIG, dtype, FINETUNE, STAGE2), batch, recompute)
+            predicted = predict_layers(CONFIG, batch, dtype, recompute, FINETUNE, STAGE2)
             for name in ("embedding", "pre_decoder.1", "connector", "post_decoder.1", "final_norm", "lm_head"):
                 records.append(_record({**where, "what": name}, predicted[name].saved_bytes, measured[name]))
             peak = measure_peak(_stage2(dtype), batch, recompute)
@@ -257,7 +255,7 @@ def main() -> None:
 
 
 def _stage2(dtype: torch.dtype) -> HaploVL:
-    model = build(CONFIG, dtype, False, STAGE2)
+    model = build(CONFIG, dtype, FINETUNE, STAGE2)
     assert isinstance(model, HaploVL)
     return model
 

@@ -10,7 +10,7 @@ from megatron_haplovl.config.cli import add_settings, add_sources, combine
 from megatron_haplovl.config.files import read_settings
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.stages import FINETUNE, RECIPES
-from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.config.validate import validate_freezing, validate_model
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.planning.machine import Cluster, DataSheet
 from megatron_haplovl.planning.work import Work, work_of_sequence
@@ -153,6 +153,7 @@ def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
     combined = combine(RECIPES[recipe].stage.name, arguments.model, files, overrides)
     config = combined.config
     validate_model(config.model)
+    validate_freezing(config)
     for flag, value in (
         ("--gpus", arguments.gpus),
         ("--gpus-per-node", arguments.gpus_per_node),

@@ -149,7 +149,7 @@ def build_config(stage: str, model: str, overrides: Mapping[SettingPath, Any]) -
     """Combine defaults, stage, preset and overrides (path in the schema -> value) into one configuration.
 
     Raises:
-        ValueError: an unknown stage or model, or a recipe of the other stage.
+        ValueError: an unknown stage or model, or a recipe of another stage.
     """
     return combine(stage, model, (), overrides).config
 
@@ -166,7 +166,7 @@ def combine(
         flags: path in the schema -> value.
 
     Raises:
-        ValueError: an unknown stage or model, none at all or two, or a recipe of the other stage.
+        ValueError: an unknown stage or model, none at all or two, or a recipe of another stage.
     """
     base, start, rest = _base(stage, model, files)
     layers = [*((file.path, file.values) for file in rest), (_COMMAND_LINE, flags)]

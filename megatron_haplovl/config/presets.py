@@ -1,7 +1,6 @@
 """Named models with the paper's sizes.
 
-A preset is a mapping of flag values in nested form, so that it can only set what a flag can set. The order of
-precedence is: schema default < stage defaults < preset < files (--config) < flags.
+A preset is a :class:`ModelConfig` and a sequence length. What wins over what is said in `config.cli.combine`.
 """
 
 from __future__ import annotations

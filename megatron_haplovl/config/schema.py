@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses: one class per concern, one docstring per field.
+"""Every setting of a run, as frozen dataclasses: one class per concern, one help text per field.
 
 Command-line flags are generated from these fields (:mod:`megatron_haplovl.config.cli`), so the `help` of a field is
 its only documentation. A field named `num_layers` in the section with the prefix `pre` becomes `--pre-num-layers`.
@@ -100,7 +100,9 @@ class InitConfig:
     """Where the initial weights come from."""
 
     vision_teacher: str | None = setting(
-        None, "Hugging Face folder of a CLIPVisionModel or CLIPModel: initialises the pre-decoder and teaches stage 1"
+        None,
+        "Hugging Face folder of CLIP or SigLIP, with or without its text half: initialises the pre-decoder and teaches "
+        "stage 1",
     )
     language_model: str | None = setting(
         None,
@@ -199,7 +201,11 @@ class RecipeConfig:
     recipe: str = setting(
         "full", "; ".join(f"{name}: {recipe.help}" for name, recipe in RECIPES.items()), choices=tuple(RECIPES)
     )
-    freeze_embedding: bool = setting(False, "freeze text and patch embeddings, text projector and pre_norm")
+    freeze_embedding: bool = setting(
+        False,
+        "freeze everything before the pre-decoder's blocks: text, patch and position embedding, newline, text "
+        "projector and pre_norm",
+    )
     freeze_pre_decoder: bool = setting(False, "freeze the pre-decoder's blocks")
     freeze_connector: bool = setting(False, "freeze the connector")
     freeze_post_decoder: bool = setting(False, "freeze the post-decoder's blocks, final norm and output head")
@@ -332,7 +338,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about one run. Built by :func:`megatron_haplovl.config.cli.parse_args` or by hand."""
+    """Everything about one run. Built by :func:`megatron_haplovl.config.cli.parse_command_line` or by hand."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)

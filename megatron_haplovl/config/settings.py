@@ -62,7 +62,9 @@ class Setting:
         """The flag with a value, as words of a command line."""
         if self.scalar is bool:
             return [self.flag if value else self.flag.replace("--", "--no-", 1)]
-        return [self.flag, *(value if self.is_list else ["null" if value is None else str(value)])]
+        if value is None:
+            return ["without", self.flag]
+        return [self.flag, *(value if self.is_list else [str(value)])]
 
 
 def iterate_settings(section: type, path: SettingPath = (), prefix: str = "") -> Iterator[Setting]:

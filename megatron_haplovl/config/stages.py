@@ -32,7 +32,7 @@ class StageSpec:
     """One stage of the training (paper Sec. 3.2)."""
 
     name: str
-    """The entry script is called `<name>_haplovl.py`."""
+    """The stage is started as `megatron_haplovl.<name>`; stages 1 and 2 also by a script `<name>_haplovl.py`."""
     title: str
     """The stage's name in messages."""
     layers: tuple[str, ...]

@@ -153,17 +153,28 @@ def _validate_finetune(config: Config) -> None:
         )
 
 
-def _validate_recipe(config: Config) -> None:
-    _validate_settings_of_other_stages(config)
+def validate_freezing(config: Config) -> None:
+    """Check that what is frozen is there.
+
+    Raises:
+        ValueError: a freeze flag of a part that the stage does not have.
+    """
     for part in FREEZABLE:
         if getattr(config.recipe, f"freeze_{part}") and part not in config.stage.parts:
             name = part.replace("_", "-")
             raise ValueError(f"{config.stage.title} has no {name} to freeze; leave out --freeze-{name}")
+
+
+def _validate_recipe(config: Config) -> None:
+    _validate_settings_of_other_stages(config)
+    validate_freezing(config)
     if any(weight < 0 for weight in vars(config.loss).values()):
         raise ValueError(f"weights of losses must not be negative: {vars(config.loss)}")
     if config.stage.has_teachers:
         if config.init.vision_teacher is None and not data_is_mock(config):
-            raise ValueError("stage 1 distils a vision teacher: give --vision-teacher FOLDER (a Hugging Face CLIP)")
+            raise ValueError(
+                "stage 1 distils a vision teacher: give --vision-teacher FOLDER (a Hugging Face CLIP or SigLIP)"
+            )
         if config.init.language_model is None and config.weights_from is None and not data_is_mock(config):
             raise ValueError("stage 1 needs the text embedding of a language model: give --language-model FOLDER")
         if config.model.text_embedding == "folded":

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes checkpoints of a run, at once or beside the training (--async-save).
 
-    A full disk or another error of the file system is reported and does not end the run; what was saved before stays.
+    A full disk or another error of the file system is reported and does not end the run, and what was saved before
+    stays. Only the failure of the last checkpoint ends it, in :meth:`close`.
 
     Args:
         engine: the DeepSpeed engine.

@@ -31,7 +31,7 @@ def build_engine(
     terms: tuple[LossTerm, ...],
     optimizer_groups: list[dict[str, Any]],
 ) -> tuple[Any, DirectSteps | PipelinedSteps]:
-    """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights; pipeline.
+    """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights, pipeline.
 
     Args:
         model: this rank's part of the model, on the host.
@@ -39,7 +39,14 @@ def build_engine(
         device: what it will run on.
         head_inputs: what the model's head gets besides the hidden state.
         terms: the losses, and what each is divided by.
-        optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group, some of them empty.
+        optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group; one that is empty gets a
+            placeholder.
+
+    Returns:
+        DeepSpeed's engine, and how micro-batches go through it.
+
+    Raises:
+        ValueError: an optimizer that is not there, or a DeepSpeed JSON that contradicts the flags.
     """
     import deepspeed
 

@@ -26,7 +26,7 @@ def reduce_metrics(
         sums: this rank's sums over its micro-batches.
         terms: what they are divided by.
         counts: tokens of the whole global batch.
-        group: all data-parallel ranks.
+        group: the ranks whose sums add up to those of the global batch, `ParallelGroups.stages_of_replicas`.
     """
     local = torch.stack([sums[term.name].detach().float() for term in terms])
     values = group.sum(local)

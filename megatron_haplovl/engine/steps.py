@@ -20,7 +20,7 @@ Sums = dict[str, torch.Tensor]
 """Losses of this rank's micro-batches, summed over tokens."""
 
 FiniteCheck = Callable[[Sums], dict[str, float]]
-"""This rank's sums -> the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
+"""From this rank's sums to the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,29 @@ class StepResult:
     """(query, key) pairs that attended in the micro-batches that this rank read."""
 
 
-class DirectSteps:
+class _EngineSteps:
+    """What both kinds of steps are asked about DeepSpeed's engine."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that a rank goes through in one optimizer step."""
+        return int(self._engine.gradient_accumulation_steps())
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps that DeepSpeed has skipped since the start of this process."""
+        return int(self._engine.skipped_steps)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step; a group's own is in proportion (`lr_ratio`)."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate * group["lr_ratio"]
+
+
+class DirectSteps(_EngineSteps):
     """Every rank runs whole micro-batches.
 
     Args:
@@ -62,7 +84,8 @@ class DirectSteps:
         replicas: int,
         device: torch.device,
     ) -> None:
-        self._engine, self._losses, self._terms, self._grad_norm = engine, losses, terms, grad_norm
+        super().__init__(engine)
+        self._losses, self._terms, self._grad_norm = losses, terms, grad_norm
         self._replicas, self._device = replicas, device
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
@@ -78,8 +101,7 @@ class DirectSteps:
         """
         sums, visible_pairs = _zeros(self._terms, self._device), 0
         losses: dict[str, float] = {}
-        accumulation = self._engine.gradient_accumulation_steps()
-        for micro_step in range(accumulation):
+        for micro_step in range(self.accumulation):
             batch = next(micro_batches)
             visible_pairs += batch.visible_pairs
             found = self._losses(batch.to(self._device))
@@ -88,7 +110,7 @@ class DirectSteps:
             loss = total_loss(found, self._terms, counts) * self._replicas
             self._engine.backward(loss, scale_wrt_gas=False)
             _add(sums, found)
-            if micro_step == accumulation - 1:
+            if micro_step == self.accumulation - 1:
                 losses = check_finite(sums)
             self._engine.step()
         return StepResult(losses, self._grad_norm(), counts, visible_pairs)
@@ -142,7 +164,7 @@ class PipelineLoss:
             self.counts = counts
 
 
-class PipelinedSteps:
+class PipelinedSteps(_EngineSteps):
     """Every rank runs its stage; DeepSpeed's schedule calls forward, backward and the optimizer.
 
     Args:
@@ -164,7 +186,8 @@ class PipelinedSteps:
         *,
         reads_data: bool,
     ) -> None:
-        self._engine, self._slot, self._loss, self._grad_norm = engine, slot, loss, grad_norm
+        super().__init__(engine)
+        self._slot, self._loss, self._grad_norm = slot, loss, grad_norm
         self.reads_data = reads_data
         self._check_finite: FiniteCheck | None = None
         self._losses: dict[str, float] = {}

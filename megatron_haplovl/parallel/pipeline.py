@@ -11,7 +11,7 @@ from megatron_haplovl.model.haplovl import LayeredModel
 
 
 @dataclass(frozen=True)
-class Stages:
+class PipelineCut:
     """Who holds what: the flat layer list, cut into contiguous stages."""
 
     layers: tuple[str, ...]

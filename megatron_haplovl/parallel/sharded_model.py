@@ -9,7 +9,7 @@ import torch
 
 from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel.groups import ParallelGroups
-from megatron_haplovl.parallel.pipeline import Stages
+from megatron_haplovl.parallel.pipeline import PipelineCut
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ShardedModel:
     shapes: dict[str, torch.Size]
     """Every parameter of the serial model with its shape there, in order."""
     groups: ParallelGroups = field(default_factory=ParallelGroups)
-    stages: Stages | None = None
+    stages: PipelineCut | None = None
     """None without a pipeline."""
 
     def owner(self, parameter: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_haplovl.config.layout import Layout, Workload
+from megatron_haplovl.config.stages import PART_OF
 from megatron_haplovl.planning.cost import layer_costs, model_operations
 from megatron_haplovl.planning.cost_units import LayerCost, precision_of
 from megatron_haplovl.planning.engine_memory import DEFAULT_BUCKETS, Buckets, EngineMemory, engine_memory
@@ -20,7 +21,7 @@ from megatron_haplovl.planning.stage_cut import layer_loads
 from megatron_haplovl.planning.work import Work
 
 # Parts that may train, in the order of the optimizer's groups.
-_PARTS = ("distillation", "post_decoder", "connector", "pre_decoder", "embedding")
+_PARTS = tuple(dict.fromkeys(reversed(list(PART_OF.values()))))
 
 
 @dataclass(frozen=True)
@@ -239,9 +240,8 @@ def _optimizer_groups(stage: Sequence[LayerCost], parts: Set[str]) -> list[float
     vectors' groups count as empty. Every stage has every group."""
     sizes = dict.fromkeys((part for part in _PARTS if part in parts), 0.0)
     for layer in stage:
-        part = layer.name.partition(".")[0]
         if layer.trained_parameters:
-            sizes["post_decoder" if part in ("final_norm", "lm_head") else part] += layer.trained_parameters
+            sizes[PART_OF[layer.name.partition(".")[0]]] += layer.trained_parameters
     return [*sizes.values(), *(0.0 for part in sizes if part != "connector")]
 
 

@@ -25,7 +25,8 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
     """Give every parameter of this rank its value, or this rank's slice of it. Called by every rank.
 
     A later source wins: `--vision-teacher`, `--language-model`, `--pretrained-checkpoint` (or
-    `--load` with `--finetune`). A parameter that none of them has starts at random.
+    `--load` with `--finetune`). A parameter that none of them has starts at random if `MAY_BE_NEW` or
+    --allow-missing names it, or if the run is on mock data without a checkpoint.
 
     Args:
         model: this rank's part of the model.

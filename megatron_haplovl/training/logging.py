@@ -132,9 +132,9 @@ class Sinks:
             sink.close()
 
 
-def training_line(step: int, last_step: int, columns: Mapping[str, float | int]) -> str:
+def training_line(step: int, last_step: int, columns: Mapping[str, float | int], title: str = "iteration") -> str:
     """The log line that users of Megatron know: ` iteration 10/ 100 | name: value | ... |`."""
-    parts = [f" iteration {step:8d}/{last_step:8d}"]
+    parts = [f" {title} {step:8d}/{last_step:8d}"]
     for name, value in columns.items():
         parts.append(f" {name}: {value}" if isinstance(value, int) else f" {name}: {_format(name, value)}")
     return " |".join(parts) + " |"

@@ -31,7 +31,12 @@ class _Progress:
 
 
 def train(run: Run) -> None:
-    """Train until --train-iters (or --exit-interval), saving and evaluating on the way."""
+    """Train until --train-iters (or --exit-interval), saving and evaluating on the way.
+
+    Raises:
+        FloatingPointError: see :func:`train_step`.
+        OSError: the last checkpoint could not be saved.
+    """
     config, last_step = run.config, run.config.schedule.train_iters
     micro_batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
     window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
@@ -67,13 +72,15 @@ def train(run: Run) -> None:
 def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResult:
     """One optimizer step over the global batch number `step`.
 
+    Returns:
+        Losses, gradient norm and counts of the step.
+
     Raises:
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
             saved.
     """
     counts = run.train_data.counts(step)
-    for param_group in run.engine.optimizer.param_groups:
-        param_group["lr"] = learning_rate(run.config, step) * param_group["lr_ratio"]
+    run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))
     if not math.isfinite(result.grad_norm):
         raise FloatingPointError(
@@ -84,6 +91,7 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
 
 
 def _finite_losses(run: Run, step: int, counts: StepCounts, sums: Sums) -> dict[str, float]:
+    """The step's losses over all ranks, with their weighted total as "loss"; see `engine.steps.FiniteCheck`."""
     losses = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     if not all(math.isfinite(value) for value in losses.values()):
         raise FloatingPointError(f"step {step + 1}: a loss is not finite: {losses}; the weights were not updated")
@@ -92,17 +100,21 @@ def _finite_losses(run: Run, step: int, counts: StepCounts, sums: Sums) -> dict[
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Losses on --valid-data-path over --eval-iters global batches, the same ones every time; logged and returned."""
+    """Losses on --valid-data-path over --eval-iters global batches, the same ones every time.
+
+    Returns:
+        What was logged, by name; nothing without --valid-data-path.
+    """
     if run.valid_data is None:
         return {}
     steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
-    number = steps * run.engine.gradient_accumulation_steps()
+    number = steps * run.steps.accumulation
     micro_batches = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
     sums = run.steps.evaluate(micro_batches, number)
     counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
-    line = " validation at iteration " + training_line(step, run.config.schedule.train_iters, metrics)[10:]
+    line = training_line(step, run.config.schedule.train_iters, metrics, title="validation at iteration")
     logger.info(line, extra=NO_PREFIX)
     run.sinks.record(step, metrics)
     return metrics
@@ -122,7 +134,7 @@ def _report(run: Run, step: int, result: StepResult, window: _Progress, consumed
         "global batch size": batch_size,
         **result.losses,
         "grad norm": result.grad_norm,
-        "number of skipped iterations": int(run.engine.skipped_steps),
+        "number of skipped iterations": run.steps.skipped,
         "samples per second": window.steps * batch_size / window.seconds,
         "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.groups.world.size,
         "TFLOPs": window.flops / window.seconds / run.groups.world.size / 1e12,

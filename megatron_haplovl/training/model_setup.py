@@ -15,7 +15,7 @@ from megatron_haplovl.model.block import Block
 from megatron_haplovl.model.haplovl import LayeredModel
 from megatron_haplovl.parallel.context_parallel import apply_context_parallel
 from megatron_haplovl.parallel.groups import ParallelGroups
-from megatron_haplovl.parallel.pipeline import Stages, keep_stage
+from megatron_haplovl.parallel.pipeline import PipelineCut, keep_stage
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.tensor_parallel import apply_tensor_parallel, finish_tensor_parallel
 from megatron_haplovl.planning.stage_cut import stage_cut
@@ -32,7 +32,7 @@ _PACKS_FOR_CUT = 16
 
 
 def ready_model(
-    config: Config, groups: ParallelGroups, device: torch.device, stages: Stages | None, resumed: Path | None
+    config: Config, groups: ParallelGroups, device: torch.device, stages: PipelineCut | None, resumed: Path | None
 ) -> ShardedModel:
     """This rank's part of the model, ready for the engine. Called by every rank.
 
@@ -59,7 +59,7 @@ def ready_model(
     return model
 
 
-def plan_stages(config: Config, groups: ParallelGroups, device: torch.device, data: BatchLoader) -> Stages | None:
+def cut_pipeline(config: Config, groups: ParallelGroups, device: torch.device, data: BatchLoader) -> PipelineCut | None:
     """Cut the layers by what they cost on the first packs of the training data. Called by every rank.
 
     Args:
@@ -98,10 +98,10 @@ def plan_stages(config: Config, groups: ParallelGroups, device: torch.device, da
         method=parallel.pipeline_partition,
         micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
     )
-    return Stages(tuple(layers), first)
+    return PipelineCut(tuple(layers), first)
 
 
-def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = None) -> ShardedModel:
+def build_model(config: Config, groups: ParallelGroups, stages: PipelineCut | None = None) -> ShardedModel:
     """This rank's part of the module that the recipe trains (stage 1's, or the whole model), not yet filled.
 
     The model is split before anything is allocated.
@@ -121,7 +121,7 @@ def build_model(config: Config, groups: ParallelGroups, stages: Stages | None = 
     return ShardedModel(module.to_empty(device="cpu"), shapes, groups, stages)
 
 
-def _check_every_stage_trains(stages: Stages, parameters: Iterable[str], recipe: RecipeConfig) -> None:
+def _check_every_stage_trains(stages: PipelineCut, parameters: Iterable[str], recipe: RecipeConfig) -> None:
     training = {stages.of_parameter(name) for name in parameters if is_trained(name, recipe)}
     for stage in range(len(stages.first)):
         if stage not in training:

@@ -21,7 +21,7 @@ from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.logging import Sinks, configure_logging
-from megatron_haplovl.training.model_setup import plan_stages, ready_model
+from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.stages import head_inputs, stage_of
 from megatron_haplovl.training.startup_report import describe_run
@@ -78,7 +78,7 @@ def setup(config: Config, differences: str | None = None) -> Run:
         logger.info(differences)
 
     train_data, valid_data = _build_loaders(config, groups)
-    stages = plan_stages(config, groups, device, train_data)
+    stages = cut_pipeline(config, groups, device, train_data)
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
 

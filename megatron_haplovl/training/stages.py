@@ -39,7 +39,8 @@ class Stage:
     terms: Callable[[LossConfig], tuple[LossTerm, ...]]
     """What the sums are divided by, and their weights in the total."""
     build_targets: Callable[[Config, torch.device], Targets]
-    """Targets of a micro-batch that are not in the batch itself, such as a teacher's features."""
+    """Targets of a micro-batch that are not in the batch itself, such as a teacher's features. A first target that is a
+    tensor has one row per patch, because context parallelism takes this rank's rows of it."""
 
 
 def _distillation_model(config: Config) -> LayeredModel:
@@ -59,7 +60,7 @@ def _nothing(_config: Config, _device: torch.device) -> Targets:
     return lambda _batch: ()
 
 
-STAGES: dict[str, Stage] = {
+BUILDERS: dict[str, Stage] = {
     PRETRAIN.name: Stage(_distillation_model, distillation_loss, distillation_terms, _teacher_features),
     FINETUNE.name: Stage(_whole_model, next_token_loss, lambda _weights: LANGUAGE_MODELING_TERMS, _nothing),
 }
@@ -68,7 +69,7 @@ STAGES: dict[str, Stage] = {
 
 def stage_of(config: Config) -> Stage:
     """The stage of a run."""
-    return STAGES[config.stage.name]
+    return BUILDERS[config.stage.name]
 
 
 def head_inputs(stage: Stage, config: Config, model: ShardedModel, device: torch.device) -> HeadInputs:

@@ -20,14 +20,14 @@ def describe_run(config: Config, groups: ParallelGroups, device: torch.device) -
     """
     adamw = adamw_implementation(config.optimizer, device, offloaded=config.parallel.offload_optimizer == "cpu")
     return (
-        f"ranks: {groups.world.size}{_mesh(groups)} | device: {device} | "
+        f"ranks: {groups.world.size}{_layout(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
         f"offloaded: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
         f"AdamW: {ADAMW_NAMES[adamw]}"
     )
 
 
-def _mesh(groups: ParallelGroups) -> str:
+def _layout(groups: ParallelGroups) -> str:
     """The layout in words, if the ranks are not all data-parallel."""
     if groups.data.size == groups.world.size:
         return ""

@@ -114,6 +114,7 @@ def test_offload_is_tried_where_it_is_named(tmp_path: Path, capsys: pytest.Captu
         (("--gpus", "8", "--trained-tokens", "1000"), "1000 trained tokens of 256 text tokens"),
         (("--gpus", "8", "--post-num-attention-heads", "30"), "--post-hidden-size 4096 is not a multiple"),
         (("--gpus", "8", "--efficiency", "0"), "--efficiency must be above 0"),
+        (("--gpus", "8", "--recipe", "distill", "--freeze-connector"), "stage 1 has no connector to freeze"),
     ],
 )
 def test_flags_that_make_no_sense(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

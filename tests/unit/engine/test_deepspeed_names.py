@@ -31,6 +31,7 @@ INTERNALS = [
     (_ENGINE, "basic_optimizer"),
     (_ENGINE, "bfloat16_enabled"),
     (_ENGINE, "global_steps"),
+    (_ENGINE, "skipped_steps"),
     (_ENGINE, "zero_optimization_stage"),
     (_PIPELINE, "_allocate_or_extend_buffers"),
     (_PIPELINE, "_exec_optimizer_step"),

@@ -14,7 +14,7 @@ from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.model.initialization import initialize_weights
-from megatron_haplovl.parallel.pipeline import Stages, keep_stage
+from megatron_haplovl.parallel.pipeline import PipelineCut, keep_stage
 from tests.unit.model.test_model import TINY, make_batch
 
 BATCH = make_batch(["tItt", "IttI", "ttt"], 60)
@@ -65,14 +65,14 @@ def test_every_cut_gives_the_loss_of_the_whole_model(stage1, config):
     layers = tuple(model.layers())
     whole = losses(model, stage1, model.hidden_states(BATCH))
     for place in range(1, len(layers)):
-        assert torch.equal(run_stages(model, Stages(layers, (0, place)), stage1), whole), layers[place]
-    assert torch.equal(run_stages(model, Stages(layers, tuple(range(len(layers)))), stage1), whole)
+        assert torch.equal(run_stages(model, PipelineCut(layers, (0, place)), stage1), whole), layers[place]
+    assert torch.equal(run_stages(model, PipelineCut(layers, tuple(range(len(layers)))), stage1), whole)
 
 
 @pytest.mark.parametrize("stage1", [False, True])
 def test_stages_hold_every_parameter_once_under_its_own_name(stage1):
     model = build(stage1)
-    stages = Stages(tuple(model.layers()), (0, 2, 3))
+    stages = PipelineCut(tuple(model.layers()), (0, 2, 3))
     held = []
     for number in range(3):
         part = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def test_the_flat_list_and_its_stages():
         *("embedding", "pre_decoder.0", "pre_decoder.1", "connector", "post_decoder.0", "post_decoder.1"),
         *("final_norm", "lm_head"),
     )
-    stages = Stages(layers, (0, 3, 7))
+    stages = PipelineCut(layers, (0, 3, 7))
     assert [stages.of(number) for number in range(3)] == [layers[:3], layers[3:7], layers[7:]]
     assert stages.partition == "connector,lm_head"
     assert stages.of_parameter("pre_decoder.1.mlp.up_proj.weight") == 0

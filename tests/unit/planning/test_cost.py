@@ -25,7 +25,7 @@ from benchmarks.planner_memory import (
 from megatron_haplovl.config.layout import Layout
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
-from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
@@ -79,39 +79,39 @@ def errors(predicted: dict[str, LayerCost], measured: dict[str, int]) -> dict[st
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_saved_bytes_of_every_layer(dtype: torch.dtype, recompute: str) -> None:
-    _, measured = measure_layers(build(SMALL, dtype, False, STAGE2), BATCH, recompute)
-    predicted = predict_layers(SMALL, BATCH, dtype, recompute, False, STAGE2)
+    _, measured = measure_layers(build(SMALL, dtype, FINETUNE, STAGE2), BATCH, recompute)
+    predicted = predict_layers(SMALL, BATCH, dtype, recompute, FINETUNE, STAGE2)
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saved_bytes_with_frozen_parts(recipe: str) -> None:
-    _, measured = measure_layers(build(SMALL, torch.bfloat16, False, RECIPES[recipe]), BATCH, "none")
-    predicted = predict_layers(SMALL, BATCH, torch.bfloat16, "none", False, RECIPES[recipe])
+    _, measured = measure_layers(build(SMALL, torch.bfloat16, FINETUNE, RECIPES[recipe]), BATCH, "none")
+    predicted = predict_layers(SMALL, BATCH, torch.bfloat16, "none", FINETUNE, RECIPES[recipe])
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_saved_bytes_of_stage_1(dtype: torch.dtype) -> None:
-    _, measured = measure_layers(build(SMALL, dtype, True, STAGE1), BATCH, "none")
-    predicted = predict_layers(SMALL, BATCH, dtype, "none", True, STAGE1)
+    _, measured = measure_layers(build(SMALL, dtype, PRETRAIN, STAGE1), BATCH, "none")
+    predicted = predict_layers(SMALL, BATCH, dtype, "none", PRETRAIN, STAGE1)
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
 @pytest.mark.parametrize("config", [FOLDED, RELEASED])
 def test_saved_bytes_of_released_forms(config: ModelConfig) -> None:
-    _, measured = measure_layers(build(config, torch.bfloat16, False, STAGE2), BATCH, "none")
-    predicted = predict_layers(config, BATCH, torch.bfloat16, "none", False, STAGE2)
+    _, measured = measure_layers(build(config, torch.bfloat16, FINETUNE, STAGE2), BATCH, "none")
+    predicted = predict_layers(config, BATCH, torch.bfloat16, "none", FINETUNE, STAGE2)
     assert max(map(abs, errors(predicted, measured).values())) < SAVED_TOLERANCE
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
-    model = build(SMALL, dtype, False, STAGE2)
+    model = build(SMALL, dtype, FINETUNE, STAGE2)
     assert isinstance(model, HaploVL)
     measured = measure_peak(model, BATCH, recompute)
-    predicted = predict_peak(predict_layers(SMALL, BATCH, dtype, recompute, False, STAGE2), dtype)
+    predicted = predict_peak(predict_layers(SMALL, BATCH, dtype, recompute, FINETUNE, STAGE2), dtype)
     # Measured: 1.7 % too little to 1.1 % too much.
     assert predicted == pytest.approx(measured, rel=0.03)
 
@@ -119,45 +119,45 @@ def test_peak_of_a_step(dtype: torch.dtype, recompute: str) -> None:
 @pytest.mark.parametrize(
     "config", [SMALL, FOLDED, RELEASED, *(MODELS[name] for name in ("haplovl-7b", "haplovl-8b", "haplovl-7b-pro"))]
 )
-@pytest.mark.parametrize("stage1", [False, True])
-def test_parameters_are_the_models(config: ModelConfig, stage1: bool) -> None:
+@pytest.mark.parametrize("stage", [FINETUNE, PRETRAIN], ids=str)
+def test_parameters_are_the_models(config: ModelConfig, stage: StageSpec) -> None:
     with torch.device("meta"):
-        model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
+        model = HaploVLForDistillation(config, config.pre.hidden_size) if stage.has_teachers else HaploVL(config)
         teacher = random_teacher(config, -1, seed=0)
-    trained = STAGE1 if stage1 else STAGE2
+    trained = STAGE1 if stage.has_teachers else STAGE2
     layers = layer_costs(
         config,
-        work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE),
+        work_of_batch(BATCH, stage),
         Layout(),
         Precision(),
         trained=trained,
-        stage=PRETRAIN if stage1 else FINETUNE,
+        stage=stage,
     )
     for layer in layers:
         mine = {n: p for n, p in model.named_parameters() if n == layer.name or n.startswith(layer.name + ".")}
         count = sum(p.numel() for p in mine.values())
-        frozen = model.embedding.text.weight.numel() if stage1 and layer.name == "embedding" else 0
+        frozen = model.embedding.text.weight.numel() if stage.has_teachers and layer.name == "embedding" else 0
         assert (layer.parameters, layer.trained_parameters) == (count, count - frozen), layer.name
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters())
     # In bf16, beside the engine; and the parameters that a pipeline's last stage copies.
-    beside = 2 * sum(p.numel() for p in teacher.parameters()) if stage1 else 0
+    beside = 2 * sum(p.numel() for p in teacher.parameters()) if stage.has_teachers else 0
     assert sum(layer.teacher_bytes for layer in layers) == beside
-    assert layers[-1].copied_parameters == (model.embedding.text.weight.numel() if stage1 else 0)
+    assert layers[-1].copied_parameters == (model.embedding.text.weight.numel() if stage.has_teachers else 0)
 
 
-@pytest.mark.parametrize("stage1", [False, True])
+@pytest.mark.parametrize("stage", [FINETUNE, PRETRAIN], ids=str)
 @pytest.mark.parametrize("tensor", [2, 4])
-def test_parameters_of_a_tensor_parallel_rank(tensor: int, stage1: bool) -> None:
+def test_parameters_of_a_tensor_parallel_rank(tensor: int, stage: StageSpec) -> None:
     config = MODELS["haplovl-7b-pro"]
     with torch.device("meta"):
-        model = HaploVLForDistillation(config, config.pre.hidden_size) if stage1 else HaploVL(config)
+        model = HaploVLForDistillation(config, config.pre.hidden_size) if stage.has_teachers else HaploVL(config)
     layers = layer_costs(
         config,
-        work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE),
+        work_of_batch(BATCH, stage),
         Layout(tensor=tensor),
         Precision(),
-        trained=STAGE1 if stage1 else STAGE2,
-        stage=PRETRAIN if stage1 else FINETUNE,
+        trained=STAGE1 if stage.has_teachers else STAGE2,
+        stage=stage,
     )
     for layer in layers[:-1]:
         mine = {n: p.numel() for n, p in model.named_parameters() if n == layer.name or n.startswith(layer.name + ".")}
@@ -208,7 +208,7 @@ def model_config() -> ModelConfig:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_operations_are_those_that_torch_counts(recipe: str) -> None:
     trained = RECIPES[recipe]
-    model = build(model_config(), torch.float32, False, trained)
+    model = build(model_config(), torch.float32, FINETUNE, trained)
     assert isinstance(model, HaploVL)
     forward, backward = count_operations(model, trained)
     work = dataclasses.replace(work_of_batch(make_batch(model_config(), (0,), 20), FINETUNE), head_tokens=7)
@@ -225,14 +225,14 @@ def test_operations_are_those_that_torch_counts(recipe: str) -> None:
 def test_recomputed_operations_are_those_that_torch_counts() -> None:
     from benchmarks.planner_memory import run_block
 
-    model = build(model_config(), torch.float32, False, STAGE2)
+    model = build(model_config(), torch.float32, FINETUNE, STAGE2)
     assert isinstance(model, HaploVL)
     batch = make_batch(model_config(), (0,), 20)
     inputs = dataclasses.replace(
         model.attention_inputs(batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), attention_backend="reference"
     )
     for recompute in ("none", "selective", "full"):
-        layers = predict_layers(model_config(), batch, torch.float32, recompute, False, STAGE2)
+        layers = predict_layers(model_config(), batch, torch.float32, recompute, FINETUNE, STAGE2)
         for name in ("pre_decoder.1", "post_decoder.1"):
             block = model.get_submodule(name)
             assert isinstance(block, Block)
@@ -245,23 +245,21 @@ def test_recomputed_operations_are_those_that_torch_counts() -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(RELEASED, text_embedding="factored")])
-@pytest.mark.parametrize("stage1", [False, True])
-def test_the_logged_operations_agree(config: ModelConfig, stage1: bool) -> None:
+@pytest.mark.parametrize("stage", [FINETUNE, PRETRAIN], ids=str)
+def test_the_logged_operations_agree(config: ModelConfig, stage: StageSpec) -> None:
     """`training.flops` leaves out what is small: patch embedding, text projector, stage 1's vision and text heads."""
-    work = work_of_batch(BATCH, PRETRAIN if stage1 else FINETUNE)
+    work = work_of_batch(BATCH, stage)
     logged = training_flops(
         config,
         tokens=int(work.tokens),
         head_tokens=int(work.head_tokens),
         visible_pairs=int(work.pairs),
-        stage=PRETRAIN if stage1 else FINETUNE,
+        stage=stage,
     )
     left_out = work.tokens * 128 * 64 + work.patches * 48 * 64
-    if stage1:
+    if stage.has_teachers:
         left_out += work.patches * 64 * 64 + work.head_tokens * 64 * 128
-    assert model_operations(config, work, PRETRAIN if stage1 else FINETUNE) == pytest.approx(
-        logged + 6 * left_out, rel=1e-12
-    )
+    assert model_operations(config, work, stage) == pytest.approx(logged + 6 * left_out, rel=1e-12)
 
 
 def test_work_of_a_batch() -> None:

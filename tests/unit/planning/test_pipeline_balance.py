@@ -12,6 +12,7 @@ from benchmarks.pipeline_balance import Stages, flat_model, measure, shrunk
 from benchmarks.planner_memory import STAGE2, build, make_batch
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
+from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.haplovl import HaploVL
 
@@ -39,11 +40,11 @@ def test_proportions_are_kept() -> None:
 def test_stages_alone_make_the_whole_models_gradients() -> None:
     config = small()
     batch = make_batch(config, (8, 9), 30, untrained=3)
-    whole = build(config, torch.float32, False, STAGE2)
+    whole = build(config, torch.float32, FINETUNE, STAGE2)
     assert isinstance(whole, HaploVL)
     whole(batch, next_token_loss)["lm loss"].backward()
 
-    runner = Stages(model := flat_model(config, batch, False, torch.float32))
+    runner = Stages(model := flat_model(config, batch, FINETUNE, torch.float32))
     parameters = dict(model.model.named_parameters())
     assert parameters.keys() == {name for name, _ in whole.named_parameters()}
     for parameter in parameters.values():
@@ -56,16 +57,16 @@ def test_stages_alone_make_the_whole_models_gradients() -> None:
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stage1", [False, True])
-def test_records(stage1: bool) -> None:
+@pytest.mark.parametrize("stage", [FINETUNE, PRETRAIN], ids=str)
+def test_records(stage: StageSpec) -> None:
     records = measure(
-        small(), stage1, torch.device("cpu"), torch.float32, (2,), 1, with_deepspeed=True, clock=time.perf_counter
+        small(), stage, torch.device("cpu"), torch.float32, (2,), 1, with_deepspeed=True, clock=time.perf_counter
     )
     assert [record["partition"] for record in records] == ["auto", "parameters", "uniform"]
     for record in records:
-        assert record["training_stage"] == (1 if stage1 else 2)
+        assert record["training_stage"] == (1 if stage.has_teachers else 2)
         assert len(record["stage_seconds"]) == len(record["first_layers"]) == 2
         assert sum(record["predicted_stage_seconds"]) == pytest.approx(sum(record["stage_seconds"]))
         slowest, mean = max(record["stage_seconds"]), sum(record["stage_seconds"]) / 2
         assert record["imbalance"] == pytest.approx(slowest / mean - 1.0)
-    assert records[2]["first_layers"] == ["embedding", "pre_decoder.1" if stage1 else "post_decoder.0"]
+    assert records[2]["first_layers"] == ["embedding", "pre_decoder.1" if stage.has_teachers else "post_decoder.0"]

@@ -13,7 +13,7 @@ from megatron_haplovl.engine.metrics import reduce_metrics, total_loss
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation
 from megatron_haplovl.parallel.groups import Group, ParallelGroups
-from megatron_haplovl.parallel.pipeline import Stages, keep_stage
+from megatron_haplovl.parallel.pipeline import PipelineCut, keep_stage
 from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import training_line
 from megatron_haplovl.training.model_setup import build_model
@@ -115,7 +115,7 @@ def test_a_stage_that_would_train_nothing_is_refused():
     layers = tuple(HaploVL(config.model).layers())
     groups = ParallelGroups(pipeline=Group(0, 2, (0, 1)))
     with pytest.raises(ValueError, match=r"pipeline stage 1 \(post_decoder.0 ... lm_head\) would train nothing"):
-        build_model(config, groups, Stages(layers, (0, layers.index("post_decoder.0"))))
+        build_model(config, groups, PipelineCut(layers, (0, layers.index("post_decoder.0"))))
 
 
 def test_losses_are_divided_by_global_counts():
