@@ -128,7 +128,11 @@ def check_record(raw: RawRecord) -> Record:
         raise raw.value
     if not isinstance(raw.value, dict):
         raise RecordError(Reason.NO_CONVERSATIONS, f"a record must be an object, not {type(raw.value).__name__}")
-    messages = _check_turns(raw.value)
+    turns = _read_turns(raw.value)
+    system = raw.value.get("system")
+    opening = [{"role": "system", "content": _read_text(system, "`system`")}] if system else []
+    _check_order(turns, may_begin_with_system=not opening)
+    messages = [*opening, *turns]
     images = _check_images(raw.value)
     texts = [message["content"] for message in messages]
     if raw.value.get("video") or any(VIDEO_MARK in text for text in texts):
@@ -139,38 +143,45 @@ def check_record(raw: RawRecord) -> Record:
     return Record(messages, images)
 
 
-def _check_turns(value: dict[str, Any]) -> list[dict[str, str]]:
+def _read_turns(value: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of `conversations`, whatever their order. Errors give a turn's number there, counted from 0."""
     turns = value.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise RecordError(Reason.NO_CONVERSATIONS, "`conversations` is missing, empty or not a list")
     messages: list[dict[str, str]] = []
-    if value.get("system"):
-        turns = [{"from": "system", "value": value["system"]}, *turns]
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise RecordError(Reason.BAD_TURNS, f"turn {number} is not an object")
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise RecordError(Reason.BAD_TURNS, f"turn {number} is from {speaker!r}, not one of {sorted(_ROLES)}")
-        if not isinstance(text, str):
-            raise RecordError(Reason.BAD_TURNS, f"the text of turn {number} is {type(text).__name__}, not a string")
-        if not _is_unicode(text):
-            raise RecordError(Reason.BAD_TURNS, f"the text of turn {number} contains half a surrogate pair")
-        messages.append({"role": _ROLES[speaker], "content": text})
-    spoken = messages[1:] if messages[0]["role"] == "system" else messages
-    if not spoken:
+        messages.append({"role": _ROLES[speaker], "content": _read_text(text, f"the text of turn {number}")})
+    return messages
+
+
+def _read_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise RecordError(Reason.BAD_TURNS, f"{name} is {type(text).__name__}, not a string")
+    if not _is_unicode(text):
+        raise RecordError(Reason.BAD_TURNS, f"{name} contains half a surrogate pair")
+    return text
+
+
+def _check_order(turns: list[dict[str, str]], *, may_begin_with_system: bool) -> None:
+    """User and assistant must alternate, and answers must have text. Turns are counted as in :func:`_read_turns`."""
+    first = 1 if may_begin_with_system and turns[0]["role"] == "system" else 0
+    if len(turns) == first:
         raise RecordError(Reason.NO_CONVERSATIONS, "there is nothing but a system message")
-    for number, message in enumerate(spoken):
-        expected = ("user", "assistant")[number % 2]
+    for number, message in enumerate(turns[first:], start=first):
+        expected = ("user", "assistant")[(number - first) % 2]
         if message["role"] != expected:
             raise RecordError(
                 Reason.BAD_TURNS, f"turn {number} is from the {message['role']} where the {expected} is expected"
             )
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecordError(Reason.EMPTY_ANSWER, f"the answer in turn {number} is empty")
-    if len(spoken) % 2:
+    if (len(turns) - first) % 2:
         raise RecordError(Reason.EMPTY_ANSWER, "the last question has no answer")
-    return messages
 
 
 def _check_images(value: dict[str, Any]) -> tuple[str, ...]:

@@ -68,6 +68,18 @@ def test_reasons(value: Any, reason: Reason) -> None:
     assert (again.reason, again.detail) == (reason, caught.value.detail)
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("bad", [{"from": "dog", "value": "x"}, {"from": "system", "value": "x"}])
+def test_turns_are_counted_in_conversations(number: int, bad: dict[str, str]) -> None:
+    """With a `system` key, and with a system turn at the head, which counts."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    turns[number] = bad
+    with pytest.raises(RecordError, match=rf"\bturn {number} is from"):
+        check({"system": "Be brief.", "conversations": turns})
+    with pytest.raises(RecordError, match=rf"\bturn {number + 1} is from"):
+        check({"conversations": [{"from": "system", "value": "Be brief."}, *turns]})
+
+
 def test_path_that_leaves_the_folder(tmp_path: Path) -> None:
     folder = (tmp_path / "images").resolve()
     folder.mkdir()
