@@ -8,7 +8,7 @@ An epoch is made in four steps:
 1. Draw as many samples as the main sources hold together. Each source gives its share by weight, from an endless stream
    of its own permutations, which goes on from epoch to epoch. Without weights every sample is drawn once.
 2. Join (stage 1, paper Sec. 4.1). Each main sample and the next auxiliary sample become one document, in random order.
-   If the two are too long together, the main sample stays alone.
+   If the two are too long together, the main sample stays alone and the auxiliary one is left out this time.
 3. Pack. Best fit, the longest first, within windows of the shuffled documents.
 4. Shuffle the packs.
 """
@@ -128,13 +128,13 @@ class PackPlan:
         return StepCounts(**{name: int(n) for name, n in zip(COUNT_NAMES, total, strict=True)})
 
 
-def check_lengths(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
+def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
     """For each source, the numbers of the samples that fit into a sequence.
 
     Raises:
         ValueError: a sample is too long and `skip_long_samples` is off, or a source has no sample left.
     """
-    eligible = []
+    fitting = []
     for source in sources:
         lengths = source.counts.tokens
         too_long = np.flatnonzero(lengths > settings.seq_length)
@@ -147,8 +147,8 @@ def check_lengths(sources: list[BlendedSource], settings: PlanSettings) -> list[
             )
         if len(too_long) == len(lengths):
             raise ValueError(f"{source.name}: no sample fits into --seq-length {settings.seq_length}")
-        eligible.append(np.flatnonzero(lengths <= settings.seq_length))
-    return eligible
+        fitting.append(np.flatnonzero(lengths <= settings.seq_length))
+    return fitting
 
 
 def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: PlanSettings, epoch: int) -> EpochPlan:
@@ -161,13 +161,17 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
         epoch: number of the epoch, from 0; any epoch can be planned without those before it.
 
     Raises:
-        ValueError: as :func:`check_lengths`.
+        ValueError: as :func:`fitting_samples`.
     """
-    eligible = check_lengths(main + aux, settings)
-    main_items = _draw(main, eligible[: len(main)], settings, epoch, None)
+    fitting = fitting_samples(main + aux, settings)
+    main_fitting, aux_fitting = fitting[: len(main)], fitting[len(main) :]
+    sizes_of_main = [len(samples) for samples in main_fitting]
+    shares = apportion([source.weight for source in main], sum(sizes_of_main)) if settings.shuffle else sizes_of_main
+    main_items = _draw(main_fitting, shares, settings, epoch, _DRAW_MAIN, _ORDER)
     items, doc_offsets, not_joined = main_items, np.arange(len(main_items) + 1), 0
     if aux:
-        aux_items = _draw(aux, eligible[len(main) :], settings, epoch, len(main_items))
+        shares = apportion([source.weight for source in aux], len(main_items))
+        aux_items = _draw(aux_fitting, shares, settings, epoch, _DRAW_AUX, _AUX_ORDER)
         aux_items[:, 0] += len(main)
         items, doc_offsets, not_joined = _join(main_items, aux_items, main + aux, settings, epoch)
 
@@ -177,7 +181,7 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
     items, doc_offsets = _take_documents(items, doc_offsets, order)
     counts = np.add.reduceat(sizes[order], pack_offsets[:-1], axis=0)
     assert int(counts[:, COUNT_NAMES.index("tokens")].max()) <= settings.seq_length
-    kept, known = sum(map(len, eligible)), sum(len(source.counts.tokens) for source in main + aux)
+    kept, known = sum(map(len, fitting)), sum(len(source.counts.tokens) for source in main + aux)
     stats = {"skipped_long": known - kept, "not_joined": not_joined}
     return EpochPlan(items, doc_offsets, pack_offsets, counts, stats)
 
@@ -197,34 +201,30 @@ def apportion(weights: list[float], total: int) -> list[int]:
 
 
 def _draw(
-    sources: list[BlendedSource],
-    eligible: list[IntArray],
+    fitting: list[IntArray],
+    shares: list[int],
     settings: PlanSettings,
     epoch: int,
-    total: int | None,
+    draw_purpose: int,
+    order_purpose: int,
 ) -> npt.NDArray[np.int32]:
-    """Draw an epoch's samples, `[draws, 2]` of (source, sample); `total` is None for main samples."""
-    is_main = total is None
-    sizes = [len(samples) for samples in eligible]
-    if total is None and not settings.shuffle:
-        shares = sizes
-    else:
-        shares = apportion([source.weight for source in sources], sum(sizes) if total is None else total)
-        if total is None and len(sources) == 1:
-            assert shares == sizes
-    purpose = _DRAW_MAIN if is_main else _DRAW_AUX
+    """Draw each source's share of an epoch's samples, `[draws, 2]` of (source, sample).
+
+    The two purposes are the numbers of the random streams for the draws and for their order.
+    """
     parts = []
-    for number, (samples, share) in enumerate(zip(eligible, shares, strict=True)):
+    for number, (samples, share) in enumerate(zip(fitting, shares, strict=True)):
         first = epoch * share
         rounds = range(first // len(samples), (first + share - 1) // len(samples) + 1)
         stream = [
-            _random(settings, purpose, number, r).permutation(samples) if settings.shuffle else samples for r in rounds
+            _random(settings, draw_purpose, number, r).permutation(samples) if settings.shuffle else samples
+            for r in rounds
         ]
         drawn = np.concatenate([*stream, np.zeros(0, np.int64)])[first % len(samples) :][:share]
         parts.append(np.stack([np.full(share, number), drawn], axis=1).astype(np.int32))
     items = np.concatenate(parts)
     if settings.shuffle:
-        items = items[_random(settings, _ORDER if is_main else _AUX_ORDER, epoch).permutation(len(items))]
+        items = items[_random(settings, order_purpose, epoch).permutation(len(items))]
     return items
 
 
