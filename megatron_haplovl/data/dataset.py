@@ -34,15 +34,15 @@ class Document:
     labels: IntArray
     """`[n]`, the next token where that one is trained, else IGNORE_INDEX."""
     is_text: npt.NDArray[np.bool_]
-    """`[n]`."""
+    """`[n]`, True at text tokens."""
     kv_end: IntArray
-    """`[n]`."""
+    """`[n]`, one past the last visible key, counted from the document's start."""
     patch_source: IntArray
     """`[p]`, index into the `t * cells_per_tile` patches of the document's tiles."""
     patch_target: IntArray
-    """`[p]`."""
+    """`[p]`, position of each patch's token in the document."""
     newline_target: IntArray
-    """`[m]`."""
+    """`[m]`, position of each newline's token in the document."""
     tiles: list[npt.NDArray[np.float32]]
     """One `[tiles of the image, 3, H, W]` array per image."""
 
@@ -53,6 +53,9 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
     Args:
         samples: the samples in order; each starts where the one before it ends.
         vision: how images become tokens.
+
+    Returns:
+        The document, its images decoded.
 
     Raises:
         ValueError: an image that cannot be decoded or has another size than the one recorded.
@@ -81,17 +84,12 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
     labels[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
 
     kv_end = np.arange(1, total + 1, dtype=np.int64)
-    source, target, newline = _Growing(), _Growing(), _Growing()
-    tiles: list[npt.NDArray[np.float32]] = []
-    first_patch = 0
+    visual = _VisualTokens(vision.cells_per_tile)
     for start, image, layout in zip(starts[is_image].tolist(), images, layouts, strict=True):
         kv_end[start : start + layout.num_tokens] = start + layout.num_tokens
-        source.append(first_patch + layout.patch_source())
-        target.append(start + layout.patch_offsets())
-        newline.append(start + layout.newline_offsets())
-        tiles.append(_read_tiles(image, layout, vision))
-        first_patch += layout.num_tiles * vision.cells_per_tile
-    return Document(tokens, labels, is_text, kv_end, source.array(), target.array(), newline.array(), tiles)
+        tiles = _read_tiles(image, layout, vision)
+        visual.append(start, layout.patch_source(), layout.patch_offsets(), layout.newline_offsets(), [tiles])
+    return Document(tokens, labels, is_text, kv_end, *visual.indices(), visual.tiles)
 
 
 def _trained(sample: Sample) -> npt.NDArray[np.bool_]:
@@ -113,17 +111,33 @@ def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) 
     return tiles
 
 
-class _Growing:
-    """An index array that grows part by part."""
+class _VisualTokens:
+    """Tiles and the places of their tokens, put together part by part: images of a document, documents of a batch."""
 
-    def __init__(self) -> None:
-        self._parts: list[IntArray] = [np.zeros(0, dtype=np.int64)]
+    def __init__(self, cells_per_tile: int) -> None:
+        self.tiles: list[npt.NDArray[np.float32]] = []
+        self._cells_per_tile, self._patches = cells_per_tile, 0
+        empty = np.zeros(0, dtype=np.int64)
+        self._sources, self._targets, self._newlines = [empty], [empty], [empty]
 
-    def append(self, part: IntArray) -> None:
-        self._parts.append(part)
+    def append(
+        self,
+        start: int,
+        source: IntArray,
+        target: IntArray,
+        newline: IntArray,
+        tiles: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        """Add a part, whose tokens are counted from `start` and whose patches from its own first tile."""
+        self._sources.append(self._patches + source)
+        self._targets.append(start + target)
+        self._newlines.append(start + newline)
+        self.tiles.extend(tiles)
+        self._patches += sum(map(len, tiles)) * self._cells_per_tile
 
-    def array(self) -> IntArray:
-        return np.concatenate(self._parts)
+    def indices(self) -> tuple[IntArray, IntArray, IntArray]:
+        """`patch_source`, `patch_target` and `newline_target` of the whole."""
+        return np.concatenate(self._sources), np.concatenate(self._targets), np.concatenate(self._newlines)
 
 
 def collate(
@@ -148,9 +162,7 @@ def collate(
     # Padding sees itself only.
     kv_start_BS = np.tile(np.arange(seq_length, dtype=np.int32), (len(packs), 1))
     kv_end_BS = kv_start_BS + np.int32(1)
-    source, target, newline = _Growing(), _Growing(), _Growing()
-    tiles: list[npt.NDArray[np.float32]] = []
-    first_patch = 0
+    visual = _VisualTokens(vision.cells_per_tile)
     for row, documents in enumerate(packs):
         start = 0
         for document in documents:
@@ -163,12 +175,15 @@ def collate(
             position_ids_BS[here] = np.arange(end - start)
             kv_start_BS[here] = start
             kv_end_BS[here] = document.kv_end + start
-            source.append(document.patch_source + first_patch)
-            target.append(document.patch_target + row * seq_length + start)
-            newline.append(document.newline_target + row * seq_length + start)
-            tiles.extend(document.tiles)
-            first_patch += sum(map(len, document.tiles)) * vision.cells_per_tile
+            visual.append(
+                row * seq_length + start,
+                document.patch_source,
+                document.patch_target,
+                document.newline_target,
+                document.tiles,
+            )
             start = end
+    patch_source_P, patch_target_P, newline_target_N = map(torch.from_numpy, visual.indices())
     no_tile = np.zeros((0, 3, vision.image_size, vision.image_size), dtype=np.float32)
     kv_vectors = torch.from_numpy(kv_start_BS), torch.from_numpy(kv_end_BS)
     return Batch(
@@ -178,10 +193,10 @@ def collate(
         position_ids_BS=torch.from_numpy(position_ids_BS),
         kv_start_BS=kv_vectors[0],
         kv_end_BS=kv_vectors[1],
-        tiles_TCHW=torch.from_numpy(np.concatenate([no_tile, *tiles])),
-        patch_source_P=torch.from_numpy(source.array()),
-        patch_target_P=torch.from_numpy(target.array()),
-        newline_target_N=torch.from_numpy(newline.array()),
+        tiles_TCHW=torch.from_numpy(np.concatenate([no_tile, *visual.tiles])),
+        patch_source_P=patch_source_P,
+        patch_target_P=patch_target_P,
+        newline_target_N=newline_target_N,
         visible_pairs=mixed_mask(*kv_vectors, image_attention).visible_pairs,
     )
 
