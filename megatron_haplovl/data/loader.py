@@ -1,4 +1,4 @@
-"""The stream of batches that a training or evaluation loop reads."""
+"""The batches that a training or evaluation loop reads."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ class BatchLoader:
 
     Micro-batch m of step t on data-parallel rank r holds the packs
     `t * global_batch_size + (m * dp_size + r) * micro_batch_size + j`.
+
+    Args:
+        plan: the pack plan.
+        sources: where the plan's samples are read, as it numbers them: main sources first, then auxiliary ones.
+        config: batch sizes, sequence length, workers, and the model that the batches are for.
+        steps_available: steps that the plan holds.
+        plan_key: hash of all that the order of the data depends on.
+        dp_rank: this process's place among those that read different data.
+        dp_size: number of those processes.
+
+    Raises:
+        ValueError: the global batch size is not a multiple of the micro-batch size times `dp_size`.
     """
 
     def __init__(
@@ -129,7 +141,7 @@ def build_loader(
         num_steps: steps that will be asked for.
         dp_rank: this process's place among those that read different data.
         dp_size: number of those processes.
-        aux_paths: auxiliary samples to join (stage 1), in the same form.
+        aux_paths: auxiliary samples to join (stage 1), in the same form. Not read with mock data either.
         shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
             epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
             last global batch is filled up with empty packs (all padding, counted nowhere), so that no sample counts
@@ -137,6 +149,9 @@ def build_loader(
         barrier: waits for all processes; without it, each process builds what it does not find.
         is_builder: whether this process builds the plan; default: data-parallel rank 0, or every process if there is
             no barrier.
+
+    Returns:
+        The loader of this process.
 
     Raises:
         ValueError: a file is missing or truncated, data made with another tokenizer, token ids outside the vocabulary,

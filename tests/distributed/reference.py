@@ -27,7 +27,7 @@ ONE_RANK = build_groups()
 
 
 def whole_batches(c: Config) -> Iterator[Batch]:
-    """The global batches of the first steps, each as one tensor, from a stream without ranks."""
+    """The global batches of the first steps, each as one tensor, from a loader without ranks."""
     schedule = dataclasses.replace(c.schedule, micro_batch_size=c.schedule.global_batch_size)
     c = dataclasses.replace(c, schedule=schedule)
     return build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1).micro_batches()

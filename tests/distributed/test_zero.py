@@ -45,15 +45,15 @@ def serial():
 
 def test_a_rank_without_images_beside_one_with_images():
     """The comparison below must include such a batch, because it makes other programs hang under ZeRO-3."""
-    streams = [build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2) for rank in (0, 1)]
-    images = [[batch.patch_target_P.numel() > 0 for batch in stream.micro_batches()] for stream in streams]
+    loaders = [build_loader((), config("full"), num_steps=STEPS, dp_rank=rank, dp_size=2) for rank in (0, 1)]
+    images = [[batch.patch_target_P.numel() > 0 for batch in loader.micro_batches()] for loader in loaders]
     assert any(a != b for a, b in zip(*images, strict=True)), images
 
 
 def test_the_reference_sees_several_documents_images_and_tiles():
     c = config("full")
-    stream = build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1)
-    assert stream.counts(0).documents >= 2 * c.schedule.global_batch_size
+    loader = build_loader((), c, num_steps=STEPS, dp_rank=0, dp_size=1)
+    assert loader.counts(0).documents >= 2 * c.schedule.global_batch_size
     batch: Batch = next(whole_batches(c))
     assert batch.tiles_TCHW.shape[0] > 2 * c.schedule.global_batch_size and batch.newline_target_N.numel() > 0
 

@@ -36,7 +36,7 @@ def make_config(cache: Path | None, **changes: Any) -> Config:
     )
 
 
-def make_stream(prefix: str, config: Config, *, num_steps: int = 9, **options: Any) -> BatchLoader:
+def make_loader(prefix: str, config: Config, *, num_steps: int = 9, **options: Any) -> BatchLoader:
     options = {"dp_rank": 0, "dp_size": 1, **options}
     return build_loader((prefix,), config, num_steps=num_steps, **options)
 
@@ -57,11 +57,11 @@ def rows(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
 
 def test_pack_numbers_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path) -> None:
     """Micro-batch m of step t on rank r holds packs t * gbs + (m * dp_size + r) * mbs + j."""
-    expected = rows(make_stream(tiny_prefix, make_config(tmp_path, micro_batch_size=1)).micro_batches())
+    expected = rows(make_loader(tiny_prefix, make_config(tmp_path, micro_batch_size=1)).micro_batches())
     assert len(expected) == 9 * 4
     for size, micro in ((1, 4), (1, 2), (2, 1), (2, 2), (4, 1)):
         config = make_config(tmp_path, micro_batch_size=micro)
-        ranks = [rows(make_stream(tiny_prefix, config, dp_rank=r, dp_size=size).micro_batches()) for r in range(size)]
+        ranks = [rows(make_loader(tiny_prefix, config, dp_rank=r, dp_size=size).micro_batches()) for r in range(size)]
         got = [
             ranks[r][(t * (4 // micro // size) + m) * micro + j]
             for t in range(9)
@@ -74,10 +74,10 @@ def test_pack_numbers_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Pa
 
 def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> None:
     for aux in ((), (tiny_prefix,)):
-        stream = make_stream(tiny_prefix, make_config(tmp_path), aux_paths=aux)
-        batches = list(stream.micro_batches())
-        for step in range(stream.steps_available):
-            counts, two = stream.counts(step), batches[2 * step : 2 * step + 2]
+        loader = make_loader(tiny_prefix, make_config(tmp_path), aux_paths=aux)
+        batches = list(loader.micro_batches())
+        for step in range(loader.steps_available):
+            counts, two = loader.counts(step), batches[2 * step : 2 * step + 2]
             assert counts.lm_tokens == sum(int((b.labels_BS != IGNORE_INDEX).sum()) for b in two) > 0
             assert counts.text_tokens == sum(int(b.text_mask_BS.sum()) for b in two)
             assert counts.patch_tokens == sum(len(b.patch_source_P) for b in two)
@@ -91,9 +91,9 @@ def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumed_batches_are_bit_identical(tiny_prefix: str, tmp_path: Path, num_workers: int) -> None:
-    whole = list(make_stream(tiny_prefix, make_config(tmp_path)).micro_batches())
+    whole = list(make_loader(tiny_prefix, make_config(tmp_path)).micro_batches())
     config = make_config(tmp_path, num_workers=num_workers)
-    resumed = make_stream(tiny_prefix, config, num_steps=9)
+    resumed = make_loader(tiny_prefix, config, num_steps=9)
     for first in (7, 4):  # the second time while the first iterator is unfinished
         batches = resumed.micro_batches(first)
         for expected in whole[2 * first : 2 * first + 3]:
@@ -102,93 +102,93 @@ def test_resumed_batches_are_bit_identical(tiny_prefix: str, tmp_path: Path, num
 
 
 def test_a_longer_run_begins_like_a_shorter_one(tiny_prefix: str, tmp_path: Path) -> None:
-    short = list(make_stream(tiny_prefix, make_config(tmp_path), num_steps=2).micro_batches())
-    long = make_stream(tiny_prefix, make_config(tmp_path / "other"), num_steps=30).micro_batches()
+    short = list(make_loader(tiny_prefix, make_config(tmp_path), num_steps=2).micro_batches())
+    long = make_loader(tiny_prefix, make_config(tmp_path / "other"), num_steps=30).micro_batches()
     assert all(same(a, next(long)) for a in short)
 
 
 def test_reading_leaves_the_global_random_state_alone(tiny_prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    next(make_stream(tiny_prefix, make_config(tmp_path, num_workers=1)).micro_batches())
+    next(make_loader(tiny_prefix, make_config(tmp_path, num_workers=1)).micro_batches())
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_evaluation_reads_every_sample_once(tiny_prefix: str, tmp_path: Path) -> None:
     config = make_config(tmp_path, packing=False)
-    stream = make_stream(tiny_prefix, config, num_steps=100, shuffle=False)
-    assert stream.steps_available == 6  # 24 samples, 4 in a batch
-    texts = [row for row in rows(stream.micro_batches()) if any(row)]
+    loader = make_loader(tiny_prefix, config, num_steps=100, shuffle=False)
+    assert loader.steps_available == 6  # 24 samples, 4 in a batch
+    texts = [row for row in rows(loader.micro_batches()) if any(row)]
     assert len(texts) == 24
-    stream = make_stream(
+    loader = make_loader(
         tiny_prefix, make_config(tmp_path, packing=False, global_batch_size=10), num_steps=100, shuffle=False
     )
-    assert stream.steps_available == 3
-    again = rows(stream.micro_batches())
+    assert loader.steps_available == 3
+    again = rows(loader.micro_batches())
     assert [row for row in again if any(row)] == texts
-    assert len(again) == 30 and stream.counts(2).documents == 4
-    assert make_stream(tiny_prefix, config, num_steps=2, shuffle=False).steps_available == 2
+    assert len(again) == 30 and loader.counts(2).documents == 4
+    assert make_loader(tiny_prefix, config, num_steps=2, shuffle=False).steps_available == 2
 
 
 def test_plan_is_cached_beside_the_data(tiny_prefix: str, tmp_path: Path, log_lines: list[str]) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(Path(tiny_prefix).parent, folder)
     prefix = str(folder / "train")
-    first = rows(make_stream(prefix, make_config(None)).micro_batches())
+    first = rows(make_loader(prefix, make_config(None)).micro_batches())
     assert any("built epoch 0" in line for line in log_lines)
     assert len(list((folder / "pack_plan_cache").iterdir())) == 1
     log_lines.clear()
     waited: list[int] = []
     # Another rank builds nothing, and waits.
-    second = make_stream(prefix, make_config(None), dp_rank=0, is_builder=False, barrier=lambda: waited.append(1))
+    second = make_loader(prefix, make_config(None), dp_rank=0, is_builder=False, barrier=lambda: waited.append(1))
     assert rows(second.micro_batches()) == first
     assert not any("built" in line for line in log_lines) and waited == [1]
-    make_stream(prefix, make_config(None, seq_length=200))
+    make_loader(prefix, make_config(None, seq_length=200))
     assert len(list((folder / "pack_plan_cache").iterdir())) == 2
     assert not list((folder / "pack_plan_cache").rglob(".*"))
 
 
 def test_rank_without_a_plan_says_what_is_wrong(tiny_prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--data-cache-path must be shared"):
-        make_stream(tiny_prefix, make_config(tmp_path), is_builder=False, barrier=lambda: None)
+        make_loader(tiny_prefix, make_config(tmp_path), is_builder=False, barrier=lambda: None)
 
 
 def test_damaged_cache(tiny_prefix: str, tmp_path: Path) -> None:
-    make_stream(tiny_prefix, make_config(tmp_path))
+    make_loader(tiny_prefix, make_config(tmp_path))
     items = next(tmp_path.rglob("epoch_00000/items.npy"))
     items.write_bytes(items.read_bytes()[:100])
     with pytest.raises(ValueError, match="cached pack plan .*epoch_00000 is damaged"):
-        make_stream(tiny_prefix, make_config(tmp_path))
+        make_loader(tiny_prefix, make_config(tmp_path))
 
 
 def test_mock_data_needs_no_files() -> None:
     config = make_config(None, mock_data=True)
-    stream = build_loader((), config, num_steps=2000, dp_rank=0, dp_size=1)
-    assert stream.steps_available == 2000
-    first = list(zip(range(6), stream.micro_batches(), strict=False))
-    again = stream.micro_batches(1)
+    loader = build_loader((), config, num_steps=2000, dp_rank=0, dp_size=1)
+    assert loader.steps_available == 2000
+    first = list(zip(range(6), loader.micro_batches(), strict=False))
+    again = loader.micro_batches(1)
     assert all(same(b, next(again)) for i, b in first if i >= 2)
-    assert stream.counts(1999).lm_tokens > 0
+    assert loader.counts(1999).lm_tokens > 0
     held_out = build_loader((), config, num_steps=2, dp_rank=0, dp_size=1, shuffle=False)
     assert not same(next(held_out.micro_batches()), first[0][1])
 
 
 def test_other_tokenizer(tiny_prefix: str, tiny_spm_model: Path, tmp_path: Path) -> None:
-    make_stream(tiny_prefix, make_config(tmp_path, tokenizer_model=str(tiny_spm_model)))
+    make_loader(tiny_prefix, make_config(tmp_path, tokenizer_model=str(tiny_spm_model)))
     other = train_sentencepiece(tmp_path, vocab_size=400)
     with pytest.raises(ValueError, match=r"train was preprocessed with another tokenizer .* than --tokenizer-model"):
-        make_stream(tiny_prefix, make_config(tmp_path, tokenizer_model=str(other)))
+        make_loader(tiny_prefix, make_config(tmp_path, tokenizer_model=str(other)))
 
 
 def test_token_id_outside_the_vocabulary(tiny_prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"contains the token id \d+, outside of --vocab-size 100"):
-        make_stream(tiny_prefix, make_config(tmp_path, vocab_size=100))
+        make_loader(tiny_prefix, make_config(tmp_path, vocab_size=100))
 
 
 def test_sample_longer_than_the_sequence(tiny_prefix: str, tmp_path: Path, log_lines: list[str]) -> None:
     with pytest.raises(ValueError, match=r"train: sample \d+ has \d+ tokens, more than --seq-length 70"):
-        make_stream(tiny_prefix, make_config(tmp_path, seq_length=70))
-    make_stream(tiny_prefix, make_config(tmp_path, seq_length=70, skip_long_samples=True))
+        make_loader(tiny_prefix, make_config(tmp_path, seq_length=70))
+    make_loader(tiny_prefix, make_config(tmp_path, seq_length=70, skip_long_samples=True))
     assert any("samples left out, longer than 70 tokens" in line for line in log_lines)
 
 
@@ -198,23 +198,23 @@ def test_truncated_file(tiny_prefix: str, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / "copy" / f"train{suffix}"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"train{suffix} is truncated: it has"):
-        make_stream(str(tmp_path / "copy" / "train"), make_config(None))
+        make_loader(str(tmp_path / "copy" / "train"), make_config(None))
     file.unlink()
     with pytest.raises(ValueError, match=f"train{suffix} is missing"):
-        make_stream(str(tmp_path / "copy" / "train"), make_config(None))
+        make_loader(str(tmp_path / "copy" / "train"), make_config(None))
 
 
 def test_files_of_other_data(tiny_prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.manifest\.json does not exist"):
-        make_stream(str(tmp_path / "absent"), make_config(tmp_path))
+        make_loader(str(tmp_path / "absent"), make_config(tmp_path))
     (tmp_path / "x.manifest.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match="is not a manifest"):
-        make_stream(str(tmp_path / "x"), make_config(tmp_path))
+        make_loader(str(tmp_path / "x"), make_config(tmp_path))
 
 
 def test_batch_sizes_that_do_not_divide(tiny_prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--global-batch-size 4 is not a multiple of --micro-batch-size 2 times 3"):
-        make_stream(tiny_prefix, make_config(tmp_path), dp_size=3)
+        make_loader(tiny_prefix, make_config(tmp_path), dp_size=3)
 
 
 def test_blend() -> None:
