@@ -1,4 +1,7 @@
-"""Whether a folder's config.json describes the model of the flags: our settings beside CLIP's, Llama's and Qwen2's."""
+"""Whether a folder's config.json describes the model of the flags.
+
+Our settings are compared with those of CLIP, SigLIP, Llama and Qwen2.
+"""
 
 from __future__ import annotations
 

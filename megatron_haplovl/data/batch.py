@@ -1,6 +1,6 @@
 """The one type that crosses from data to model: a micro-batch of packed sequences.
 
-Shape legend, used in every tensor name of the package:
+Shape legend of the tensor names. A file that needs other letters lists them at its head.
 
     B  packed sequences in the micro-batch      S  tokens of a packed sequence (visual tokens included)
     D  width of the hidden state                V  vocabulary
@@ -8,6 +8,8 @@ Shape legend, used in every tensor name of the package:
     P  patches that became tokens               N  newline tokens
     Z  positions of the micro-batch, B * S      I  distinct images of a data set
     H  (in attention tensors) heads             K  width of one head
+    G  key/value heads                          F  numbers of a patch
+    L  width of the post-decoder                M  trained or text tokens
 
 A sequence holds several documents, a document several images; images of one sequence follow each other in token order.
 *Visual tokens* are patches and newlines together, *patch tokens* are patches alone.

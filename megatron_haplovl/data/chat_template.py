@@ -3,6 +3,8 @@
 A template is Jinja in the form of Hugging Face's chat templates. What lies between `{% generation %}` and
 `{% endgeneration %}` is what the model learns to write; the loss mask comes from these marks alone, never from a search
 for strings in the text.
+
+Shape letters: N tokens of a conversation.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ class ConversationEncoder:
 
     @cached_property
     def _reserved(self) -> tuple[str, ...]:
-        """Strings that would become control tokens if a record contained them."""
+        """Control tokens that a record must not write: those of the template, and the tokenizer's bos, eos and pad."""
         hf = self.tokenizer.hf
         tokens = {hf.bos_token, hf.eos_token, hf.pad_token} | self.template.control_marks
         return tuple(sorted(token for token in tokens if token))

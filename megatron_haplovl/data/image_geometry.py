@@ -35,10 +35,13 @@ class ImageLayout:
     cells_per_side: int
     """Cells along one side of a tile."""
     first_row: int
-    """First kept row of cells, and after it the number of kept rows; the same for columns."""
+    """First kept row of cells."""
     rows: int
+    """Kept rows."""
     first_col: int
+    """First kept column of cells."""
     cols: int
+    """Kept columns."""
     newline: bool
     """Whether every row ends with a newline token."""
 
@@ -107,7 +110,10 @@ def select_best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, 
 
 
 def fit_within(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
-    """Size (height, width) of an image scaled to fit into a target, its shape kept; the short side is rounded up."""
+    """Size (height, width) of an image scaled to fit into a target, its shape kept.
+
+    One side fills the target, the other is rounded up.
+    """
     scale_w, scale_h = target_width / width, target_height / height
     if scale_w < scale_h:
         return min(math.ceil(height * scale_w), target_height), target_width

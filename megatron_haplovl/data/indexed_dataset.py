@@ -7,6 +7,9 @@ PREFIX.bin holds the sequences one after the other; PREFIX.idx (little-endian) s
 
 A document boundary is the number of sequences before it; there is one more boundary than documents. Here every sequence
 is a document of its own. `megatron.core.datasets.indexed_dataset` reads these files.
+
+Both words are Megatron's here. In the rest of the package a document is what shares a mask, and a sequence is packed
+from documents.
 """
 
 from __future__ import annotations

@@ -220,6 +220,12 @@ class PrefixWriter:
         Args:
             processor: the processor whose tokenizer and template made the samples.
             skipped: records left out, by reason.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: no sample has been added.
         """
         self._stack.close()
         np.save(self._part(names.IMAGE_SIZES), np.array(self._sizes, dtype=np.int32).reshape(-1, 2))

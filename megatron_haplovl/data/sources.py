@@ -1,4 +1,7 @@
-"""Where samples come from: preprocessed files, or nowhere (mock data). Both look the same to the pack plan."""
+"""Where samples come from: preprocessed files, or nowhere (mock data). Both look the same to the pack plan.
+
+Shape letters beside those of `data/batch.py`: K kinds of mock image.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,11 @@ class IndexedSource:
         return self.manifest.content_hash
 
     def counts(self, vision: VisionConfig) -> SampleCounts:
-        """Sizes of all samples. Reads the loss masks once: seconds for a million samples."""
+        """Sizes of all samples. Reads the loss masks once: seconds for a million samples.
+
+        Raises:
+            ValueError: a sample refers to an image that does not exist.
+        """
         tokens_per_image, patches_per_image = count_image_tokens(self._image_sizes_I2, vision)
         references = self._image_refs.flat()
         if len(references) and not 0 <= int(references.min()) <= int(references.max()) < len(tokens_per_image):
@@ -167,7 +174,7 @@ def _read_sizes(path: Path) -> npt.NDArray[np.int32]:
 
 
 class MockSource:
-    """Random conversations: every fourth without an image, every fourth with two, the others with one.
+    """Random conversations: every fourth without an image, every fourth with two if they fit, the others with one.
 
     Args:
         vocab_size: token ids are below this.

@@ -3,6 +3,8 @@
 `create_block_mask` would look at every (query, key) pair. Here a row of blocks needs four numbers: both ends of the
 visible interval are non-decreasing, so rows [a, b) see, together, the keys [kv_start[a], kv_end[b - 1]), and each of
 them sees all of [kv_start[b - 1], kv_end[a]). Blocks inside the second are full, others that touch the first partial.
+
+Shape letters beside those of `data/batch.py`: T keys of a sequence, R rows of blocks, C columns of blocks.
 """
 
 from __future__ import annotations
@@ -43,10 +45,7 @@ def flex_attention(
 
 
 def build_block_mask(mask: MixedMask, device: torch.device) -> flex.BlockMask:
-    """The mask's blocks on a device, [B, 1, row blocks, key blocks], without waiting for the device.
-
-    Shape letters: R rows of blocks, C columns of blocks.
-    """
+    """The mask's blocks on a device, [B, 1, row blocks, key blocks], without waiting for the device."""
     start_BS, end_BS = mask.vectors(device)
     num_queries, num_keys = start_BS.shape[1], mask.num_keys
     first_R = torch.arange(0, num_queries, BLOCK_SIZE, device=device)

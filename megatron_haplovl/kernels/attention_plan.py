@@ -5,6 +5,8 @@ consecutive rows can be computed by one call over the keys from its first row's 
 what is hidden inside that rectangle costs arithmetic, and every call costs time. The plan is the cheapest cut of the
 rows into such stretches: long images become calls of their own, long text becomes row blocks, and documents that are
 short beside a call's overhead are computed whole, several at once.
+
+Shape letters beside those of `data/batch.py`: R rows and T keys of a call.
 """
 
 from __future__ import annotations

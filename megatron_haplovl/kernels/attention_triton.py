@@ -6,6 +6,8 @@ environment before anything imports triton, the same kernels run on a CPU, slowl
 Triton times the tile sizes at the first call with a head width, a dtype and a class of sequence length, and keeps the
 choice in its cache on disk. One choice gives the same bits every time, two choices do not: runs that must repeat each
 other bit for bit share a TRITON_CACHE_DIR.
+
+Shape letters beside those of `data/batch.py`: T keys of a sequence, P parts of a gradient.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Paper Sec. 3.1, "Masking strategy". The keys that a query sees are one interval, so two int32 vectors carry the mask;
 the queries that see a key are one interval, too, because both vectors are non-decreasing.
+
+Shape letters beside those of `data/batch.py`: T keys of a sequence, C queries of a chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one sequence that see the same or steadily growing keys."""
+    """Consecutive rows of one sequence whose keys follow one rule (see `kind`)."""
 
     sequence: int
     start: int
@@ -28,7 +30,7 @@ class Segment:
     end: int
     """One past the last row."""
     key_start: int
-    """First key that every row sees."""
+    """First key that the first row sees."""
     key_end: int
     """One past the last key that the last row sees."""
     kind: str

@@ -1,6 +1,8 @@
 """Stage 1: the three losses that teach the pre-decoder images and text at once (paper Sec. 3.2, Eq. 2-4).
 
 All are sums over tokens, in fp32. M is the number of text tokens, P of patch tokens, L the language model's width.
+Eq. 3 and 4 are computed together, chunk by chunk, in `kernels/linear_cross_entropy.py`. In names, ctp is current-token
+prediction, the loss of Eq. 4.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def distillation_loss(
     vocab_start: int = 0,
     vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The three losses of stage 1, summed over tokens; keys as in `losses.terms.distillation_terms`.
+    """The three losses of stage 1.
 
     Args:
         student_visual_PD: vision head's output at the patch tokens.
@@ -50,6 +52,10 @@ def distillation_loss(
         group: ranks that share the vocabulary; see `kernels.linear_cross_entropy`.
         vocab_start: first word of this rank.
         vocab_size: words of all ranks together.
+
+    Returns:
+        By name, as in `losses.terms.distillation_terms`: the three losses, summed over tokens, and how many current
+        tokens have the largest logit ("ctp accuracy").
     """
     ctp, correct, feature = distill_tokens(
         student_text_ML,

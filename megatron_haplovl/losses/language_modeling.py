@@ -17,8 +17,7 @@ def next_token_loss(
     vocab_start: int = 0,
     vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the output head's logits, summed over the M trained positions;
-    keys as in `losses.terms.LANGUAGE_MODELING_TERMS`.
+    """Cross-entropy of the output head's logits.
 
     Args:
         hidden_ML: normalised hidden states of the trained positions only.
@@ -27,6 +26,10 @@ def next_token_loss(
         group: ranks that share the vocabulary; see `kernels.linear_cross_entropy`.
         vocab_start: first word of this rank.
         vocab_size: words of all ranks together.
+
+    Returns:
+        By name, as in `losses.terms.LANGUAGE_MODELING_TERMS`: the loss, summed over the M trained positions, and how
+        many of their labels have the largest logit ("lm token accuracy").
     """
     loss, correct = linear_cross_entropy(
         hidden_ML, weight_VL, labels_M, group=group, vocab_start=vocab_start, vocab_size=vocab_size

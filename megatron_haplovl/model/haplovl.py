@@ -38,7 +38,10 @@ class LayeredModel(nn.Module):
     """What both stages have: the flat layer list, which begins with the embedding and the pre-decoder's blocks."""
 
     HEAD: ClassVar[str]
-    """Name of the last layer, which has the losses."""
+    """Name of the last layer, which computes the losses.
+
+    Call it as a module with (hidden, batch, ...), because parallel layouts hook into that call.
+    """
 
     def __init__(self, config: ModelConfig, attention_backend: str) -> None:
         super().__init__()
@@ -72,19 +75,19 @@ class LayeredModel(nn.Module):
         embedding, *inner, _head = self.layers().values()
         return run_layers(inner, embedding(batch), inputs)
 
-    def losses(self, hidden_BSD: torch.Tensor, batch: Batch, *head_inputs: Any) -> Any:
+    def losses(self, hidden_BSD: torch.Tensor, batch: Batch, *targets_and_loss: Any) -> Any:
         """The losses of a micro-batch.
 
         Args:
             hidden_BSD: what :meth:`hidden_states` returns.
             batch: the micro-batch.
-            *head_inputs: what else the stage's head is given.
+            *targets_and_loss: the stage's targets, then the loss function.
         """
         raise NotImplementedError
 
-    def forward(self, batch: Batch, *head_inputs: Any) -> Any:
+    def forward(self, batch: Batch, *targets_and_loss: Any) -> Any:
         """The losses of a micro-batch; arguments as for :meth:`losses`."""
-        return self.losses(self.hidden_states(batch), batch, *head_inputs)
+        return self.losses(self.hidden_states(batch), batch, *targets_and_loss)
 
     def parameters_read_elsewhere(self) -> Iterable[tuple[nn.Module, torch.Tensor]]:
         """Modules that read a parameter of another module in their forward pass, and that parameter."""

@@ -20,7 +20,7 @@ LossT = TypeVar("LossT")
 
 
 class OutputHead(nn.Module):
-    """The language model's output projection, `[V, l]`, without bias."""
+    """The language model's output projection, `[V, L]`, without bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class OutputHead(nn.Module):
         return loss_fn(hidden_BSL[trained_BS], self.weight, batch.labels_BS[trained_BS])
 
     def logits(self, hidden_BSL: torch.Tensor) -> torch.Tensor:
-        """[B, S, l] -> [B, S, V]."""
+        """[B, S, L] -> [B, S, V]."""
         return F.linear(hidden_BSL, self.weight)
 
 

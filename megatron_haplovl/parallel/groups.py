@@ -1,7 +1,7 @@
 """Process groups, built once and passed on explicitly; there is no global registry to ask.
 
-Ranks are ordered pipeline (slowest), data, context, tensor (fastest): the ranks of one tensor-parallel group are
-neighbours, and so on one node.
+Ranks are ordered pipeline (slowest), data, context, tensor (fastest). The ranks of a tensor-parallel group are
+neighbours. They stand on one node if its number of GPUs is a multiple of the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     """Global ranks, in order."""
     process_group: dist.ProcessGroup | None = None
-    """None in a group of one."""
+    """None in a group of one, except in `ParallelGroups.replicas` of a run of several ranks, because DeepSpeed asks for
+    it."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place; the same tensor is returned."""

@@ -5,8 +5,10 @@ rank's share and adds the collectives that its new role needs. Names of paramete
 code notices nothing, because it reads its sizes from its weights. The table in `parallel/tensor_parallel.py` says which
 module gets which role.
 
-With sequence parallelism the hidden state outside the split computations is sharded along the sequence (dimension 1),
-so a collective that would all-gather or all-reduce a whole sequence becomes one that gathers or reduce-scatters it.
+A region is a computation that is split over the ranks; `parallel/collectives.py` has the ways in and out. With
+sequence parallelism the hidden state outside the regions is sharded along the sequence (dimension 1). A region is then
+entered by an all-gather and left by a reduce-scatter; without it, entering costs nothing and leaving is an all-reduce.
+Backward, the two change places.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def cut(module: nn.Module, name: str, group: Group, dim: int) -> None:
 
 
 def column(module: nn.Linear, group: Group) -> None:
-    """Each rank computes some of the outputs. The input must be in the region already."""
+    """Each rank computes some of the outputs. The caller gives the input to all ranks first, by :func:`enter`."""
     cut(module, "weight", group, 0)
     if module.bias is not None:
         cut(module, "bias", group, 0)

@@ -89,8 +89,11 @@ def apply_tensor_parallel(model: LayeredModel, group: Group, *, sequence_paralle
 
 
 def finish_tensor_parallel(model: LayeredModel, group: Group, *, sequence_parallel: bool) -> None:
-    """Mark the parameters once they are allocated: which ones DeepSpeed's gradient norm counts once and which on every
-    rank, and whose gradients are terms of a sum."""
+    """Mark the parameters once they are allocated.
+
+    A split parameter is marked for DeepSpeed, which then counts it on every rank in the gradient norm. A whole one that
+    works on a sharded sequence gets a hook that sums its gradient.
+    """
     if group.size == 1:
         return
     for name, parameter in model.named_parameters():
