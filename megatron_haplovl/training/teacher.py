@@ -53,8 +53,8 @@ class VisionTeacher(nn.Module):
         """Features [P, D] of the batch's patches, in their order; every tile is one image to the teacher."""
         if batch.tiles_TCHW.shape[0] == 0:
             return batch.tiles_TCHW.new_zeros(0, self.width)
-        features_TLD = self.tower(self._its_colours(batch.tiles_TCHW).to(self.tower.dtype)).last_hidden_state
-        return features_TLD[:, self._leading :].flatten(0, 1).index_select(0, batch.patch_source_P)
+        features_TSD = self.tower(self._its_colours(batch.tiles_TCHW).to(self.tower.dtype)).last_hidden_state
+        return features_TSD[:, self._leading :].flatten(0, 1).index_select(0, batch.patch_source_P)
 
     def _its_colours(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
         """The same pixels, normalised as the teacher wants them."""
