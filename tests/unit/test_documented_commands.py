@@ -193,7 +193,8 @@ def test_every_yaml_block_is_a_file_of_settings(tmp_path):
         "deepspeed finetune_haplovl.py --model haplovl-7b ... --no-such-flag",
         "torchrun --nproc_per_node 2 pretrain_haplovl.py --model haplovl-7b --mock-data --recipe full",
         "deepspeed finetune_haplovl.py --config examples/recipes/haplovl-7b/stage1.yaml --data-path x",
-        "SAVE=s RECIPE=examples/recipes/haplovl-7b/align.yaml bash examples/ds_finetune_haplovl.sh --data-path x --x",
+        "SAVE=s RECIPE=examples/recipes/haplovl-7b/align.yaml TOKENIZER_MODEL=t bash examples/ds_finetune_haplovl.sh "
+        "--data-path x --x",
         "sbatch examples/slurm/train.sbatch examples/ds_try_launch.sh --seq-length many  # a comment",
         "python tools/plan_parallelism.py --model haplovl-7b \\\n  --gpus 8 --recipe half",
         "python tools/preprocess_data.py --input a && python tools/evaluate.py --modle x",
