@@ -27,9 +27,9 @@ class _Model:
     """What a preset is trained with."""
 
     captions: str
-    """Name of the recipe that trains on captions."""
+    """Name of the settings file of the training on captions."""
     instructions: str
-    """Name of the recipe that trains on instructions."""
+    """Name of that of the training on instructions."""
     chat_template: str
 
 
@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[_INTERVALS],
         metavar="FILE",
-        help=f"settings of all three trainings, which win over the recipe's (default: {_INTERVALS})",
+        help=f"settings of all three trainings, which win over the recipes' settings files (default: {_INTERVALS})",
     )
     for name in ("stage1", "captions", "instructions"):
         training.add_argument(

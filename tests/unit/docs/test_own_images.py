@@ -64,7 +64,7 @@ def test_every_program_takes_its_command(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_script_makes_records_and_questions(tmp_path: Path) -> None:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for i in range(20):
         path = tmp_path / "my" / "images" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
