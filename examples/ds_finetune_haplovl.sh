@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A part of stage 2 of a recipe on GPUs. For haplovl-7b the connector first, then everything:
 #
+#   export TOKENIZER_MODEL=vicuna-7b-v1.5
 #   RECIPE=examples/recipes/haplovl-7b/align.yaml SAVE=runs/7b/align bash examples/ds_finetune_haplovl.sh \
 #     --pretrained-checkpoint runs/7b/stage1 --language-model vicuna-7b-v1.5 --data-path data/7b/captions
 #   RECIPE=examples/recipes/haplovl-7b/instructions.yaml SAVE=runs/7b/full bash examples/ds_finetune_haplovl.sh \
 #     --pretrained-checkpoint runs/7b/align --data-path data/7b/instructions
 #
-# A recipe holds the model and all settings but paths. Flags go to finetune_haplovl.py and win over it.
+# A recipe holds the model and all settings but paths. TOKENIZER_MODEL becomes --tokenizer-model: data that was
+# preprocessed with another tokenizer is then refused. Flags go to finetune_haplovl.py and win over the recipe.
 # examples/common/launch.sh has the variables that choose machines and launcher (docs/launching.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,5 +22,7 @@ TRAINING_ARGS=(
   --save-interval 500
   --metrics-file "$SAVE/metrics.jsonl"
 )
+DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@"
+exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
+  "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

@@ -29,9 +29,12 @@ _TEACHER_INPUTS = (
 
 @dataclass(frozen=True)
 class Made:
-    """What a script of examples/common makes for this run: the script's flags, beside --output and the tokenizer."""
+    """What a script of examples/common makes for this run."""
 
     flags: Words
+    """The script's, beside --output and the tokenizer."""
+    inputs: tuple[Path, ...] = ()
+    """Files that the flags name and no phase makes."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Recipe:
     chat_template: str
     """What questions are rendered with after the export."""
     questions: Path
+    """Made by a phase of `data`, if there is one."""
     evaluation: Words = ()
     """Flags of tools/evaluate.py."""
     resumes: bool = False
@@ -181,7 +185,7 @@ def _tokenizer(recipe: Recipe) -> _Folder:
         "tokenizer",
         ("python", "-m", "examples.common.train_tokenizer", "--output", output, *recipe.tokenizer.flags),
         after=recipe.data,
-        inputs=(Path("examples/common/train_tokenizer.py"),),
+        inputs=(Path("examples/common/train_tokenizer.py"), *recipe.tokenizer.inputs),
         outputs=(output,),
     )
     return _Folder(output, (phase,))
@@ -190,26 +194,26 @@ def _tokenizer(recipe: Recipe) -> _Folder:
 def _vision_teacher(recipe: Recipe, tokenizer: _Folder) -> _Folder:
     if isinstance(recipe.vision_teacher, Path):
         return _Folder(recipe.vision_teacher)
-    return _teacher(recipe, "vision-teacher", "vision", "train_vision_teacher", recipe.vision_teacher.flags, tokenizer)
+    return _teacher(recipe, "vision-teacher", "vision", "train_vision_teacher", recipe.vision_teacher, tokenizer)
 
 
 def _language_model(recipe: Recipe, tokenizer: _Folder) -> _Folder:
     if isinstance(recipe.language_model, Path):
         return _Folder(recipe.language_model)
-    flags = ("--chat-template", BRIEF_TEMPLATE, *recipe.language_model.flags)
-    return _teacher(recipe, "language-model", "language", "train_language_model", flags, tokenizer)
+    made = Made(("--chat-template", BRIEF_TEMPLATE, *recipe.language_model.flags), recipe.language_model.inputs)
+    return _teacher(recipe, "language-model", "language", "train_language_model", made, tokenizer)
 
 
-def _teacher(recipe: Recipe, name: str, folder: str, script: str, flags: Words, tokenizer: _Folder) -> _Folder:
+def _teacher(recipe: Recipe, name: str, folder: str, script: str, made: Made, tokenizer: _Folder) -> _Folder:
     output = recipe.run / "teachers" / folder
     phase = Phase(
         name,
         (
             *("python", "-m", f"examples.common.{script}", "--tokenizer-model", tokenizer.path),
-            *("--output", output, *flags),
+            *("--output", output, *made.flags),
         ),
         after=(*recipe.data, *tokenizer.phases),
-        inputs=(Path(f"examples/common/{script}.py"), *_TEACHER_INPUTS),
+        inputs=(Path(f"examples/common/{script}.py"), *_TEACHER_INPUTS, *made.inputs),
         outputs=(output,),
         # Both teachers are trained at once, on a core each.
         environment={"OMP_NUM_THREADS": "1"},
@@ -226,8 +230,19 @@ def _preprocess(recipe: Recipe, records: Records, tokenizer: _Folder) -> Phase:
             *("--chat-template", records.chat_template, *recipe.preprocessing),
         ),
         after=(*recipe.data, *tokenizer.phases),
-        inputs=(Path("megatron_haplovl/data"), Path("megatron_haplovl/commands/preprocess.py"), *records.inputs),
+        inputs=(
+            Path("megatron_haplovl/data"),
+            Path("megatron_haplovl/commands/preprocess.py"),
+            *_template_file(records.chat_template),
+            *records.inputs,
+        ),
     )
+
+
+def _template_file(chat_template: str) -> tuple[Path, ...]:
+    """The file, where a chat template is none of the package's."""
+    path = Path(chat_template)
+    return (path,) if path.is_file() else ()
 
 
 def _train(recipe: Recipe, training: Training, tokenizer: _Folder, start: Words, after: Sequence[Phase]) -> Phase:
@@ -261,6 +276,7 @@ def _export(recipe: Recipe, tokenizer: _Folder, trained: Phase) -> Phase:
             Path("megatron_haplovl/hf"),
             Path("megatron_haplovl/conversion"),
             Path("megatron_haplovl/commands/convert.py"),
+            *_template_file(recipe.chat_template),
         ),
         outputs=(recipe.exported,),
     )
@@ -288,6 +304,10 @@ def _evaluate(recipe: Recipe, export: Phase) -> Phase:
             *recipe.evaluation,
         ),
         after=(export,),
-        inputs=(Path("megatron_haplovl/evaluation"), Path("megatron_haplovl/commands/evaluate.py")),
+        inputs=(
+            Path("megatron_haplovl/evaluation"),
+            Path("megatron_haplovl/commands/evaluate.py"),
+            *(() if recipe.data else (recipe.questions,)),
+        ),
         outputs=(summary,),
     )

@@ -1,7 +1,7 @@
-"""The command line that all recipes share: run the phases that are not done, then show how it ended; or only say so.
+"""The command line that the examples share: run the phases that are not done, then show how it ended; or only say so.
 
-A recipe is a module with a `main`, which makes phases from its arguments and hands them to
-`run_recipe`. `start` calls it.
+An example's script, `recipe.py`, has a `main`, which makes phases from its arguments and hands them to `run_recipe`.
+`start` calls it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_recipe(args: argparse.Namespace, phases: Sequence[Phase], endings: Seque
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Exit with the status that a recipe's `main` returns; a user's error is one line on stderr and status 1.
+    """Exit with the status that a script's `main` returns; a user's error is one line on stderr and status 1.
 
     A signal that ends this process ends what it has started, too.
     """

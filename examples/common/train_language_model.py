@@ -94,7 +94,7 @@ def evaluate(llama: LlamaForCausalLM, data: ConversationBatches, batch_size: int
 
 
 def main() -> None:
-    args = _parse_args()
+    args = build_parser().parse_args()
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer_model)
     encoder = ConversationEncoder(tokenizer, load_chat_template(args.chat_template))
@@ -123,7 +123,8 @@ def main() -> None:
     (args.output / "teacher.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--train", type=Path, nargs="+", required=True, help="LLaVA JSON files; an image is one token to it"
@@ -142,7 +143,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-loss-weight", type=float, default=0.1, help="weight of tokens that are no answer")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--seed", type=int, default=1234, help="seed of weights and order")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

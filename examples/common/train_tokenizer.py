@@ -18,7 +18,7 @@ _MAX_REPEATS = 50
 
 
 def main() -> None:
-    args = _parse_args()
+    args = build_parser().parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     model_file = args.output / "tokenizer.model"
     train_sentencepiece(args.input, args.vocab_size, model_file)
@@ -76,12 +76,13 @@ def _texts(path: Path) -> Iterator[str]:
             yield turn["value"]
 
 
-def _parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="LLaVA JSON files")
     parser.add_argument("--vocab-size", type=int, default=768, help="size of the vocabulary")
     parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer.model and the HF tokenizer")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

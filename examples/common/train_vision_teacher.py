@@ -79,7 +79,7 @@ def retrieval_accuracy(clip: CLIPModel, batches: CaptionBatches) -> float:
 
 
 def main() -> None:
-    args = _parse_args()
+    args = build_parser().parse_args()
     torch.manual_seed(args.seed)
     model = MODELS[args.model]
     tokenizer = load_tokenizer(args.tokenizer_model).hf
@@ -115,7 +115,8 @@ def main() -> None:
     (args.output / "teacher.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="LLaVA JSON of captions")
     parser.add_argument("--heldout", type=Path, required=True, help="LLaVA JSON of held-out captions")
@@ -128,7 +129,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--seed", type=int, default=1234, help="seed of weights and order")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

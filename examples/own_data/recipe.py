@@ -27,9 +27,9 @@ class _Model:
     """What a preset is trained with."""
 
     captions: str
-    """Name of the recipe that trains on captions."""
+    """Name of the settings file of the training on captions."""
     instructions: str
-    """Name of the recipe that trains on instructions."""
+    """Name of that of the training on instructions."""
     chat_template: str
 
 
@@ -41,7 +41,7 @@ _MODELS = {
 }
 # Made small, these fit no other preset.
 _MAKES_ITS_OWN = "haplovl-debug"
-_MACHINE = Path("examples/own_data/eight_gpus.yaml")
+_INTERVALS = Path("examples/own_data/intervals.yaml")
 
 
 def own_data(args: argparse.Namespace) -> Recipe:
@@ -75,11 +75,17 @@ def own_data(args: argparse.Namespace) -> Recipe:
         preprocessing=("--workers", str(args.workers)),
         tokenizer=args.tokenizer_model
         or args.language_model
-        or Made(("--input", args.captions, args.instructions, *vocabulary)),
+        or Made(("--input", args.captions, args.instructions, *vocabulary), inputs=(args.captions, args.instructions)),
         vision_teacher=args.vision_teacher
-        or Made(("--train", args.captions, "--heldout", args.heldout, "--image-folder", args.image_folder)),
+        or Made(
+            ("--train", args.captions, "--heldout", args.heldout, "--image-folder", args.image_folder),
+            inputs=(args.captions, args.heldout),
+        ),
         language_model=args.language_model
-        or Made(("--train", args.instructions, "--heldout", args.heldout, *vocabulary)),
+        or Made(
+            ("--train", args.instructions, "--heldout", args.heldout, *vocabulary),
+            inputs=(args.instructions, args.heldout),
+        ),
         model=(),
         launch=tuple(shlex.split(args.launch)),
         device=args.device,
@@ -92,6 +98,7 @@ def own_data(args: argparse.Namespace) -> Recipe:
         ),
         chat_template=template,
         questions=args.questions,
+        evaluation=("--device", args.device),
         resumes=True,
     )
 
@@ -116,7 +123,8 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise ValueError("without --language-model give --vocab-size N, the rows of the one that is made")
 
 
-def _parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data, in LLaVA's JSON format")
     data.add_argument("--captions", type=Path, required=True, metavar="FILE", help="images and their descriptions")
@@ -144,9 +152,9 @@ def _parse_args() -> argparse.Namespace:
         "--settings",
         type=Path,
         nargs="*",
-        default=[_MACHINE],
+        default=[_INTERVALS],
         metavar="FILE",
-        help=f"settings of all three trainings, which win over the recipe's (default: {_MACHINE})",
+        help=f"settings of all three trainings, which win over the recipes' settings files (default: {_INTERVALS})",
     )
     for name in ("stage1", "captions", "instructions"):
         training.add_argument(
@@ -156,11 +164,11 @@ def _parse_args() -> argparse.Namespace:
             help=f"flags of this training, which win over all settings: --{name}-args='--train-iters 1000'",
         )
     add_runner_arguments(parser, "runs/own_data")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
-    args = _parse_args()
+    args = build_parser().parse_args()
     recipe = own_data(args)
     return run_recipe(args, road(recipe), [recipe.summary, recipe.question])
 

@@ -1,6 +1,7 @@
 """Every command that README and docs show has only flags that the program knows, with values that go together.
 
-No file is opened but those of `--config`, which lie in the repository or are shown on the same page.
+No file is opened but those of `--config`, which lie in the repository or are shown on the same page. Blocks of `shell`
+have loops and variables; they are those of docs/own_images_one_evening.md, and its own test expands them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.common import train_language_model, train_tokenizer, train_vision_teacher
+from examples.own_data import recipe as own_data
 from megatron_haplovl.commands import convert_arguments, evaluate, generate, plan_arguments, preprocess
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
 from megatron_haplovl.config.files import read_settings
@@ -41,6 +44,12 @@ SCRIPTS = {
     "haplovl-plan": plan_arguments.build_parser,
     "haplovl-preprocess": preprocess.build_parser,
 }
+MODULES = {
+    "examples.common.train_language_model": train_language_model.build_parser,
+    "examples.common.train_tokenizer": train_tokenizer.build_parser,
+    "examples.common.train_vision_teacher": train_vision_teacher.build_parser,
+    "examples.own_data.recipe": own_data.build_parser,
+}
 # Programs whose commands are checked; a command of anything else (git, pip, make) is not ours.
 OURS = ("deepspeed", "torchrun", "python", "bash", "sbatch", *SCRIPTS)
 
@@ -60,17 +69,27 @@ def text_of(page: str) -> str:
 
 
 def commands_of(page: str, text: str) -> list[Command]:
-    """Commands of the bash blocks, and those behind a prompt in the text blocks, which show what a command prints."""
-    found = []
+    """Commands of the bash blocks, those behind a prompt in the text blocks, which show what a command prints, and
+    those of tools and launch scripts in sentences and tables.
+    """
+    found, lines = [], []
     for language, block in re.findall(r"^```(bash|text)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            if language == "text" and not line.startswith("$ "):
-                continue
-            for words in _split(line.removeprefix("$ ") if language == "text" else line):
-                first = next((i for i, word in enumerate(words) if not re.match(r"\w+=", word)), len(words))
-                variables = dict(word.split("=", 1) for word in words[:first])
-                found.append(Command(page, tuple(words[first:]), variables))
+            if language == "bash" or line.startswith("$ "):
+                lines.append(line.removeprefix("$ ") if language == "text" else line)
+    for line in [*lines, *_inline(text)]:
+        for words in _split(line):
+            first = next((i for i, word in enumerate(words) if not re.match(r"\w+=", word)), len(words))
+            variables = dict(word.split("=", 1) for word in words[:first])
+            found.append(Command(page, tuple(words[first:]), variables))
     return [command for command in found if command.words and command.words[0] in OURS]
+
+
+def _inline(text: str) -> list[str]:
+    """What stands between backticks, has a tool or launch script among its words, and does not ask for help."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return [span for span in spans if re.search(r" (?:tools/|examples/\S*ds_)", span) and "--help" not in span]
 
 
 def _split(line: str) -> list[list[str]]:
@@ -96,7 +115,7 @@ def check(command: Command, folder: Path) -> None:
         if name in words:
             check_training(command.page, stage, words[words.index(name) + 1 :], folder)
             return
-    for name, parser in {**TOOLS, **SCRIPTS}.items():
+    for name, parser in {**TOOLS, **SCRIPTS, **MODULES}.items():
         if name in words:
             arguments = parser().parse_args([word for word in words[words.index(name) + 1 :] if word != "..."])
             if parser is plan_arguments.build_parser:
@@ -193,17 +212,20 @@ def test_every_yaml_block_is_a_file_of_settings(tmp_path):
         "deepspeed finetune_haplovl.py --model haplovl-7b ... --no-such-flag",
         "torchrun --nproc_per_node 2 pretrain_haplovl.py --model haplovl-7b --mock-data --recipe full",
         "deepspeed finetune_haplovl.py --config examples/recipes/haplovl-7b/stage1.yaml --data-path x",
-        "SAVE=s RECIPE=examples/recipes/haplovl-7b/align.yaml bash examples/ds_finetune_haplovl.sh --data-path x --x",
+        "SAVE=s RECIPE=examples/recipes/haplovl-7b/align.yaml TOKENIZER_MODEL=t bash examples/ds_finetune_haplovl.sh "
+        "--data-path x --x",
         "sbatch examples/slurm/train.sbatch examples/ds_try_launch.sh --seq-length many  # a comment",
         "python tools/plan_parallelism.py --model haplovl-7b \\\n  --gpus 8 --recipe half",
         "python tools/preprocess_data.py --input a && python tools/evaluate.py --modle x",
         "bash examples/no_such.sh",
         "torchrun other.py",
+        "`python tools/plan_parallelism.py\n--model haplovl-7b --gpu 8`",
+        "| one | `HOSTFILE=hosts bash examples/ds_try_launch.sh --seq-length many` |",
     ],
 )
 def test_a_wrong_command_would_be_noticed(line, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    found = commands_of("README.md", f"```bash\n{line}\n```\n")
+    found = commands_of("README.md", line if "`" in line else f"```bash\n{line}\n```\n")
     assert found
     with pytest.raises((SystemExit, ValueError, AssertionError)):
         for command in found:

@@ -18,9 +18,11 @@ from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config
 from megatron_haplovl.data.records import check_record, read_records
 from megatron_haplovl.evaluation.questions import load_questions
+from tests.unit.test_documented_commands import Command, check
 
 REPOSITORY = Path(__file__).parents[3]
-PAGE = (REPOSITORY / "docs" / "own_images_one_evening.md").read_text(encoding="utf-8")
+NAME = "docs/own_images_one_evening.md"
+PAGE = (REPOSITORY / NAME).read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL)
 # Instead of running a program, print its words.
 STUBS = """
@@ -47,45 +49,50 @@ def test_the_trainings_take_their_flags(monkeypatch: pytest.MonkeyPatch) -> None
     assert [config.init.pretrained_checkpoint for config in configs] == [None, "my/stage1", "my/align"]
 
 
-def test_the_other_programs_know_their_flags() -> None:
-    sources = [
-        path.read_text()
-        for folder in ("tools", "examples", "megatron_haplovl")
-        for path in (REPOSITORY / folder).rglob("*.py")
-    ]
-    others = [words for words in words_of("".join(BLOCKS[:-1])) if words[0] == "python" and len(words) > 2]
+def test_every_program_takes_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's first command runs its own script."""
+    monkeypatch.chdir(REPOSITORY)
+    first, *commands = words_of("".join(BLOCKS[:-1]))
+    assert first == ["python", "my/records.py"]
+    for words in commands:
+        check(Command(NAME, tuple(words), {}), tmp_path)
+    others = [words for words in commands if words[0] == "python"]
     programs = {words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py" for words in others}
     assert len(programs) == 8 and all((REPOSITORY / program).is_file() for program in programs)
-    for flag in {word for words in others for word in words if word.startswith("--")} - {"--model", "--seq-length"}:
-        assert any(f'"{flag}"' in source for source in sources), flag
+    with pytest.raises(SystemExit):
+        check(Command(NAME, (*others[0], "--no-such-flag"), {}), tmp_path)
 
 
 def test_the_script_makes_records_and_questions(tmp_path: Path) -> None:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for i in range(20):
         path = tmp_path / "my" / "images" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
-        rows += [(path.name, "", f"Number {i}."), (path.name, "Which?", i), (path.name, "Is it odd?", i % 2)]
+        # One image has no caption.
+        rows += [(path.name, "", f"Number {i}.")] if i != 5 else []
+        rows += [(path.name, "Which?", i), (path.name, "Is it odd?", i % 2)]
     with open(tmp_path / "my" / "data.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "question", "answer"), *rows])
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     counts = {path.stem: read_records(path)[0] for path in (tmp_path / "my").glob("*.json")}
-    assert counts == {"captions": 18, "instructions": 36, "texts": 36} | {
+    assert counts == {"captions": 17, "instructions": 36, "texts": 34} | {
         "heldout_captions": 2,
         "heldout_instructions": 4,
         "heldout_texts": 4,
     }
     records = [check_record(raw) for path in (tmp_path / "my").glob("*.json") for raw in read_records(path)[1]]
-    assert sum(len(record.images) for record in records) == 60
+    assert sum(len(record.images) for record in records) == 59
     trained = {r["image"] for r in json.loads((tmp_path / "my" / "instructions.json").read_text())}
     questions = load_questions(tmp_path / "my" / "questions.jsonl", tmp_path / "my" / "images")
     assert len(questions) == 4 and not {image.name for q in questions for image in q.images} & trained
 
 
-def test_the_sizes_for_pretrained_models_are_those_of_the_two_models() -> None:
-    (words,) = words_of(BLOCKS[-1] + 'python "${MODEL[@]}"')
+def test_the_sizes_for_pretrained_models_are_those_of_the_two_models(tmp_path: Path) -> None:
+    preprocess, words = words_of(BLOCKS[-1] + 'python "${MODEL[@]}"; python "${MODEL[@]}" "${SIZES[@]}"')
+    needed = ("--input", "i", "--tokenizer-model", "t", "--chat-template", "plain", "--output-prefix", "o")
+    check(Command(NAME, ("python", "tools/preprocess_data.py", *needed, *preprocess[1:]), {}), tmp_path)
     model = parse_args("finetune", argv=[*words[1:], "--mock-data"]).model
     clip = CLIPVisionConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16

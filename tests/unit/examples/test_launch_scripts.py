@@ -13,12 +13,12 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config
 from tests.fixtures.stand_in_launchers import REPOSITORY, launched, start
 
-STAGE1 = {"RECIPE": "examples/recipes/haplovl-7b/stage1.yaml", "SAVE": "my runs/1"}
+STAGE1 = {"RECIPE": "examples/recipes/haplovl-7b/stage1.yaml", "SAVE": "my runs/1", "TOKENIZER_MODEL": "my llm"}
 STAGE1_FLAGS = [
     *("--vision-teacher", "clip", "--language-model", "llm", "--data-path", "my data/instructions"),
     *("--aux-data-path", "my data/captions", "--valid-data-path", "my data/heldout", "--eval-interval", "1000"),
 ]
-STAGE2 = {"RECIPE": "examples/recipes/haplovl-7b/instructions.yaml", "SAVE": "s"}
+STAGE2 = {"RECIPE": "examples/recipes/haplovl-7b/instructions.yaml", "SAVE": "s", "TOKENIZER_MODEL": "my llm"}
 STAGE2_FLAGS = ["--pretrained-checkpoint", "a", "--language-model", "llm", "--data-path", "d"]
 TORCHRUN = {"LAUNCHER": "torchrun", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
 
@@ -40,7 +40,7 @@ def test_stage_1(tmp_path, model):
     assert optimizer.weight_decay == 1e-4
     data = config.data
     assert (data.data_path, data.aux_data_path) == (("my data/instructions",), ("my data/captions",))
-    assert data.valid_data_path == ("my data/heldout",)
+    assert (data.valid_data_path, data.tokenizer_model) == (("my data/heldout",), "my llm")
     assert config.checkpoint.save == config.checkpoint.load == "my runs/1"
 
 
@@ -54,7 +54,7 @@ def test_stage_2(tmp_path, part, recipe, lr, batch):
     assert (config.recipe.recipe, config.optimizer.lr) == (recipe, lr)
     assert (config.schedule.global_batch_size, config.optimizer.adam_beta2) == (batch, 0.98)
     assert (config.optimizer.weight_decay, config.schedule.lr_decay_style) == (0.0, "cosine")
-    assert config.init.pretrained_checkpoint == "a"
+    assert (config.init.pretrained_checkpoint, config.data.tokenizer_model) == ("a", "my llm")
     assert config.checkpoint.save == config.checkpoint.load == "s"
 
 
@@ -129,8 +129,9 @@ def test_what_would_start_something_else_is_refused(tmp_path, variables, message
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("missing", ["RECIPE", "SAVE"])
-def test_a_missing_variable_is_named(tmp_path, missing):
+@pytest.mark.parametrize("missing", ["RECIPE", "SAVE", "TOKENIZER_MODEL"])
+def test_a_missing_variable_is_named(tmp_path, monkeypatch, missing):
+    monkeypatch.delenv("TOKENIZER_MODEL", raising=False)
     for script, variables in (("ds_pretrain_haplovl.sh", STAGE1), ("ds_finetune_haplovl.sh", STAGE2)):
         given = {name: value for name, value in variables.items() if name != missing}
         result = start(tmp_path, ["bash", f"examples/{script}"], given)

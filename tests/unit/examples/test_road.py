@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from examples.common.phases import Phase
+from examples.common.road import road
+from examples.common.scheduler import key_of
+from examples.own_data.recipe import build_parser, own_data
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.schema import Config
 
@@ -238,6 +242,10 @@ def test_own_data_trains_with_the_papers_recipe_on_eight_gpus(own, tmp_path, mod
         recipe = parse_args(script, argv=["--config", f"examples/recipes/{model}/{name}.yaml", *paths])
         assert (config.schedule.train_iters, config.optimizer) == (recipe.schedule.train_iters, recipe.optimizer)
         assert (config.model, config.recipe, config.data.packing) == (recipe.model, recipe.recipe, False)
+        assert (config.parallel, config.schedule.micro_batch_size) == (
+            recipe.parallel,
+            recipe.schedule.micro_batch_size,
+        )
         # An interrupted run goes on.
         assert config.checkpoint.load == config.checkpoint.save == f"{tmp_path}/run/{name}"
         assert config.checkpoint.save_interval is not None
@@ -293,6 +301,7 @@ def test_the_small_model_makes_what_is_not_given(own, tmp_path):
     kept = [flag for flag in own if "vision-teacher" not in flag and "language-model" not in flag]
     commands = commands_of("own_data", *kept, "--model=haplovl-debug", "--vocab-size=512", "--device=cpu")
     assert list(commands)[:3] == ["tokenizer", "vision-teacher", "language-model"]
+    assert commands["evaluate"].flag("--device") == ["cpu"]
     assert commands["tokenizer"].flag("--input") == [f"{tmp_path}/my captions.json", f"{tmp_path}/my instructions.json"]
     stage1 = commands["stage1"].config()
     assert (stage1.init.vision_teacher, stage1.model.vocab_size) == (f"{tmp_path}/run/teachers/vision", 512)
@@ -301,3 +310,42 @@ def test_the_small_model_makes_what_is_not_given(own, tmp_path):
     given = commands_of("own_data", *kept, "--model=haplovl-debug", "--vocab-size=512", f"--tokenizer-model={tmp_path}")
     assert "tokenizer" not in given
     assert given["vision-teacher"].flag("--tokenizer-model") == [str(tmp_path)]
+
+
+def own_phases(flags: list[str]) -> list[Phase]:
+    return road(own_data(build_parser().parse_args(flags)))
+
+
+def keys_of(phases: list[Phase]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for phase in phases:
+        keys[phase.name] = key_of(phase, keys)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "first"),
+    [
+        ("questions", "made", {"evaluate"}),
+        ("captions", "made", {"tokenizer"}),
+        ("captions", "given", {"vision-teacher", "preprocess-captions"}),
+        ("instructions", "given", {"language-model", "preprocess-instructions"}),
+        ("heldout", "given", {"vision-teacher", "language-model", "preprocess-heldout"}),
+        ("template", "given", {"preprocess-instructions", "preprocess-heldout"}),
+    ],
+)
+def test_a_file_of_ones_own_that_changes_is_read_again(own, tmp_path, monkeypatch, name, tokenizer, first):
+    """`first` are the phases that begin to differ."""
+    monkeypatch.chdir(REPOSITORY)
+    (tmp_path / "my template.json").write_text("")
+    kept = [flag for flag in own if "vision-teacher" not in flag and "language-model" not in flag]
+    flags = [*kept, "--model=haplovl-debug", "--vocab-size=512", f"--chat-template={tmp_path}/my template.json"]
+    flags += [f"--tokenizer-model={tmp_path}"] if tokenizer == "given" else []
+    phases = own_phases(flags)
+    before = keys_of(phases)
+    (tmp_path / f"my {name}.json").write_text("[{}]")
+    after = keys_of(own_phases(flags))
+    changed = {phase for phase in before if before[phase] != after[phase]}
+    assert {p.name for p in phases if p.name in changed and not changed & {e.name for e in p.after}} == first
+    (export,) = (phase for phase in phases if phase.name == "export")
+    assert tmp_path / "my template.json" in export.inputs
