@@ -40,7 +40,10 @@ def load_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, asks for a Python object, or has a key twice; with the line.
     """
+    loader = _StrictLoader(text)
     try:
-        return yaml.load(text, _StrictLoader)
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    finally:
+        loader.dispose()
