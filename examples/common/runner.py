@@ -71,8 +71,10 @@ def run_recipe(args: argparse.Namespace, phases: Sequence[Phase], endings: Seque
     for ending in endings:
         if status != 0:
             break
-        print(ending.lead, end="", flush=True)
-        status = subprocess.run(ending.words, env=environment_of({})).returncode
+        # What it says of its own progress on stderr comes first, so that lead and answer stay together.
+        ended = subprocess.run(ending.words, env=environment_of({}), stdout=subprocess.PIPE, text=True)
+        print(ending.lead + ended.stdout, end="", flush=True)
+        status = ended.returncode
     return status
 
 
