@@ -53,6 +53,6 @@ setup(
             "setuptools>=77",
             "triton>=3.6; platform_system == 'Linux'",
         ],
-        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "pre-commit>=4"],
+        "dev": ["ruff>=0.14", "mypy>=1.18", "import-linter>=2.16", "pre-commit>=4"],
     },
 )
