@@ -12,7 +12,7 @@ import torch
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.records import Record, check_record, read_records
+from megatron_haplovl.data.records import Image, Record, check_record, read_records
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ def load_records(path: Path) -> list[Record]:
 
 def load_captions(path: Path, image_folder: Path) -> list[CaptionedImage]:
     """The last answer of every record with one image is taken as the image's caption."""
-    records = [record for record in load_records(path) if len(record.images) == 1]
-    return [CaptionedImage(image_folder / r.images[0], r.messages[-1]["content"]) for r in records]
+    captions = []
+    for record in load_records(path):
+        match record.media:
+            case [Image(path=str(image))]:
+                captions.append(CaptionedImage(image_folder / image, record.messages[-1].text))
+    return captions
 
 
 def load_tiles(path: Path, vision: VisionConfig) -> torch.Tensor:

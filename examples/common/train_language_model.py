@@ -62,7 +62,7 @@ class ConversationBatches:
 
     def draw(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, real-token mask and answer mask, all [B, S]."""
-        encoded = [self.encoder.encode(self.records[i].messages) for i in indices]
+        encoded = [self.encoder.encode(self.records[i]) for i in indices]
         ids_BS, real_BS = pad_tokens([e.token_ids for e in encoded], self.pad_id)
         answer_BS, _ = pad_tokens([e.loss_mask for e in encoded], 0)
         return ids_BS, real_BS, answer_BS

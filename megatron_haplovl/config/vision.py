@@ -21,6 +21,10 @@ class VisionConfig:
     )
     max_tiles: int = setting(6, "anyres: choose among all grids of at most this many tiles, the single tile included")
     image_newline: bool = setting(False, "append a learned newline token to every row of patches")
+    image_token_budget: int | None = setting(
+        None,
+        "anyres: patches that several images of a sample share evenly (default: one tile for each of them)",
+    )
 
     @property
     def cells_per_side(self) -> int:

@@ -24,6 +24,7 @@ from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ChatTemplate, Co
 from megatron_haplovl.data.image_geometry import grid_pinpoints
 from megatron_haplovl.data.loader import parse_blend
 from megatron_haplovl.data.manifest import read_manifest
+from megatron_haplovl.data.records import Message, Record
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer
 from megatron_haplovl.hf.configuration_haplo import HaploConfig
 from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
@@ -227,6 +228,7 @@ def haplo_processor(model: ModelConfig, tokenizer: TextTokenizer, template: Chat
         patch_size=vision.patch_size,
         image_aspect_ratio=f"anyres_max_{vision.max_tiles}" if anyres else vision.image_aspect_ratio,
         image_newline=vision.image_newline,
+        image_token_budget=vision.image_token_budget,
     )
     return HaploProcessor(
         image_processor,
@@ -240,7 +242,7 @@ def haplo_processor(model: ModelConfig, tokenizer: TextTokenizer, template: Chat
 def generation_config(encoder: ConversationEncoder, *, model: ModelConfig, rows: int) -> GenerationConfig:
     """How to generate: greedily, until the token that ends an answer in the chat template."""
     hf = encoder.tokenizer.hf
-    sample = encoder.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    sample = encoder.encode(Record((Message("user", ("a",)), Message("assistant", ("b",)))))
     end_of_answer = int(sample.token_ids[sample.loss_mask.astype(bool)][-1])
     ends = {end_of_answer} | ({hf.eos_token_id} if hf.eos_token_id is not None else set())
     # Zero rows of the output head would win wherever every real logit is negative.

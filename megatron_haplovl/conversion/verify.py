@@ -102,8 +102,8 @@ def training_batch(
         sample = Sample(
             token_ids=row_N,
             loss_mask=np.zeros(len(row_N), dtype=np.uint8),
-            is_image=row_N == tokenizer.image_token_id,
-            images=tuple(EncodedImage(_png(image), image.height, image.width) for image in row_images),
+            is_visual=row_N == tokenizer.image_token_id,
+            visuals=tuple(EncodedImage(_png(image), image.height, image.width) for image in row_images),
         )
         documents.append(lay_out_document([sample], vision))
     length = max(len(document.tokens) for document in documents)

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_haplovl.data.records import Reason, RecordError
-from megatron_haplovl.data.tokenizer import IMAGE_MARK, TextTokenizer
+from megatron_haplovl.data.records import Image, Message, Reason, Record, RecordError, Video
+from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer
 
 _FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = ("plain", "vicuna_v1", "llama3", "chatml")
@@ -74,7 +74,7 @@ class EncodedConversation:
     """Tokens of one sample."""
 
     token_ids: npt.NDArray[np.int32]
-    """`[n]`; one placeholder token for every image."""
+    """`[n]`; one placeholder token for every image and every video."""
     loss_mask: npt.NDArray[np.uint8]
     """`[n]`; 1 at every token that the model learns to write. The first token is never one of them."""
 
@@ -98,7 +98,7 @@ class ConversationEncoder:
                     "token; choose a template that fits the tokenizer"
                 )
         try:
-            self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            self.encode(Record((Message("user", ("a",)), Message("assistant", ("b",)))))
         except RecordError as error:
             raise ValueError(f"chat template {self.template.name!r} does not fit the tokenizer: {error}") from error
 
@@ -133,21 +133,18 @@ class ConversationEncoder:
         texts, spans = rendered
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
-    def encode(self, messages: list[dict[str, str]]) -> EncodedConversation:
-        """Tokenize a conversation and mark what is trained.
-
-        Args:
-            messages: as in :class:`megatron_haplovl.data.records.Record`.
+    def encode(self, record: Record) -> EncodedConversation:
+        """Tokenize a record and mark what is trained.
 
         Raises:
-            RecordError: a control token is written out in a message, the template drops an image, or no token is
-                trained.
+            RecordError: a control token is written out in a text, the template drops an image or a video, or no token
+                is trained.
         """
-        for message in messages:
+        for text in (part for message in record.messages for part in message.parts if isinstance(part, str)):
             for token in self._reserved:
-                if token in message["content"]:
+                if token in text:
                     raise RecordError(Reason.RESERVED_TOKEN, f"the text contains the control token {token!r}")
-        text, spans = self.render(messages)
+        text, spans = self.render([{"role": message.role, "content": _content(message)} for message in record.messages])
         ids, offsets = self.tokenizer.encode(text)
         token_ids = np.array(ids, dtype=np.int32)
         offsets_N2 = np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -160,11 +157,20 @@ class ConversationEncoder:
         trained &= ~placeholder
         trained[:1] = False
 
-        expected = sum(message["content"].count(IMAGE_MARK) for message in messages)
+        expected = len(record.media)
         if int(placeholder.sum()) != expected:
             raise RecordError(
-                Reason.TEMPLATE, f"the rendered conversation has {placeholder.sum()} images, the messages {expected}"
+                Reason.TEMPLATE,
+                f"the rendered conversation has {placeholder.sum()} images and videos, the messages {expected}",
             )
         if not trained.any():
             raise RecordError(Reason.NOTHING_TO_TRAIN, "no token of the conversation is trained")
         return EncodedConversation(token_ids, trained.astype(np.uint8))
+
+
+_MARKS = {Image: IMAGE_MARK, Video: VIDEO_MARK}
+
+
+def _content(message: Message) -> str:
+    """A message as a template gets it: media as marks."""
+    return "".join(part if isinstance(part, str) else _MARKS[type(part)] for part in message.parts)

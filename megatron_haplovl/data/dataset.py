@@ -13,10 +13,18 @@ from torch.utils.data import Dataset
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
-from megatron_haplovl.data.image_geometry import ImageLayout, image_layout
+from megatron_haplovl.data.image_geometry import (
+    Frames,
+    ImageLayout,
+    Picture,
+    VisualLayout,
+    vision_of_frames,
+    vision_of_sample,
+    visual_layouts,
+)
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.pack_plan import PackPlan
-from megatron_haplovl.data.sources import EncodedImage, Sample, Source
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.kernels.mask import mixed_mask
 
 IntArray = npt.NDArray[np.int64]
@@ -44,7 +52,7 @@ class Document:
     newline_target: IntArray
     """`[m]`, position of each newline's token in the document."""
     tiles: list[npt.NDArray[np.float32]]
-    """One `[tiles of the image, 3, H, W]` array per image."""
+    """One `[tiles of the image, 3, H, W]` array per image or frame."""
 
 
 def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Document:
@@ -61,35 +69,51 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
         ValueError: an image that cannot be decoded or has another size than the one recorded.
     """
     ids = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
-    is_image = np.concatenate([sample.is_image for sample in samples])
+    is_visual = np.concatenate([sample.is_visual for sample in samples])
     trained = np.concatenate([_trained(sample) for sample in samples])
-    images = [image for sample in samples for image in sample.images]
-    layouts = [image_layout(image.height, image.width, vision) for image in images]
-    assert int(is_image.sum()) == len(images)
+    seen = [visual for sample in samples for visual in _see(sample, vision)]
+    assert int(is_visual.sum()) == len(seen)
 
     lengths = np.ones(len(ids), dtype=np.int64)
-    lengths[is_image] = [layout.num_tokens for layout in layouts]
+    lengths[is_visual] = [layout.num_tokens for _, layout, _ in seen]
     ends = np.cumsum(lengths)
     starts = ends - lengths
     total = int(ends[-1])
 
-    text_positions = starts[~is_image]
+    text_positions = starts[~is_visual]
     tokens = np.zeros(total, dtype=np.int64)
-    tokens[text_positions] = ids[~is_image]
+    tokens[text_positions] = ids[~is_visual]
     is_text = np.zeros(total, dtype=np.bool_)
     is_text[text_positions] = True
     is_trained = np.zeros(total, dtype=np.bool_)
-    is_trained[text_positions] = trained[~is_image]
+    is_trained[text_positions] = trained[~is_visual]
     labels = np.full(total, IGNORE_INDEX, dtype=np.int64)
     labels[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
 
     kv_end = np.arange(1, total + 1, dtype=np.int64)
     visual = _VisualTokens(vision.cells_per_tile)
-    for start, image, layout in zip(starts[is_image].tolist(), images, layouts, strict=True):
-        kv_end[start : start + layout.num_tokens] = start + layout.num_tokens
-        tiles = _read_tiles(image, layout, vision)
-        visual.append(start, layout.patch_source(), layout.patch_offsets(), layout.newline_offsets(), [tiles])
+    for start, (images, layout, block_vision) in zip(starts[is_visual].tolist(), seen, strict=True):
+        for image, block in zip(images, layout.blocks, strict=True):
+            end = start + block.num_tokens
+            kv_end[start:end] = end
+            tiles = _read_tiles(image, block, block_vision)
+            visual.append(start, block.patch_source(), block.patch_offsets(), block.newline_offsets(), [tiles])
+            start = end
+        if layout.closing_newline:
+            visual.append_newline(start)
     return Document(tokens, labels, is_text, kv_end, *visual.indices(), visual.tiles)
+
+
+def _see(sample: Sample, vision: VisionConfig) -> list[tuple[tuple[EncodedImage, ...], VisualLayout, VisionConfig]]:
+    """For each image or video of a sample: the images of its blocks, its layout, and how its images become tiles."""
+    shapes = [
+        Frames(len(v.frames)) if isinstance(v, EncodedVideo) else Picture(v.height, v.width) for v in sample.visuals
+    ]
+    of_images, of_frames = vision_of_sample(len(shapes), vision), vision_of_frames(vision)
+    return [
+        (visual.frames, layout, of_frames) if isinstance(visual, EncodedVideo) else ((visual,), layout, of_images)
+        for visual, layout in zip(sample.visuals, visual_layouts(shapes, vision), strict=True)
+    ]
 
 
 def _trained(sample: Sample) -> npt.NDArray[np.bool_]:
@@ -134,6 +158,10 @@ class _VisualTokens:
         self._newlines.append(start + newline)
         self.tiles.extend(tiles)
         self._patches += sum(map(len, tiles)) * self._cells_per_tile
+
+    def append_newline(self, position: int) -> None:
+        """Add a newline that belongs to no image."""
+        self._newlines.append(np.array([position], dtype=np.int64))
 
     def indices(self) -> tuple[IntArray, IntArray, IntArray]:
         """`patch_source`, `patch_target` and `newline_target` of the whole."""

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
+from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings, build_epoch
 from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
-from megatron_haplovl.data.sources import IndexedSource, MockSource, Source
+from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)

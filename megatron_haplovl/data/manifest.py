@@ -8,21 +8,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
-"""Rises when files of an older version can no longer be read."""
+FORMAT_VERSION = 2
+"""Rises when a file is added or means something else."""
+OLDEST_VERSION = 1
+"""The oldest version that can be read: without videos, and without the files in `ADDED_IN_2`."""
 
 TOKENS = ""
 LOSS_MASK = "_loss_mask"
 IMAGES = "_images"
 IMAGE_REFS = "_image_refs"
 IMAGE_SIZES = "_image_sizes.npy"
+IMAGE_DIGESTS = "_image_digests.npy"
+SAMPLE_LM_TOKENS = "_sample_lm_tokens.npy"
+SAMPLE_HASHES = "_sample_hashes.npy"
+ADDED_IN_2 = (IMAGE_DIGESTS, SAMPLE_LM_TOKENS, SAMPLE_HASHES)
 DATA_SUFFIXES = (
     *(f"{part}.{kind}" for part in (TOKENS, LOSS_MASK, IMAGES, IMAGE_REFS) for kind in ("bin", "idx")),
     IMAGE_SIZES,
+    *ADDED_IN_2,
 )
 """Every data file of a prefix, as the end of its name."""
 MANIFEST_SUFFIX = ".manifest.json"
@@ -35,6 +42,7 @@ class FileEntry:
 
     bytes: int
     sha256: str
+    """Of the file; of `_images.bin`, from format 2 on, of the images' digests, one behind the other."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Counts:
     """Token ids of the longest sample, an image counted as one."""
     largest_token_id: int
     """Placeholders for images are not counted."""
+    videos: int = 0
+    """Uses of videos; their frames are image references, too."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,18 @@ class Manifest:
     """Records that were left out, by reason."""
     files: dict[str, FileEntry]
     """Data files by suffix."""
+    repairs: dict[str, int] = field(default_factory=dict)
+    """Records that were repaired, by the name of the repair."""
+    unread_keys: dict[str, int] = field(default_factory=dict)
+    """Records in which there was a key that nothing reads, by the key."""
+    num_frames: int | None = None
+    """Frames that were taken of a video file; None without videos."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The data files of this format version, as the end of their names."""
+        missing = ADDED_IN_2 if self.format_version < 2 else ()
+        return tuple(suffix for suffix in DATA_SUFFIXES if suffix not in missing)
 
     @property
     def content_hash(self) -> str:
@@ -96,12 +118,12 @@ def read_manifest(prefix: str) -> Manifest:
         manifest = _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
-    if manifest.format_version != FORMAT_VERSION:
+    if not OLDEST_VERSION <= manifest.format_version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {manifest.format_version}, this program reads version {FORMAT_VERSION}; "
-            "preprocess again"
+            f"{path} has format version {manifest.format_version}, this program reads versions {OLDEST_VERSION} to "
+            f"{FORMAT_VERSION}; preprocess again"
         )
-    for suffix in DATA_SUFFIXES:
+    for suffix in manifest.suffixes:
         file = Path(prefix + suffix)
         if suffix not in manifest.files:
             raise ValueError(f"{path} does not list {file.name}")

@@ -23,7 +23,7 @@ from megatron_haplovl.data.sources import Source
 logger = logging.getLogger(__name__)
 
 # Rises when the same inputs would give another plan.
-_ALGORITHM = 1
+_ALGORITHM = 2
 _ARRAYS = ("items", "doc_offsets", "pack_offsets", "counts")
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,10 +21,10 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
-from megatron_haplovl.data.image_geometry import image_layout
+from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
-from megatron_haplovl.data.records import RawRecord, Reason, RecordError, check_record, resolve_image
+from megatron_haplovl.data.records import Image, RawRecord, Reason, RecordError, Video, check_record, resolve_image
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
 
@@ -53,11 +54,24 @@ class FoundImage:
 
 
 @dataclass(frozen=True)
+class FoundVideo:
+    """The frames of a video, each looked at like an image."""
+
+    frames: tuple[FoundImage, ...]
+
+
+@dataclass(frozen=True)
 class ProcessedSample:
     """A record that can be used."""
 
     conversation: EncodedConversation
-    images: tuple[FoundImage, ...]
+    visuals: tuple[FoundImage | FoundVideo, ...]
+
+    @property
+    def images(self) -> Iterator[FoundImage]:
+        """Images and frames, in order."""
+        for visual in self.visuals:
+            yield from visual.frames if isinstance(visual, FoundVideo) else (visual,)
 
 
 @dataclass(frozen=True)
@@ -92,18 +106,20 @@ class RecordProcessor:
         """Process one record; whatever is wrong with it is in the result."""
         try:
             record = check_record(raw)
-            images = tuple(self._find_image(path) for path in record.images)
-            conversation = self._encoder.encode(record.messages)
+            visuals = tuple(self._find(medium) for medium in record.media)
+            conversation = self._encoder.encode(record)
             self._check_vocabulary(conversation.token_ids)
-            self._check_length(conversation.token_ids, images)
+            self._check_length(conversation.token_ids, visuals)
         except RecordError as error:
             return BadRecord(raw.location, raw.id, error.reason.value, error.detail)
-        return ProcessedSample(conversation, images)
+        return ProcessedSample(conversation, visuals)
 
-    def _find_image(self, relative: str) -> FoundImage:
+    def _find(self, medium: Image | Video) -> FoundImage | FoundVideo:
+        if medium.path is None or isinstance(medium, Video):
+            raise RecordError(Reason.VIDEO, "only images in files are supported")
         if self._folder is None:
-            raise RecordError(Reason.MISSING_IMAGE, f"{relative!r}: there is no --image-folder")
-        return self._inspect(str(resolve_image(relative, self._folder)))
+            raise RecordError(Reason.MISSING_IMAGE, f"{medium.path!r}: there is no --image-folder")
+        return self._inspect(str(resolve_image(medium.path, self._folder)))
 
     def _inspect_uncached(self, path: str) -> FoundImage:
         try:
@@ -132,12 +148,13 @@ class RecordProcessor:
             token = self.tokenizer.hf.convert_ids_to_tokens(largest)
             raise RecordError(Reason.UNKNOWN_TOKEN_ID, f"token id {largest} ({token!r}), the vocabulary has {limit}")
 
-    def _check_length(self, token_ids: npt.NDArray[np.int32], images: tuple[FoundImage, ...]) -> None:
+    def _check_length(self, token_ids: npt.NDArray[np.int32], visuals: tuple[FoundImage | FoundVideo, ...]) -> None:
         vision, limit = self._settings.vision, self._settings.seq_length
         if vision is None or limit is None:
             return
-        visual = sum(image_layout(image.height, image.width, vision).num_tokens for image in images)
-        length = len(token_ids) - len(images) + visual
+        shapes = [Frames(len(v.frames)) if isinstance(v, FoundVideo) else Picture(v.height, v.width) for v in visuals]
+        visual = sum(layout.num_tokens for layout in visual_layouts(shapes, vision))
+        length = len(token_ids) - len(visuals) + visual
         if length > limit:
             raise RecordError(Reason.TOO_LONG, f"{length} tokens ({visual} visual), --seq-length is {limit}")
 
@@ -154,6 +171,8 @@ class PrefixWriter:
         self._image_ids: dict[str, int] = {}
         self._sizes: list[tuple[int, int]] = []
         self._lengths: list[int] = []
+        self._lm_tokens: list[int] = []
+        self._hashes: list[int] = []
         self._totals: Counter[str] = Counter()
         self._largest_id = 0
 
@@ -190,13 +209,21 @@ class PrefixWriter:
         token_ids, loss_mask = sample.conversation.token_ids, sample.conversation.loss_mask
         self._tokens.add(token_ids)
         self._loss_mask.add(loss_mask)
-        self._image_refs.add([self._image_id(image) for image in sample.images])
+        references: list[int] = []
+        for visual in sample.visuals:
+            if isinstance(visual, FoundVideo):
+                references.append(-len(visual.frames))
+            references += map(self._image_id, visual.frames if isinstance(visual, FoundVideo) else (visual,))
+        self._image_refs.add(references)
         self._lengths.append(len(token_ids))
+        self._lm_tokens.append(int(loss_mask[1:].sum()))
+        self._hashes.append(sample_hash(token_ids, [bytes.fromhex(image.sha256) for image in sample.images]))
         self._totals.update(
             tokens=len(token_ids),
             loss_tokens=int(loss_mask.sum()),
-            image_references=len(sample.images),
-            text_only_samples=not sample.images,
+            image_references=sum(1 for _ in sample.images),
+            videos=sum(isinstance(visual, FoundVideo) for visual in sample.visuals),
+            text_only_samples=not sample.visuals,
         )
         text = token_ids[~np.isin(token_ids, placeholder_ids)]
         self._largest_id = max(self._largest_id, int(text.max(initial=0)))
@@ -228,8 +255,12 @@ class PrefixWriter:
             ValueError: no sample has been added.
         """
         self._stack.close()
+        digests_I32 = np.frombuffer(bytes.fromhex("".join(self._image_ids)), dtype=np.uint8).reshape(-1, 32)
         np.save(self._part(names.IMAGE_SIZES), np.array(self._sizes, dtype=np.int32).reshape(-1, 2))
-        fields = ("text_only_samples", "tokens", "loss_tokens", "image_references", "image_bytes")
+        np.save(self._part(names.IMAGE_DIGESTS), digests_I32)
+        np.save(self._part(names.SAMPLE_LM_TOKENS), np.array(self._lm_tokens, dtype=np.int32))
+        np.save(self._part(names.SAMPLE_HASHES), np.array(self._hashes, dtype=np.uint64))
+        fields = ("text_only_samples", "tokens", "loss_tokens", "image_references", "image_bytes", "videos")
         counts = Counts(
             samples=len(self._lengths),
             images=len(self._sizes),
@@ -248,12 +279,24 @@ class PrefixWriter:
             skipped=dict(sorted(skipped.items())),
             files={suffix: _file_entry(self._part(suffix)) for suffix in names.DATA_SUFFIXES},
         )
+        images = f"{names.IMAGES}.bin"
+        manifest.files[images] = FileEntry(
+            manifest.files[images].bytes, hashlib.sha256(digests_I32.tobytes()).hexdigest()
+        )
         manifest.write(self._part(names.MANIFEST_SUFFIX))
         # Files without a manifest cannot be read, so nobody ever reads a mixture of old and new files.
         Path(f"{self._prefix}{names.MANIFEST_SUFFIX}").unlink(missing_ok=True)
         for suffix in (*names.DATA_SUFFIXES, names.MANIFEST_SUFFIX):
             os.replace(self._part(suffix), f"{self._prefix}{suffix}")
         return manifest
+
+
+def sample_hash(token_ids: npt.NDArray[np.int32], digests: Iterable[bytes]) -> int:
+    """64 bits of what a sample holds, wherever it stands: its tokens and the SHA-256 digests of its images."""
+    hashed = hashlib.sha256(token_ids.astype("<i4").tobytes())
+    for digest in digests:
+        hashed.update(digest)
+    return int.from_bytes(hashed.digest()[:8], "little")
 
 
 def _file_entry(path: Path) -> FileEntry:

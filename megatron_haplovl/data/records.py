@@ -48,13 +48,64 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
-class Record:
-    """A checked record."""
+class Image:
+    """One picture of a record: where it lies, or its bytes."""
 
-    messages: list[dict[str, str]]
-    """`role` (system, user, assistant) and `content`; user and assistant alternate, the last is an assistant's."""
-    images: tuple[str, ...]
-    """Paths relative to the image folder, in the order of the `<image>` marks."""
+    path: str | None = None
+    """Below the image folder."""
+    data: bytes | None = None
+    """The encoded bytes, where the record holds them."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a record: where it lies, its bytes, or its frames."""
+
+    path: str | None = None
+    """A video file or a folder of frames, below the image folder."""
+    data: bytes | None = None
+    """The encoded bytes of a video file, where the record holds them."""
+    frames: tuple[Image, ...] = ()
+    """The frames in order, where the record lists them."""
+
+
+Part = str | Image | Video
+"""What a message is made of."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says."""
+
+    role: str
+    """system, user or assistant."""
+    parts: tuple[Part, ...]
+    """Text and media in the order in which they are read."""
+
+    @property
+    def media(self) -> tuple[Image | Video, ...]:
+        """The parts that are no text."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+    @property
+    def text(self) -> str:
+        """The text, media left out."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checked record, whichever layout it had."""
+
+    messages: tuple[Message, ...]
+    """User and assistant alternate, behind a system message perhaps; the last is an assistant's."""
+    is_document: bool = False
+    """Plain or interleaved text: one message, no chat template, every text token is trained."""
+
+    @property
+    def media(self) -> tuple[Image | Video, ...]:
+        """Images and videos in the order of their placeholders."""
+        return tuple(medium for message in self.messages for medium in message.media)
 
 
 @dataclass(frozen=True)
@@ -140,7 +191,19 @@ def check_record(raw: RawRecord) -> Record:
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks != len(images):
         raise RecordError(Reason.IMAGE_COUNT, f"{marks} {IMAGE_MARK} marks in the text, {len(images)} images given")
-    return Record(messages, images)
+    remaining = iter(images)
+    return Record(
+        tuple(Message(message["role"], _split_at_marks(message["content"], remaining)) for message in messages)
+    )
+
+
+def _split_at_marks(text: str, images: Iterator[str]) -> tuple[Part, ...]:
+    """The parts of a text in which every mark stands for the next image."""
+    first, *others = text.split(IMAGE_MARK)
+    parts: list[Part] = [first]
+    for piece in others:
+        parts += [Image(path=next(images)), piece]
+    return tuple(part for part in parts if part != "")
 
 
 def _read_turns(value: dict[str, Any]) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.image_geometry import grid_pinpoints
+from megatron_haplovl.data.image_geometry import grid_pinpoints, vision_of_frames, vision_of_sample
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, image_to_tiles
 
 
@@ -27,6 +27,8 @@ class HaploImageProcessor(BaseImageProcessor):
         image_grid_pinpoints: for any resolution, the [height, width] in pixels that a grid of tiles may have. The
             default, every grid of one to N tiles, is also the only supported list.
         image_newline: whether each row of patches ends with a newline token.
+        image_token_budget: for any resolution, patches that several images of a text share evenly; None gives each of
+            them one tile.
         image_mean: mean per channel; CLIP's.
         image_std: standard deviation per channel; CLIP's.
         rescale_factor: 1/255.
@@ -45,6 +47,7 @@ class HaploImageProcessor(BaseImageProcessor):
         image_aspect_ratio: str = "anyres_max_6",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         image_newline: bool = True,
+        image_token_budget: int | None = None,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         rescale_factor: float = 1 / 255,
@@ -56,6 +59,7 @@ class HaploImageProcessor(BaseImageProcessor):
         self.patch_size = patch_size
         self.image_aspect_ratio = image_aspect_ratio
         self.image_newline = image_newline
+        self.image_token_budget = image_token_budget
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.rescale_factor = rescale_factor
@@ -78,7 +82,10 @@ class HaploImageProcessor(BaseImageProcessor):
         """The same settings in the form of the training configuration."""
         mode, _, max_tiles = self.image_aspect_ratio.partition("_max_")
         tile = VisionConfig(
-            patch_size=self.patch_size, image_size=self.size["height"], image_newline=self.image_newline
+            patch_size=self.patch_size,
+            image_size=self.size["height"],
+            image_newline=self.image_newline,
+            image_token_budget=self.image_token_budget,
         )
         if mode in ("pad", "resize") and not max_tiles:
             return dataclasses.replace(tile, image_aspect_ratio=mode)
@@ -98,12 +105,19 @@ class HaploImageProcessor(BaseImageProcessor):
         return expected
 
     def preprocess(
-        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None, **kwargs: Any
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        return_tensors: str | None = None,
+        *,
+        visuals_in_sample: int = 1,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Cut images into tiles.
 
         Args:
-            images: one image or several.
+            images: one image or several, each looked at by itself.
+            visuals_in_sample: images and videos of the text that each of them belongs to. Several of them have fewer
+                tiles each than one alone.
             return_tensors: "pt", "np" or None.
 
         Returns:
@@ -114,7 +128,8 @@ class HaploImageProcessor(BaseImageProcessor):
             ValueError: an argument that this class does not know, or something that is not an image.
         """
         images = self._as_images(images, kwargs)
-        tiles = [image_to_tiles(image, self.vision) for image in images]
+        vision = vision_of_sample(visuals_in_sample, self.vision)
+        tiles = [image_to_tiles(image, vision) for image in images]
         return self._features(tiles, [(image.height, image.width) for image in images], return_tensors)
 
     def preprocess_frames(
@@ -122,8 +137,7 @@ class HaploImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         """Resize the frames of a video to one tile each; same result as :meth:`preprocess`."""
         frames = self._as_images(frames, kwargs)
-        one_tile = dataclasses.replace(self.vision, image_aspect_ratio="resize")
-        tiles = [image_to_tiles(frame, one_tile) for frame in frames]
+        tiles = [image_to_tiles(frame, vision_of_frames(self.vision)) for frame in frames]
         return self._features(tiles, [(frame.height, frame.width) for frame in frames], return_tensors)
 
     def _features(self, tiles: list[Any], sizes: list[tuple[int, int]], return_tensors: str | None) -> BatchFeature:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from megatron_haplovl.data.image_geometry import image_layout
+from megatron_haplovl.data.image_geometry import image_layout, vision_of_sample
 from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
 from megatron_haplovl.hf.modeling_haplo import NEWLINE, TEXT
 
@@ -148,9 +148,10 @@ class HaploProcessor(ProcessorMixin):
         """
         parts: list[tuple[_IntArray, _IntArray, _IntArray]] = []
         position = 0
+        visuals = sum(token in (self.image_token_id, self.video_token_id) for token in token_ids)
         for token in token_ids:
             if token == self.image_token_id:
-                blocks = self._image_blocks(next(images), tiles)
+                blocks = self._image_blocks(next(images), visuals, tiles)
             elif token == self.video_token_id:
                 blocks = self._video_blocks(next(videos), tiles)
             else:
@@ -161,11 +162,14 @@ class HaploProcessor(ProcessorMixin):
         token_array, sources, starts = (np.concatenate(column) for column in zip(*parts, strict=True))
         return token_array, sources, starts
 
-    def _image_blocks(self, image: Image.Image, tiles: list[torch.Tensor]) -> list[_IntArray]:
-        """The visual sources of an image: one block, in which all tokens see each other."""
-        features = self.image_processor(image, return_tensors="pt")
+    def _image_blocks(self, image: Image.Image, visuals: int, tiles: list[torch.Tensor]) -> list[_IntArray]:
+        """The visual sources of an image: one block, in which all tokens see each other.
+
+        `visuals` is the number of images and videos in the text, on which the number of tiles depends.
+        """
+        features = self.image_processor(image, visuals_in_sample=visuals, return_tensors="pt")
         height, width = features["image_sizes"][0].tolist()
-        layout = image_layout(height, width, self.image_processor.vision)
+        layout = image_layout(height, width, vision_of_sample(visuals, self.image_processor.vision))
         source = np.full(layout.num_tokens, NEWLINE)
         source[layout.patch_offsets()] = layout.patch_source() + self._patches_before(tiles)
         tiles.append(features["pixel_values"])

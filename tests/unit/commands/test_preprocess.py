@@ -50,10 +50,10 @@ def test_what_is_written_is_what_was_given(
         sample = source.read(i)
         images = record.get("image", [])
         images = [images] if isinstance(images, str) else images
-        assert [image.data for image in sample.images] == [
+        assert [image.data for image in sample.visuals] == [
             (tiny_llava_dataset.image_folder / image).read_bytes() for image in images
         ]
-        text = tokenizer.hf.decode(sample.token_ids[~sample.is_image].tolist(), skip_special_tokens=True)
+        text = tokenizer.hf.decode(sample.token_ids[~sample.is_visual].tolist(), skip_special_tokens=True)
         trained = str(tokenizer.hf.decode(sample.token_ids[sample.loss_mask == 1].tolist(), skip_special_tokens=True))
         answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
         assert trained.split() == " ".join(answers).split()
@@ -61,7 +61,7 @@ def test_what_is_written_is_what_was_given(
     counts = source.counts(VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad"))
     assert counts.lm_tokens.sum() == manifest.counts.loss_tokens
     assert counts.text_tokens.sum() == manifest.counts.tokens - manifest.counts.image_references
-    assert counts.patch_tokens.tolist() == [4 * len(source.read(i).images) for i in range(24)]
+    assert counts.patch_tokens.tolist() == [4 * len(source.read(i).visuals) for i in range(24)]
     summary = capsys.readouterr().out
     assert "24 samples" in summary and "5 distinct" in summary
 
@@ -197,7 +197,7 @@ def test_text_only_data_has_empty_image_files(tiny_spm_model: Path, tmp_path: Pa
     prefix = tmp_path / "out" / "x"
     assert run(LlavaDataset(path, tmp_path, []), tiny_spm_model, prefix) == 0
     source = IndexedSource(str(prefix))
-    assert source.read(2).images == ()
+    assert source.read(2).visuals == ()
     assert source.counts(VisionConfig()).patch_tokens.tolist() == [0, 0, 0]
     assert np.load(f"{prefix}_image_sizes.npy").shape == (0, 2)
 

@@ -19,6 +19,7 @@ from megatron_haplovl.conversion.verify import compare_logits
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploConfig, HaploForConditionalGeneration, HaploProcessor
+from tests.chat import chat
 from tests.fixtures.tiny_haplo import generate, random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _PLAIN = tiny_model()
@@ -160,7 +161,7 @@ def test_chat_messages_become_the_tokens_of_training(tmp_path: Path, tokenizer: 
         {"role": "user", "content": "<image>\nwhat color circle"},
         {"role": "assistant", "content": "red"},
     ]
-    encoded = encoder.encode(messages)
+    encoded = encoder.encode(chat(messages))
     first_trained = int(encoded.loss_mask.argmax())
     assert ids == encoded.token_ids[:first_trained].tolist()
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.records import Reason, RecordError
 from megatron_haplovl.data.tokenizer import load_tokenizer
+from tests.chat import chat
 from tests.conftest import CONTROL_MARKS, train_sentencepiece
 
 MESSAGES = [
@@ -67,7 +68,7 @@ def make_encoder(model: Path, name: str) -> ConversationEncoder:
 
 def trained_texts(encoder: ConversationEncoder, messages: list[dict[str, str]]) -> list[str]:
     """The text of each run of trained tokens."""
-    encoded = encoder.encode(messages)
+    encoded = encoder.encode(chat(messages))
     runs = np.split(np.arange(len(encoded.loss_mask)), np.flatnonzero(np.diff(encoded.loss_mask)) + 1)
     trained = (encoded.token_ids[run].tolist() for run in runs if encoded.loss_mask[run[0]])
     return [str(encoder.tokenizer.hf.decode(ids)) for ids in trained]
@@ -97,7 +98,7 @@ def test_trained_tokens_are_the_answers(model_with_newlines: Path, name: str) ->
 def test_trained_tokens_are_what_follows_the_generation_prompt(model_with_newlines: Path, name: str) -> None:
     """What the model is asked to continue is exactly what it was trained to continue."""
     encoder = make_encoder(model_with_newlines, name)
-    whole = encoder.encode(MESSAGES[:2])
+    whole = encoder.encode(chat(MESSAGES[:2]))
     prompt, _ = encoder.render(MESSAGES[:1], add_generation_prompt=True)
     prompt_ids, _ = encoder.tokenizer.encode(prompt)
     assert whole.token_ids[: len(prompt_ids)].tolist() == prompt_ids
@@ -122,7 +123,7 @@ def test_byte_level_tokenizer_from_a_hugging_face_folder(tmp_path: Path, name: s
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     encoder = make_encoder(tmp_path, name)
     text, trained = EXPECTED[name]
-    encoded = encoder.encode(MESSAGES)
+    encoded = encoder.encode(chat(MESSAGES))
     assert encoder.tokenizer.hf.decode(encoded.token_ids.tolist(), clean_up_tokenization_spaces=False) == text
     expected = ["".join(trained)] if name == "plain" else trained
     assert [run.strip() for run in trained_texts(encoder, MESSAGES)] == expected
@@ -151,7 +152,7 @@ def test_content_in_parts_as_processors_give_it(tiny_spm_model: Path, name: str)
 def test_image_in_an_answer_is_not_trained(tiny_spm_model: Path) -> None:
     encoder = make_encoder(tiny_spm_model, "chatml")
     messages = [{"role": "user", "content": "Show."}, {"role": "assistant", "content": "This: <image> it is."}]
-    encoded = encoder.encode(messages)
+    encoded = encoder.encode(chat(messages))
     image = encoded.token_ids == encoder.tokenizer.image_token_id
     assert image.sum() == 1 and encoded.loss_mask[image].tolist() == [0]
 
@@ -160,7 +161,7 @@ def test_first_token_is_never_trained(tmp_path: Path) -> None:
     template = tmp_path / "bare.jinja"
     template.write_text("{% generation %}{{ messages[1].content }}{% endgeneration %}")
     encoder = make_encoder(train_sentencepiece(tmp_path), str(template))
-    encoded = encoder.encode([{"role": "user", "content": ""}, {"role": "assistant", "content": "It is red."}])
+    encoded = encoder.encode(chat([{"role": "user", "content": ""}, {"role": "assistant", "content": "It is red."}]))
     assert encoded.loss_mask[0] == 0 and encoded.loss_mask[1:].all()
 
 
@@ -168,7 +169,7 @@ def test_control_token_in_the_text(tiny_spm_model: Path) -> None:
     encoder = make_encoder(tiny_spm_model, "chatml")
     for token in ("<|im_end|>", "</s>"):
         with pytest.raises(RecordError) as caught:
-            encoder.encode([{"role": "user", "content": f"a {token} b"}, {"role": "assistant", "content": "b"}])
+            encoder.encode(chat([{"role": "user", "content": f"a {token} b"}, {"role": "assistant", "content": "b"}]))
         assert caught.value.reason is Reason.RESERVED_TOKEN
         assert token in caught.value.detail
 
@@ -193,5 +194,5 @@ def test_template_without_generation_marks(tmp_path: Path) -> None:
 def test_template_that_drops_an_image(tmp_path: Path, tiny_spm_model: Path) -> None:
     (tmp_path / "x.jinja").write_text("Q: {% generation %}{{ messages[-1].content }}{% endgeneration %}")
     encoder = make_encoder(tiny_spm_model, str(tmp_path / "x.jinja"))
-    with pytest.raises(RecordError, match="has 0 images, the messages 1"):
-        encoder.encode(MESSAGES[:2])
+    with pytest.raises(RecordError, match="has 0 images and videos, the messages 1"):
+        encoder.encode(chat(MESSAGES[:2]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,7 +15,8 @@ from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate, lay_out_document
 from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.sources import EncodedImage, MockSource, Sample
+from megatron_haplovl.data.mock_source import MockSource
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 
 VISIONS = [
     VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad", image_newline=False),
@@ -23,9 +27,29 @@ SEQ_LENGTH = 150
 
 
 def packs_of(source: MockSource) -> list[list[list[Sample]]]:
-    """Three sequences: several documents (one joined of two samples), one document, none."""
+    """Three sequences: several documents (one joined of two samples), one document with a video and an image, none."""
     read = source.read
-    return [[[read(0)], [read(1), read(3)], [read(2)]], [[read(5)]], []]
+    return [[[read(0)], [read(1), read(3)], [read(2)]], [[with_video(source)]], []]
+
+
+def with_video(source: MockSource) -> Sample:
+    """Text, a video of two frames, an image, text that is trained."""
+    first, second, third = (read.visuals[0] for read in map(source.read, (1, 3, 5)))
+    assert isinstance(first, EncodedImage) and isinstance(second, EncodedImage)
+    return Sample(
+        np.array([5, 99, 98, 6, 7], np.int32),
+        np.array([0, 0, 0, 1, 1], np.uint8),
+        np.array([False, True, True, False, False]),
+        (EncodedVideo((first, second)), third),
+    )
+
+
+def blocks_of(visual: EncodedImage | EncodedVideo, alone: bool, vision: VisionConfig) -> list[tuple[Any, VisionConfig]]:
+    """The images whose tokens see each other, and how each is seen: alone, one of several, or a frame."""
+    if isinstance(visual, EncodedVideo):
+        stretched = dataclasses.replace(vision, image_aspect_ratio="resize", image_newline=False)
+        return [(frame, stretched) for frame in visual.frames]
+    return [(visual, vision if alone else dataclasses.replace(vision, max_tiles=1))]
 
 
 def make_batch(vision: VisionConfig) -> tuple[list[list[list[Sample]]], Batch]:
@@ -48,26 +72,30 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
         for number, document in enumerate(pack):
             start = len(places)
             for sample in document:
-                images = iter(sample.images)
+                visuals = iter(sample.visuals)
                 for i, token in enumerate(sample.token_ids.tolist()):
-                    if not sample.is_image[i]:
+                    if not sample.is_visual[i]:
                         places.append((number, None, token, bool(sample.loss_mask[i]) and i > 0))
                         continue
-                    image = next(images)
-                    layout = image_layout(image.height, image.width, vision)
-                    first = len(places)
-                    sources = layout.patch_source().tolist()
-                    base = sum(t.shape[0] for t in tiles) * vision.cells_per_tile
-                    for r in range(layout.rows):
-                        for c in range(layout.cols):
-                            patches.append((base + sources[r * layout.cols + c], row * SEQ_LENGTH + len(places)))
-                            places.append((number, image_number, None, False))
-                        if vision.image_newline:
-                            newlines.append(row * SEQ_LENGTH + len(places))
-                            places.append((number, image_number, None, False))
-                    assert len(places) - first == layout.num_tokens
-                    tiles.append(image_to_tiles(decode_image(image.data), vision))
-                    image_number += 1
+                    visual = next(visuals)
+                    for image, seen in blocks_of(visual, len(sample.visuals) == 1, vision):
+                        layout = image_layout(image.height, image.width, seen)
+                        first = len(places)
+                        sources = layout.patch_source().tolist()
+                        base = sum(t.shape[0] for t in tiles) * vision.cells_per_tile
+                        for r in range(layout.rows):
+                            for c in range(layout.cols):
+                                patches.append((base + sources[r * layout.cols + c], row * SEQ_LENGTH + len(places)))
+                                places.append((number, image_number, None, False))
+                            if seen.image_newline:
+                                newlines.append(row * SEQ_LENGTH + len(places))
+                                places.append((number, image_number, None, False))
+                        assert len(places) - first == layout.num_tokens
+                        tiles.append(image_to_tiles(decode_image(image.data), seen))
+                        image_number += 1
+                    if isinstance(visual, EncodedVideo) and vision.image_newline:
+                        newlines.append(row * SEQ_LENGTH + len(places))
+                        places.append((number, None, None, False))
             positions += range(len(places) - start)
         for i, (own_document, own_image, _, _) in enumerate(places):
             for j, (other_document, other_image, _, _) in enumerate(places):
@@ -151,7 +179,7 @@ def test_text_only_batch_has_no_tiles() -> None:
 
 def test_first_answer_token_behind_an_image_is_predicted_by_its_last_patch() -> None:
     vision = VISIONS[0]
-    image = MockSource(100, vision, 40, seed=0).read(1).images[0]
+    image = MockSource(100, vision, 40, seed=0).read(1).visuals[0]
     sample = Sample(
         np.array([1, 999, 8], np.int32), np.array([1, 0, 1], np.uint8), np.array([False, True, False]), (image,)
     )
@@ -170,7 +198,8 @@ def test_nothing_is_predicted_across_joined_samples() -> None:
 
 def test_image_of_another_size_than_recorded() -> None:
     vision = VISIONS[0]
-    image = MockSource(100, vision, 40, seed=0).read(1).images[0]
+    image = MockSource(100, vision, 40, seed=0).read(1).visuals[0]
+    assert isinstance(image, EncodedImage)
     smaller = EncodedImage(image.data, image.height, image.width + 1)
     sample = Sample(np.array([9], np.int32), np.zeros(1, np.uint8), np.ones(1, bool), (smaller,))
     with pytest.raises(ValueError, match="were recorded; preprocess again"):
@@ -185,10 +214,11 @@ def test_mock_counts_are_those_of_its_samples() -> None:
         for i in range(40):
             document: Document = lay_out_document([source.read(i)], vision)
             assert len(document.tokens) <= 60
-            numbers.append(len(source.read(i).images))
+            numbers.append(len(source.read(i).visuals))
             assert counts.tokens[i] == len(document.tokens)
             assert counts.text_tokens[i] == document.is_text.sum()
             assert counts.patch_tokens[i] == len(document.patch_source)
+            assert counts.tiles[i] == sum(map(len, document.tiles))
             assert counts.lm_tokens[i] == (document.labels != IGNORE_INDEX).sum()
         assert set(numbers) == {0, 1, 2}
     with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least"):

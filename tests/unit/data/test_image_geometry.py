@@ -112,10 +112,11 @@ def test_fit_keeps_the_shape_and_rounds_up() -> None:
 def test_counts_of_many_images() -> None:
     sizes = np.random.default_rng(1).integers(1, 200, size=(50, 2)).astype(np.int32)
     sizes = np.concatenate([sizes, sizes[::-1]])
-    tokens, patches = count_image_tokens(sizes, SMALL)
+    tokens, patches, tiles = count_image_tokens(sizes, SMALL)
     layouts = [image_layout(int(h), int(w), SMALL) for h, w in sizes]
     assert tokens.tolist() == [layout.num_tokens for layout in layouts]
     assert patches.tolist() == [layout.num_patches for layout in layouts]
+    assert tiles.tolist() == [layout.num_tiles for layout in layouts]
     assert count_image_tokens(np.zeros((0, 2), np.int32), SMALL)[0].shape == (0,)
 
 

@@ -27,7 +27,7 @@ def make_source(size: int, seed: int, weight: float = 1.0, longest: int = 100) -
     visual = random.integers(0, 2, size=size) * 16
     tokens = np.maximum(random.integers(5, longest + 1, size=size), visual + 5)
     text = tokens - visual
-    return BlendedSource(f"source{seed}", weight, SampleCounts(tokens, text, visual, text // 2))
+    return BlendedSource(f"source{seed}", weight, SampleCounts(tokens, text, visual, text // 2, visual // 4))
 
 
 def draws(plan: EpochPlan) -> Counter[tuple[int, int]]:
@@ -84,7 +84,7 @@ def test_the_plan_is_frozen() -> None:
     """A plan must not change with the version of anything, because a run that resumes would see other data."""
     tokens = np.array([60, 12, 33, 47, 90, 21, 75, 8, 54, 110, 40, 29])
     none = np.zeros_like(tokens)
-    plan = build_epoch([BlendedSource("x", 1.0, SampleCounts(tokens, tokens, none, none))], [], SETTINGS, 1)
+    plan = build_epoch([BlendedSource("x", 1.0, SampleCounts(tokens, tokens, none, none, none))], [], SETTINGS, 1)
     assert plan.items[:, 1].tolist() == [9, 7, 3, 6, 10, 11, 5, 2, 4, 0, 8, 1]
     assert plan.pack_offsets.tolist() == [0, 2, 4, 7, 9, 12]
 

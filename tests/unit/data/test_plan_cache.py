@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_haplovl.config.vision import VisionConfig
+from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import PackPlan, PlanSettings
 from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
-from megatron_haplovl.data.sources import MockSource
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad")
 SETTINGS = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron_haplovl.data.records import RawRecord, Reason, RecordError, check_record, read_records, resolve_image
+from megatron_haplovl.data.records import (
+    Image,
+    RawRecord,
+    Reason,
+    RecordError,
+    check_record,
+    read_records,
+    resolve_image,
+)
 
 GOOD = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "This."}]
 
@@ -20,8 +28,8 @@ def check(value: Any) -> Any:
 
 def test_both_spellings_and_a_system_message() -> None:
     record = check({"image": "a.png", "conversations": GOOD, "system": "Be brief."})
-    assert [m["role"] for m in record.messages] == ["system", "user", "assistant"]
-    assert record.images == ("a.png",)
+    assert [m.role for m in record.messages] == ["system", "user", "assistant"]
+    assert record.media == (Image(path="a.png"),)
     other = check(
         {
             "image": ["a.png"],
@@ -33,7 +41,7 @@ def test_both_spellings_and_a_system_message() -> None:
         }
     )
     assert other == record
-    assert check({"conversations": [{"from": "human", "value": "x"}, GOOD[1]]}).images == ()
+    assert check({"conversations": [{"from": "human", "value": "x"}, GOOD[1]]}).media == ()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ adapt = build_config("finetune", "haplovl-debug", {("recipe", "recipe"): "adapt"
 assert trained_parts(adapt.recipe) == {"embedding", "connector"}
 
 record = check_record(RawRecord("line 1", {"question": "Who?", "answer": "She."}))
-assert [message["content"] for message in record.messages] == ["Who?", "She."]
+assert [message.text for message in record.messages] == ["Who?", "She."]
 
 ((_, whole),) = open_sources((prefix,), adapt)
 ((_, first),) = open_sources((f"{prefix}@3",), adapt)

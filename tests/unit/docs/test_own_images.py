@@ -83,7 +83,7 @@ def test_the_script_makes_records_and_questions(tmp_path: Path) -> None:
         "heldout_texts": 4,
     }
     records = [check_record(raw) for path in (tmp_path / "my").glob("*.json") for raw in read_records(path)[1]]
-    assert sum(len(record.images) for record in records) == 59
+    assert sum(len(record.media) for record in records) == 59
     trained = {r["image"] for r in json.loads((tmp_path / "my" / "instructions.json").read_text())}
     questions = load_questions(tmp_path / "my" / "questions.jsonl", tmp_path / "my" / "images")
     assert len(questions) == 4 and not {image.name for q in questions for image in q.images} & trained
