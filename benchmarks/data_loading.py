@@ -1,9 +1,9 @@
 """Samples per second of the loader, beside a plain Dataset over JSON, PIL and transformers' CLIP processor.
 
-Both read the same records with the same number of worker processes, in the same run, in turns. The peer is what a working
-first version does: it opens and resizes each image with transformers' image processor (any resolution: each tile), tokenizes
-the conversation and pads the batch. The machine's own limit is stated, too: how fast one process decodes the same images
-and does nothing else.
+Both read the same records with the same number of worker processes, in the same run, in turns. The peer is what a
+working first version does: it opens and resizes each image with transformers' image processor (any resolution: each
+tile), tokenizes the conversation and pads the batch. The machine's own limit is stated, too: how fast one process
+decodes the same images and does nothing else.
 
     python -m benchmarks.data_loading --samples 256 --workers 2
 """
