@@ -297,7 +297,9 @@ def test_work_of_several_images_and_a_video_is_that_of_a_packed_batch(budget: in
     sizes = ((30, 41), (64, 20))
     images = tuple(EncodedImage(b"P6 %d %d 255\n" % (w, h) + bytes(3 * h * w), h, w) for h, w in sizes)
     text = np.full(8, 5, np.int32)
-    sample = Sample(text, np.arange(8) > 5, np.arange(8) < 3, (*images, EncodedVideo(images[:1] * 7)))
+    sample = Sample(
+        text, (np.arange(8) > 5).astype(np.uint8), np.arange(8) < 3, (*images, EncodedVideo(images[:1] * 7))
+    )
     layouts = visual_layouts([*(Picture(*size) for size in sizes), Frames(7)], vision)
     work = work_of_sequence(seq_length, visuals=layouts, text=5, trained=2)
     document = lay_out_document([sample], vision)
