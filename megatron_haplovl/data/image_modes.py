@@ -1,8 +1,8 @@
 """What the model sees of a picture, whatever its kind: one rule for training and for the exported processor.
 
-The colours are those of Pillow's `convert("RGB")` of the upright picture, because the loaders of the LLaVA family and of
-transformers do the same. Where that would clip, invert or guess, the rule is another, or the picture is refused. The
-table in docs/data.md ("Pictures") says what each kind becomes.
+The colours are those of Pillow's `convert("RGB")` of the upright picture, because the loaders of the LLaVA family and
+of transformers do the same. Where that would clip, invert or guess, the rule is another, or the picture is refused.
+The table in docs/data.md ("Pictures") says what each kind becomes.
 """
 
 from __future__ import annotations
@@ -86,13 +86,12 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow advises RGBA where a palette's transparency is not used, and warns of unreadable EXIF data.
         warnings.simplefilter("ignore")
+        if (cause := _unclear(image)) is not None:
+            raise UnclearImageError(f"a {kind} image of mode {image.mode}: {cause}")
         try:
             image.load()
         except DECODER_ERRORS as error:
             raise TruncatedImageError(f"the pixels of a {kind} image cannot be read: {said(error)}") from error
-        cause = _unclear(image)
-        if cause is not None:
-            raise UnclearImageError(f"a {kind} image of mode {image.mode}: {cause}")
         turn = _TURNS.get(orientation(image)) if upright else None
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

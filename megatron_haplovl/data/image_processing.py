@@ -149,17 +149,17 @@ def _pad_strip(image: Image.Image, side: int) -> Image.Image:
     The long side is resized first. Of the square, only the band around the strip is then made: all that the filter
     reaches from the strip's pixels. The rest keeps its one colour.
     """
-    if image.height > image.width:
+    if image.width > image.height:
         turned = image.transpose(Image.Transpose.TRANSPOSE)
         return _pad_strip(turned, side).transpose(Image.Transpose.TRANSPOSE)
-    scale = image.width / side
-    rows = min(side, math.ceil(image.height / scale) + 8)
-    rows -= (side - rows) % 2  # The band is as much above the middle as below it.
-    height = math.ceil(rows * scale)
-    height += (image.width - height) % 2  # The strip lies half a pixel off the middle where it does in the square.
-    strip = image.resize((side, image.height), Image.Resampling.BICUBIC)
-    box = (0, (height - rows * scale) / 2, side, (height + rows * scale) / 2)
-    band = _on_mean_colour(strip, side, height).resize((side, rows), Image.Resampling.BICUBIC, box)
+    scale = image.height / side
+    columns = min(side, math.ceil(image.width / scale) + 8)
+    columns -= (side - columns) % 2  # The band is as much to the left of the middle as to the right.
+    width = math.ceil(columns * scale)
+    width += (image.height - width) % 2  # The strip lies half a pixel off the middle where it does in the square.
+    strip = image.resize((image.width, side), Image.Resampling.BICUBIC)
+    box = ((width - columns * scale) / 2, 0, (width + columns * scale) / 2, side)
+    band = _on_mean_colour(strip, width, side).resize((columns, side), Image.Resampling.BICUBIC, box)
     return _on_mean_colour(band, side, side)
 
 
