@@ -80,7 +80,7 @@ class Batch:
         return dataclasses.replace(self, **pinned)
 
     def pixels_TCHW(self) -> torch.Tensor:
-        """float32 `(tile / 255 - mean) / std` on the batch's device; on a CPU, `image_processing.normalise` bit for bit."""
+        """float32 `(tile / 255 - mean) / std`, on a CPU bit for bit as `image_processing.normalise`."""
         device = self.tiles_TCHW.device
         # Tensors, because a GPU multiplies by the reciprocal of a number, and copied so that nobody waits.
         mean, std = (torch.tensor(v).view(3, 1, 1).to(device, non_blocking=True) for v in (CLIP_MEAN, CLIP_STD))

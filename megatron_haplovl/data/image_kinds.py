@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 
 from PIL import Image
@@ -53,7 +54,10 @@ def why_unreadable(data: bytes) -> str:
 def _error_of(name: str, data: bytes) -> str | None:
     """What a format's decoder says against the bytes, or nothing; None if they do not begin as its images do."""
     factory, accept = Image.OPEN[name]
-    accepted = accept is None or accept(data[:16])
+    try:
+        accepted = accept is None or accept(data[:16])
+    except struct.error:
+        return None  # Fewer bytes than its images begin with.
     if isinstance(accepted, str):
         return accepted  # Pillow was built without this decoder.
     if not accepted:

@@ -45,7 +45,12 @@ _TURNS = {
 
 # Tags of TIFF 6.0.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 262, 284, 339, 530
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _WHITE_IS_ZERO, _PLANES_APART, _UNSIGNED = 0, 2, 1
+
+
+FREE_PIXELS = 1 << 22
+"""Pixels that an image may take on its way whatever its own size."""
 
 
 class ImageError(ValueError):
@@ -84,7 +89,7 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     """
     kind = image.format or "Pillow"
     with warnings.catch_warnings():
-        # Pillow advises RGBA where a palette's transparency is not used, and warns of unreadable EXIF data.
+        # Pillow advises RGBA where a palette's transparency is not used, and warns of tags that it cannot read.
         warnings.simplefilter("ignore")
         if (cause := _unclear(image)) is not None:
             raise UnclearImageError(f"a {kind} image of mode {image.mode}: {cause}")
@@ -106,7 +111,9 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
 def orientation(image: Image.Image) -> int | None:
     """The EXIF orientation of a picture that has been read, 1 to 8; 1 without one, None if its EXIF data is damaged."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DECODER_ERRORS:
         return None
     return value if value in _TURNS else 1
@@ -125,6 +132,9 @@ def _unclear(image: Image.Image) -> str | None:
 
 def _unclear_tiff(image: Image.Image) -> str | None:
     tags = image.tag_v2  # type: ignore[attr-defined]
+    tile_width, tile_height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)
+    if tile_width * tile_height > max(4 * image.width * image.height, FREE_PIXELS):
+        return f"its tiles of {tile_height} x {tile_width} pixels are out of proportion to it; save it without tiles"
     bits, format_ = set(tags.get(_BITS_PER_SAMPLE, (1,))), set(tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)))
     if format_ != {_UNSIGNED}:
         return f"its samples are not unsigned integers (SampleFormat {sorted(format_)}); save it with 8 bits"
@@ -146,14 +156,27 @@ def left_out(image: Image.Image) -> tuple[str, ...]:
         Of "transparency" (a pixel is not opaque), "later frames", "colour profile" (another than sRGB) and "damaged
         EXIF", those that apply.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _left_out(image)
+
+
+def _left_out(image: Image.Image) -> tuple[str, ...]:
     profile = (image.info.get("icc_profile") or b"").replace(b"\0", b"")  # The name may be in UTF-16.
     found = {
         "transparency": _is_transparent(image),
-        "later frames": getattr(image, "n_frames", 1) > 1,
+        "later frames": _has_later_frames(image),
         "colour profile": bool(profile) and b"sRGB" not in profile,
         "damaged EXIF": orientation(image) is None,
     }
     return tuple(name for name, applies in found.items() if applies)
+
+
+def _has_later_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except DECODER_ERRORS:
+        return True  # Something is there, if only a damaged one.
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -17,7 +17,7 @@ from megatron_haplovl.data.image_geometry import (
     select_best_resolution,
 )
 from megatron_haplovl.data.image_kinds import FORMATS, why_unreadable
-from megatron_haplovl.data.image_modes import DECODER_ERRORS, ImageError, to_rgb
+from megatron_haplovl.data.image_modes import DECODER_ERRORS, FREE_PIXELS, ImageError, to_rgb
 from megatron_haplovl.data.image_modes import TruncatedImageError as TruncatedImageError
 
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -120,16 +120,12 @@ def normalise(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return pixels
 
 
-_FREE_PIXELS = 1 << 22
-"""Pixels that an image may take on its way whatever its own size. Strips that would take more go another way."""
-
-
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize by the bicubic filter, in memory in proportion to the image and to the result.
 
     Pillow resizes the rows first, so a narrow strip would become as wide as the result at its full height.
     """
-    if width * image.height > max(4 * image.width * image.height, _FREE_PIXELS):
+    if width * image.height > max(4 * image.width * image.height, FREE_PIXELS):
         image = image.resize((image.width, height), Image.Resampling.BICUBIC)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -137,7 +133,7 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 def _pad_to_square(image: Image.Image, side: int) -> Image.Image:
     """Centre the image on a square of CLIP's mean colour, as LLaVA-1.5 does, and resize the square."""
     long = max(image.size)
-    if long**2 > max(4 * image.width * image.height, _FREE_PIXELS):
+    if long**2 > max(4 * image.width * image.height, FREE_PIXELS):
         return _pad_strip(image, side)
     square = _on_mean_colour(image, long, long) if image.width != image.height else image
     return square.resize((side, side), Image.Resampling.BICUBIC)
