@@ -41,6 +41,10 @@ def why_unreadable(data: bytes) -> str:
     for name in FORMATS:
         if error := _error_of(name, data):
             return f"the header of a {name} image is damaged, or of a kind that is not read: {error}"
+    return f"{_what_else(data)}; {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read"
+
+
+def _what_else(data: bytes) -> str:
     for start, what in _NO_IMAGES:
         if re.match(start, data[:4096], re.DOTALL):
             return f"it is {what}"

@@ -97,7 +97,7 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
             image.load()
         except DECODER_ERRORS as error:
             raise TruncatedImageError(f"the pixels of a {kind} image cannot be read: {said(error)}") from error
-        turn = _TURNS.get(orientation(image)) if upright else None
+        turn = _TURNS.get(orientation(image) or 1) if upright else None
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if turn is not None:
@@ -183,4 +183,4 @@ def _is_transparent(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
     with_alpha = image if image.getbands()[-1] in "Aa" else image.convert("RGBA")
-    return bool(with_alpha.getchannel(with_alpha.getbands()[-1]).getextrema()[0] < 255)
+    return bool(np.asarray(with_alpha.getchannel(with_alpha.getbands()[-1])).min() < 255)

@@ -17,7 +17,8 @@ from megatron_haplovl.data.image_geometry import (
     select_best_resolution,
 )
 from megatron_haplovl.data.image_kinds import FORMATS, why_unreadable
-from megatron_haplovl.data.image_modes import DECODER_ERRORS, FREE_PIXELS, ImageError, to_rgb
+from megatron_haplovl.data.image_modes import DECODER_ERRORS, FREE_PIXELS, to_rgb
+from megatron_haplovl.data.image_modes import ImageError as ImageError
 from megatron_haplovl.data.image_modes import TruncatedImageError as TruncatedImageError
 
 CLIP_MEAN: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -73,10 +74,7 @@ def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
         except Image.DecompressionBombError as error:
             raise DecompressionBombError(str(error)) from error
         except DECODER_ERRORS as error:
-            names = ", ".join(FORMATS)
-            raise UndecodableImageError(
-                f"not a readable image ({len(data)} bytes): {why_unreadable(data)}; {names} are read"
-            ) from error
+            raise UndecodableImageError(f"not a readable image ({len(data)} bytes): {why_unreadable(data)}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise DecompressionBombError(f"{height} x {width} pixels are more than the limit of {max_pixels}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from PIL import Image
 
 from megatron_haplovl.data.image_modes import to_rgb
 from megatron_haplovl.data.image_processing import decode_image
+
+_SECONDS = 60
+"""How long a server may be silent."""
 
 
 def as_picture(given: Any) -> Image.Image:
@@ -54,12 +58,14 @@ def _of_array(array: npt.NDArray[Any]) -> Image.Image:
 
 def _bytes_of(address: str) -> bytes:
     if address.startswith(("http://", "https://")):
-        import httpx  # What transformers fetches with.
-
-        answer = httpx.get(address, follow_redirects=True)
-        if not answer.is_success:
-            raise ValueError(f"{address} was answered with {answer.status_code} {answer.reason_phrase}")
-        return answer.content
+        try:
+            # Some servers answer nobody without a name.
+            request = urllib.request.Request(address, headers={"User-Agent": "megatron-haplovl"})
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                fetched: bytes = answer.read()
+        except OSError as error:
+            raise ValueError(f"{address} cannot be fetched: {error}") from error
+        return fetched
     if address.startswith("data:image/"):
         address = address.partition(",")[2]
     elif len(address) < 4096 and Path(address).is_file():

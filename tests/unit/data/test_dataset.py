@@ -14,7 +14,7 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate, lay_out_document
 from megatron_haplovl.data.image_geometry import image_layout
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, decode_image, image_to_tiles, normalise
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 
@@ -223,3 +223,27 @@ def test_mock_counts_are_those_of_its_samples() -> None:
         assert set(numbers) == {0, 1, 2}
     with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least"):
         MockSource(100, VISIONS[0], 6, seed=0)
+
+
+def test_normalising_in_the_batch_is_the_formula_bit_for_bit() -> None:
+    vision = VISIONS[0]
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    _, batch = make_batch(vision)
+    pixels = dataclasses.replace(batch, tiles_TCHW=torch.from_numpy(levels)).pixels_TCHW()
+    mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    expected = (levels.astype(np.float32) * np.float32(1 / 255) - mean) / std
+    assert pixels.dtype == torch.float32 and np.array_equal(pixels.numpy(), expected)
+    assert np.array_equal(normalise(levels), expected)
+    assert batch.tiles_TCHW.dtype == torch.uint8 and batch.to("cpu").tiles_TCHW.dtype == torch.uint8
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning needs a GPU, so it is only seen who is asked for it."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    _, batch = make_batch(VISIONS[0])
+    copy = batch.pin_memory()
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(pinned) == len(tensors) > 5 and all(a is b for a, b in zip(pinned, tensors, strict=True))
+    assert copy.visible_pairs == batch.visible_pairs and copy.tiles_TCHW is not batch.tiles_TCHW
+    assert torch.equal(copy.tiles_TCHW, batch.tiles_TCHW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def written_by_pillow() -> Iterator[tuple[str, str]]:
 def test_all_that_pillow_writes(kind: str, mode: str) -> None:
     data = saved(in_mode(mode), kind)
     if kind not in (*FORMATS, "MPO"):
-        with pytest.raises(UndecodableImageError, match="JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM are read"):
+        with pytest.raises(UndecodableImageError, match="JPEG, PNG, WEBP, GIF, BMP, TIFF and PPM are read"):
             decode_image(data)
         return
     with warnings.catch_warnings():
@@ -226,7 +226,7 @@ def test_the_cause_is_named(name: str) -> None:
 
 
 # By the Exif standard: how the stored rows and columns lie. Each turns a stored picture upright.
-UPRIGHT = {
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -324,4 +324,4 @@ def test_damage_is_always_an_image_error(kind: str) -> None:
 
 def test_cut_pixels_say_so() -> None:
     with pytest.raises(TruncatedImageError, match="the pixels of a JPEG image cannot be read"):
-        decode_image(JPEG[: len(JPEG) * 4 // 5])
+        decode_image(JPEG[:-50])
