@@ -98,7 +98,7 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
         except DECODER_ERRORS as error:
             raise TruncatedImageError(f"the pixels of a {kind} image cannot be read: {said(error)}") from error
         turn = _TURNS.get(orientation(image) or 1) if upright else None
-        if image.mode.startswith("I;16"):
+        if _has_16_bits(image):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if turn is not None:
             image = image.transpose(turn)
@@ -106,6 +106,11 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    # Older releases of Pillow keep a 16-bit PNG in 32 bits.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
 def orientation(image: Image.Image) -> int | None:
@@ -121,7 +126,7 @@ def orientation(image: Image.Image) -> int | None:
 
 def _unclear(image: Image.Image) -> str | None:
     """Why a picture has no honest colours, or None."""
-    if image.mode in ("I", "F"):
+    if image.mode in ("I", "F") and not _has_16_bits(image):
         return (
             "its numbers have no stated range and would be clipped to 0..255; save it with 8 bits, or as a 16-bit PNG"
         )
@@ -180,7 +185,8 @@ def _has_later_frames(image: Image.Image) -> bool:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    if not image.has_transparency_data:
+    has_band = image.getbands()[-1] in "Aa"
+    if not has_band and "transparency" not in image.info:
         return False
-    with_alpha = image if image.getbands()[-1] in "Aa" else image.convert("RGBA")
+    with_alpha = image if has_band else image.convert("RGBA")
     return bool(np.asarray(with_alpha.getchannel(with_alpha.getbands()[-1])).min() < 255)

@@ -121,7 +121,8 @@ def normalise(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize by the bicubic filter, in memory in proportion to the image and to the result.
 
-    Pillow resizes the rows first, so a narrow strip would become as wide as the result at its full height.
+    Releases of Pillow that resize the rows first, whatever it costs, would make a narrow strip as wide as the result at
+    its full height.
     """
     if width * image.height > max(4 * image.width * image.height, FREE_PIXELS):
         image = image.resize((image.width, height), Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _bytes_of(address: str) -> bytes:
         return fetched
     if address.startswith("data:image/"):
         address = address.partition(",")[2]
-    elif len(address) < 4096 and Path(address).is_file():
+    elif os.path.isfile(address):
         return Path(address).read_bytes()
     try:
         return base64.b64decode("".join(address.split()), validate=True)

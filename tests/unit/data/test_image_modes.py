@@ -135,6 +135,12 @@ def test_kinds_that_are_read(name: str) -> None:
     assert_pixels(decode_image(data), expected, allowed=1 if name in ("TIFF CMYK", "TIFF YCbCr") else 0)
 
 
+def test_a_16_bit_png_of_an_older_pillow() -> None:
+    image = Image.fromarray(GREY16.astype(np.int32))
+    image.format = "PNG"
+    assert_pixels(to_rgb(image), grey(GREY16 // 256))
+
+
 @pytest.mark.parametrize("compression", ["raw", "packbits", "tiff_lzw", "tiff_adobe_deflate"])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"])
 def test_compressed_tiff(mode: str, compression: str) -> None:
