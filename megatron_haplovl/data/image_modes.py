@@ -32,7 +32,7 @@ DECODER_ERRORS = (
 )
 """What Pillow's decoders raise on damaged data, whichever the format."""
 
-_TURNS = {
+_TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -97,7 +97,7 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
             image.load()
         except DECODER_ERRORS as error:
             raise TruncatedImageError(f"the pixels of a {kind} image cannot be read: {said(error)}") from error
-        turn = _TURNS.get(orientation(image) or 1) if upright else None
+        turn = _TURNS.get(_orientation(image)) if upright else None
         if _has_16_bits(image):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if turn is not None:
@@ -113,15 +113,12 @@ def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
-def orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation of a picture that has been read, 1 to 8; 1 without one, None if its EXIF data is damaged."""
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation of a picture that has been read; damaged EXIF data is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except DECODER_ERRORS:
         return None
-    return value if value in _TURNS else 1
 
 
 def _unclear(image: Image.Image) -> str | None:
@@ -172,9 +169,17 @@ def _left_out(image: Image.Image) -> tuple[str, ...]:
         "transparency": _is_transparent(image),
         "later frames": _has_later_frames(image),
         "colour profile": bool(profile) and b"sRGB" not in profile,
-        "damaged EXIF": orientation(image) is None,
+        "damaged EXIF": _has_damaged_exif(image),
     }
     return tuple(name for name, applies in found.items() if applies)
+
+
+def _has_damaged_exif(image: Image.Image) -> bool:
+    try:
+        Image.Exif().load(image.info.get("exif", b""))
+    except DECODER_ERRORS:
+        return True
+    return False
 
 
 def _has_later_frames(image: Image.Image) -> bool:

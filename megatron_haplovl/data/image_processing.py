@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from megatron_haplovl.data.image_geometry import (
     select_best_resolution,
 )
 from megatron_haplovl.data.image_kinds import FORMATS, why_unreadable
-from megatron_haplovl.data.image_modes import DECODER_ERRORS, FREE_PIXELS, to_rgb
+from megatron_haplovl.data.image_modes import DECODER_ERRORS, FREE_PIXELS, left_out, to_rgb
 from megatron_haplovl.data.image_modes import ImageError as ImageError
 from megatron_haplovl.data.image_modes import TruncatedImageError as TruncatedImageError
 
@@ -58,6 +59,28 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, *, upright: 
         DecompressionBombError: more than `max_pixels` pixels.
     """
     return to_rgb(open_image(data, max_pixels), upright=upright)
+
+
+@dataclass(frozen=True)
+class InspectedImage:
+    """An image that has been decoded once, to the end."""
+
+    height: int
+    """Of the upright picture."""
+    width: int
+    left_out: tuple[str, ...]
+    """What of it is not used (`image_modes.left_out`)."""
+
+
+def inspect_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> InspectedImage:
+    """Decode an image for its size and for what is lost of it.
+
+    Raises:
+        ImageError: see :func:`decode_image`.
+    """
+    image = open_image(data, max_pixels)
+    picture = to_rgb(image)
+    return InspectedImage(picture.height, picture.width, left_out(image))
 
 
 def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_haplovl.data.image_kinds import FORMATS
 from megatron_haplovl.data.image_modes import ImageError, TruncatedImageError, UnclearImageError, left_out, to_rgb
-from megatron_haplovl.data.image_processing import UndecodableImageError, decode_image, open_image
+from megatron_haplovl.data.image_processing import UndecodableImageError, decode_image, inspect_image, open_image
 from tests.fixtures.pictures import Pixels, grey, in_mode, numbers, png, reference, saved, tiff
 
 Image.init()
@@ -257,6 +257,8 @@ def test_pictures_are_set_upright(kind: str, value: int) -> None:
     stored = decode_image(saved(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
     found = decode_image(with_orientation(image, kind, value))
     assert_pixels(found, UPRIGHT.get(value, UPRIGHT[1])(np.asarray(stored)))
+    inspected = inspect_image(with_orientation(image, kind, value))
+    assert (inspected.width, inspected.height) == found.size
     assert to_rgb(found) is found
     if kind != "TIFF":  # Pillow turns TIFF itself.
         assert_pixels(decode_image(with_orientation(image, kind, value), upright=False), np.asarray(stored))
@@ -277,7 +279,7 @@ def test_upright_in_another_mode_and_without_exif() -> None:
 def test_damaged_exif_leaves_the_picture_as_it_is() -> None:
     data = saved(Image.fromarray(RGB), "PNG", exif=b"Exif\0\0nonsense")
     assert_pixels(decode_image(data), RGB)
-    assert left_out(open_image(data)) == ("damaged EXIF",)
+    assert inspect_image(data).left_out == ("damaged EXIF",)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
@@ -286,16 +288,16 @@ def test_the_first_frame_is_taken(kind: str) -> None:
     exact = {"lossless": True} if kind == "WEBP" else {}
     data = saved(first, kind, save_all=True, append_images=[second], **exact)
     assert_pixels(decode_image(data), np.asarray(first), allowed=0 if kind != "MPO" else 60)
-    assert left_out(open_image(data)) == ("later frames",)
+    assert inspect_image(data).left_out == ("later frames",)
 
 
 def test_transparency_is_named_where_there_is_some() -> None:
     opaque, half = RGBA.copy(), RGBA.copy()
     opaque[:, :, 3], half[:, :, 3] = 255, 128
-    assert left_out(open_image(png(opaque, 6, 8))) == ()
-    assert left_out(open_image(png(half, 6, 8))) == ("transparency",)
+    assert inspect_image(png(opaque, 6, 8)).left_out == ()
+    assert inspect_image(png(half, 6, 8)).left_out == ("transparency",)
     for name in ("PNG palette with alpha", "PNG grey with a transparent level", "PNG grey and alpha 16 bits"):
-        assert left_out(open_image(READ[name][0])) == ("transparency",), name
+        assert inspect_image(READ[name][0]).left_out == ("transparency",), name
     assert left_out(in_mode("La")) == ("transparency",)
 
 
@@ -304,7 +306,7 @@ def test_transparency_is_named_where_there_is_some() -> None:
     [(b"sRGB IEC61966-2.1", ()), ("sRGB".encode("utf-16be"), ()), (b"Display P3", ("colour profile",))],
 )
 def test_profiles_other_than_srgb_are_named(name: bytes, found: tuple[str, ...]) -> None:
-    assert left_out(open_image(saved(Image.fromarray(RGB), "PNG", icc_profile=b"desc" + name))) == found
+    assert inspect_image(saved(Image.fromarray(RGB), "PNG", icc_profile=b"desc" + name)).left_out == found
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -322,7 +324,7 @@ def test_damage_is_always_an_image_error(kind: str) -> None:
                 damaged[place] = random.integers(0, 256)
             try:
                 image = decode_image(damaged.tobytes(), max_pixels=10**6)
-                left_out(open_image(damaged.tobytes()))
+                inspect_image(damaged.tobytes(), max_pixels=10**6)
             except ImageError:
                 continue
             assert image.mode == "RGB"
