@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,3 +334,16 @@ def test_damage_is_always_an_image_error(kind: str) -> None:
 def test_cut_pixels_say_so() -> None:
     with pytest.raises(TruncatedImageError, match="the pixels of a JPEG image cannot be read"):
         decode_image(JPEG[:-50])
+
+
+def test_the_page_has_every_mode_and_every_format() -> None:
+    page = Path(__file__).parents[3] / "docs" / "data.md"
+    pictures = page.read_text(encoding="utf-8").partition("## Pictures")[2].partition("\n## ")[0]
+    first_columns = " ".join(line.split("|")[1] for line in pictures.splitlines() if line.startswith("|"))
+    assert [mode for mode in Image.MODES if f"`{mode}`" not in first_columns] == []
+    assert [kind for kind in FORMATS if kind not in first_columns.upper()] == []
+    assert [
+        name
+        for name in ("transparency", "later frames", "colour profile", "damaged EXIF")
+        if f"`{name}`" not in " ".join(pictures.split())
+    ] == []

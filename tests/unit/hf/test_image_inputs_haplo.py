@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_every_way_in_gives_the_pixels_of_training(name: str, data: bytes, tmp_p
     path = tmp_path / "image"
     path.write_bytes(data)
     text = base64.b64encode(data).decode()
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "opened": lambda: Image.open(path),
         "path": lambda: str(path),
         "base64": lambda: text,
@@ -125,13 +126,13 @@ def test_a_picture_of_a_chat(tmp_path: Path) -> None:
     template = (
         f"{{% for message in messages %}}{{% for part in message['content'] %}}{part}{{% endfor %}}{{% endfor %}}"
     )
-    processor = HaploProcessor(PROCESSOR, load_tokenizer(train_tokenizer(tmp_path)).hf, chat_template=template)
+    processor: Any = HaploProcessor(PROCESSOR, load_tokenizer(train_tokenizer(tmp_path)).hf, chat_template=template)
     for image in (
         {"path": str(tmp_path / "photo.jpg")},
         {"url": str(tmp_path / "photo.jpg")},
         {"image": Image.open(tmp_path / "photo.jpg")},
     ):
-        chat = [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": " red"}]}]
+        chat: Any = [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": " red"}]}]
         found = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
         assert np.array_equal(found["pixel_values"].numpy(), trained(data))
     nested = PROCESSOR.fetch_images([[str(tmp_path / "photo.jpg")], []])
