@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
@@ -17,6 +18,7 @@ from megatron_haplovl.data.image_geometry import image_layout
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, decode_image, image_to_tiles, normalise
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
+from tests.fixtures.pictures import in_mode, saved
 
 VISIONS = [
     VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad", image_newline=False),
@@ -247,3 +249,23 @@ def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(pinned) == len(tensors) > 5 and all(a is b for a, b in zip(pinned, tensors, strict=True))
     assert copy.visible_pairs == batch.visible_pairs and copy.tiles_TCHW is not batch.tiles_TCHW
     assert torch.equal(copy.tiles_TCHW, batch.tiles_TCHW)
+
+
+def test_pictures_are_upright_unless_they_were_recorded_as_stored() -> None:
+    """Prefixes of format 1 recorded the stored size."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(in_mode("RGB"), "PNG", exif=exif)
+    vision = dataclasses.replace(VISIONS[0], image_aspect_ratio="resize")
+
+    def tiles(height: int, width: int, *, upright: bool) -> npt.NDArray[np.uint8]:
+        image = EncodedImage(data, height, width, upright=upright)
+        ids, mask = np.array([5, 6], np.int32), np.ones(2, np.uint8)
+        return lay_out_document([Sample(ids, mask, np.array([False, True]), (image,))], vision).tiles[0]
+
+    stored = image_to_tiles(in_mode("RGB"), vision)
+    assert np.array_equal(tiles(10, 14, upright=False), stored)
+    turned = image_to_tiles(in_mode("RGB").transpose(Image.Transpose.ROTATE_270), vision)
+    assert np.array_equal(tiles(14, 10, upright=True), turned) and not np.array_equal(turned, stored)
+    with pytest.raises(ValueError, match="has 14 x 10 pixels where 10 x 14 were recorded; preprocess again"):
+        tiles(10, 14, upright=True)
