@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles, normalise
+from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.records import Image, Record, check_record, read_records
 
 
@@ -45,7 +45,7 @@ def load_captions(path: Path, image_folder: Path) -> list[CaptionedImage]:
 
 def load_tiles(path: Path, vision: VisionConfig) -> torch.Tensor:
     """The image's tiles, float32 `[T, 3, image_size, image_size]`, normalised."""
-    return torch.from_numpy(normalise(image_to_tiles(decode_image(path.read_bytes()), vision)))
+    return torch.from_numpy(image_to_tiles(decode_image(path.read_bytes()), vision))
 
 
 def pad_tokens(sequences: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from megatron_haplovl.data.image_geometry import (
     vision_of_sample,
     visual_layouts,
 )
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+from megatron_haplovl.data.image_processing import cut_tiles, decode_image
 from megatron_haplovl.data.pack_plan import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.kernels.mask import mixed_mask
@@ -130,7 +130,7 @@ def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) 
             f"a stored image has {decoded.height} x {decoded.width} pixels where {image.height} x {image.width} were "
             "recorded; preprocess again"
         )
-    tiles = image_to_tiles(decoded, vision)
+    tiles = cut_tiles(decoded, vision)
     assert len(tiles) == layout.num_tiles
     return tiles
 

@@ -106,7 +106,16 @@ def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     return image
 
 
-def image_to_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.uint8]:
+def image_to_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.float32]:
+    """The numbers that the model sees of an image: :func:`cut_tiles`, normalised.
+
+    Returns:
+        `[T, 3, image_size, image_size]`.
+    """
+    return normalise(cut_tiles(image, vision))
+
+
+def cut_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.uint8]:
     """Fit an image into its tiles; `image_geometry.image_layout` describes the same tiles.
 
     Args:
@@ -114,7 +123,7 @@ def image_to_tiles(image: Image.Image, vision: VisionConfig) -> npt.NDArray[np.u
         vision: tile size and the way to treat the shape.
 
     Returns:
-        `[T, 3, image_size, image_size]` uint8: tiles in row-major order. `normalise` makes the model's numbers of them.
+        `[T, 3, image_size, image_size]` uint8: tiles in row-major order, as they travel to the device.
     """
     side = vision.image_size
     if vision.image_aspect_ratio == "resize":

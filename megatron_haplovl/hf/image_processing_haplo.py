@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import grid_pinpoints, vision_of_frames, vision_of_sample
-from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, image_to_tiles, normalise
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, image_to_tiles
 from megatron_haplovl.hf.image_inputs_haplo import as_picture
 
 
@@ -141,7 +141,7 @@ class HaploImageProcessor(BaseImageProcessor):
         return self._features(tiles, [(frame.height, frame.width) for frame in frames], return_tensors)
 
     def _features(self, tiles: list[Any], sizes: list[tuple[int, int]], return_tensors: str | None) -> BatchFeature:
-        data = {"pixel_values": normalise(np.concatenate(tiles)), "image_sizes": np.array(sizes, dtype=np.int64)}
+        data = {"pixel_values": np.concatenate(tiles), "image_sizes": np.array(sizes, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:

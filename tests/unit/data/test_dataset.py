@@ -15,7 +15,7 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate, lay_out_document
 from megatron_haplovl.data.image_geometry import image_layout
-from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, decode_image, image_to_tiles, normalise
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, cut_tiles, decode_image, normalise
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 from tests.fixtures.pictures import in_mode, saved
@@ -65,7 +65,7 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
     allowed = torch.zeros(len(packs), SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool)
     patches: list[tuple[int, int]] = []
     newlines: list[int] = []
-    tiles: list[npt.NDArray[np.float32]] = []
+    tiles: list[npt.NDArray[np.uint8]] = []
     for row, pack in enumerate(packs):
         # One entry per position: (document, image or None, token or None, trained)
         places: list[tuple[int, int | None, int | None, bool]] = []
@@ -93,7 +93,7 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
                                 newlines.append(row * SEQ_LENGTH + len(places))
                                 places.append((number, image_number, None, False))
                         assert len(places) - first == layout.num_tokens
-                        tiles.append(image_to_tiles(decode_image(image.data), seen))
+                        tiles.append(cut_tiles(decode_image(image.data), seen))
                         image_number += 1
                     if isinstance(visual, EncodedVideo) and vision.image_newline:
                         newlines.append(row * SEQ_LENGTH + len(places))
@@ -241,8 +241,13 @@ def test_normalising_in_the_batch_is_the_formula_bit_for_bit() -> None:
 
 def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinning needs a GPU, so it is only seen who is asked for it."""
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     _, batch = make_batch(VISIONS[0])
     copy = batch.pin_memory()
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
@@ -263,9 +268,9 @@ def test_pictures_are_upright_unless_they_were_recorded_as_stored() -> None:
         ids, mask = np.array([5, 6], np.int32), np.ones(2, np.uint8)
         return lay_out_document([Sample(ids, mask, np.array([False, True]), (image,))], vision).tiles[0]
 
-    stored = image_to_tiles(in_mode("RGB"), vision)
+    stored = cut_tiles(in_mode("RGB"), vision)
     assert np.array_equal(tiles(10, 14, upright=False), stored)
-    turned = image_to_tiles(in_mode("RGB").transpose(Image.Transpose.ROTATE_270), vision)
+    turned = cut_tiles(in_mode("RGB").transpose(Image.Transpose.ROTATE_270), vision)
     assert np.array_equal(tiles(14, 10, upright=True), turned) and not np.array_equal(turned, stored)
     with pytest.raises(ValueError, match="has 14 x 10 pixels where 10 x 14 were recorded; preprocess again"):
         tiles(10, 14, upright=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from megatron_haplovl.data.image_kinds import FORMATS
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles, normalise
+from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.hf import HaploImageProcessor, HaploProcessor
 from megatron_haplovl.hf.image_inputs_haplo import as_picture
@@ -28,7 +28,7 @@ PROCESSOR = HaploImageProcessor(size={"height": 8, "width": 8}, patch_size=4, im
 
 def trained(data: bytes) -> np.ndarray:
     """The numbers of an image in training."""
-    return normalise(image_to_tiles(decode_image(data), PROCESSOR.vision))
+    return image_to_tiles(decode_image(data), PROCESSOR.vision)
 
 
 def exif(orientation: int) -> Image.Exif:

@@ -18,7 +18,7 @@ def test_waiting_for_batches_is_counted_and_nothing_else() -> None:
             time.sleep(0.05)
             yield number
 
-    batches = _TimedBatches(slow())
+    batches: Any = _TimedBatches(slow())
     assert batches.waited == 0
     for number in range(3):
         assert next(batches) == number
