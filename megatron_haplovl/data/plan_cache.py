@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Rises when the same inputs would give another plan, or other files.
 _ALGORITHM = 3
+_MAPPED_FROM = 2**20  # bytes
 _ARRAYS = ("items", "doc_offsets", "pack_offsets", "step_offsets", "cumulative")
 
 
@@ -80,12 +81,12 @@ class PlanInputs:
 
 @dataclasses.dataclass(frozen=True)
 class StoredEpoch(EpochPlan):
-    """An epoch whose arrays are maps of its files."""
+    """An epoch from its files; large ones are mapped."""
 
     folder: Path
 
     def __reduce__(self) -> tuple[Callable[[Path], StoredEpoch], tuple[Path]]:
-        # A process that loads data maps the files itself; pickling a map would copy the whole file.
+        # A process that loads data opens the files itself; pickling a map would copy the whole file.
         return load_epoch, (self.folder,)
 
 
@@ -179,7 +180,10 @@ def load_epoch(path: Path) -> StoredEpoch:
     arrays: dict[str, npt.NDArray[Any]] = {}
     try:
         for name in _ARRAYS:
-            arrays[name] = np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            file = path / f"{name}.npy"
+            # Every map keeps a file open, and a long run over little data has thousands of epochs.
+            is_large = file.stat().st_size >= _MAPPED_FROM
+            arrays[name] = np.load(file, mmap_mode="r" if is_large else None, allow_pickle=False)
         stats = json.loads((path / "stats.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the cached pack plan {path} is damaged ({error}); delete the folder to rebuild") from error

@@ -1,10 +1,6 @@
 """A batch counted in samples, packed and dealt to ranks, against one plain process with one sample per row.
 
-The tolerances are those of `test_parallel.py`. Measured worst cases here: MEASURED.
-
-Each of these was planted once, and made every case fail: a step that lacks its last sequence; a sequence that two
-ranks get. A whole-length micro-batch instead of an empty one changes no number, and is seen by `test_batches_in_samples`
-of `tests/unit/data/test_loader.py`.
+The tolerances are those of `test_parallel.py`; nothing here rounds otherwise than there.
 """
 
 from __future__ import annotations
