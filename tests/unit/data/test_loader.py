@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, ScheduleConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
-from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend
+from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend, shortest_length
 from megatron_haplovl.data.sources import EncodedImage, IndexedSource
 from tests.conftest import train_sentencepiece
 
@@ -259,3 +260,39 @@ def test_batches_are_pinned_where_there_is_a_gpu(
         assert loader.pin_memory == pinned
         assert loader.prefetch_factor == 4
     assert make_loader(tiny_prefix, make_config(tmp_path))._loader.prefetch_factor is None
+
+
+def test_batches_in_samples(tiny_prefix: str, tmp_path: Path) -> None:
+    """Exactly as many samples in every step; micro-batches without any are as short as the layout allows."""
+    config = make_config(tmp_path, batch_unit="samples", global_batch_size=7, micro_batch_size=1)
+    loaders = [make_loader(tiny_prefix, config, dp_rank=rank, dp_size=3) for rank in range(3)]
+    assert {loader.counts(step).documents for loader in loaders for step in range(9)} == {7}
+    assert loaders[0].counts_before(5).tokens == sum(loaders[0].counts(step).tokens for step in range(5))
+    batches = [batch for loader in loaders for batch in loader.micro_batches()]
+    assert {batch.tokens_BS.shape[1] for batch in batches} == {1, 160}
+    for parallel, length in (
+        ({"context_parallel_size": 2}, 2),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}, 4),
+        ({"tensor_model_parallel_size": 2}, 1),
+        ({"pipeline_model_parallel_size": 2}, 160),
+    ):
+        assert shortest_length(dataclasses.replace(config, parallel=ParallelConfig(**parallel))) == length
+
+
+def test_evaluation_in_samples_reads_every_sample_once(tiny_prefix: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, batch_unit="samples", global_batch_size=10, micro_batch_size=1)
+    loader = make_loader(tiny_prefix, config, num_steps=100, shuffle=False)
+    assert loader.steps_available == 3
+    assert [loader.counts(step).documents for step in range(3)] == [10, 10, 4]
+    assert loader.counts_before(3).documents == 24
+
+
+def test_what_workers_are_sent_does_not_grow_with_the_data(tiny_prefix: str, tmp_path: Path) -> None:
+    """Sources and planned epochs travel as paths, and read the same on the other side."""
+    loader = make_loader(tiny_prefix, make_config(tmp_path))
+    sent = pickle.dumps(loader._loader.dataset)
+    epoch, source = loader._plan.packs.epochs[0], IndexedSource(tiny_prefix)
+    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2):
+        assert kept.tobytes() not in sent
+    assert same(pickle.loads(sent)[[0, 3]], loader.packs([0, 3]))
+    assert pickle.loads(pickle.dumps(source)).read(0).visuals == source.read(0).visuals
