@@ -52,7 +52,7 @@ def write_scale_prefix(prefix: Path, samples: int, seed: int = 0) -> None:
     _write_pair(prefix, names.IMAGES, np.uint8, np.full(images, IMAGE_BYTES))
     _write_pair(prefix, names.IMAGE_REFS, np.int32, has_image.astype(np.int64))
     np.arange(images, dtype=np.int32).tofile(f"{prefix}{names.IMAGE_REFS}.bin")
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         names.IMAGE_SIZES: sizes_I2,
         names.IMAGE_DIGESTS: np.zeros((images, 32), dtype=np.uint8),
         names.SAMPLE_LM_TOKENS: (text // 2).astype(np.int32),

@@ -17,7 +17,7 @@ def column(counts: np.ndarray, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize(("seq_length", "ranks", "most"), [(6144, 8, 1.03), (6144, 64, 1.1), (32768, 64, 1.1)])
 def test_pairs_and_tiles_are_even(seq_length: int, ranks: int, most: float) -> None:
-    counts = image_and_text_counts(20_000, np.random.default_rng(1))
+    counts = image_and_text_counts(3 * seq_length, np.random.default_rng(1))
     settings = PlanSettings(0, seq_length, packing=True, shuffle=True, skip_long_samples=False)
     plan = StepPlan(PackPlan([build_epoch([BlendedSource("x", 1.0, counts)], [], settings, 0)]), 256)
     for step in range(3):
@@ -41,8 +41,9 @@ def test_a_step_of_samples_is_nearly_full(seq_length: int, batch: int, fill: flo
         assert documents.tolist() == [batch] * round(20_000 / batch)
         assert column(epoch.counts, "tokens").sum() / (epoch.num_packs * seq_length) >= fill
         drawn += epoch.items[:, 1].tolist()
-    # Each sample once in one pass and in the next; epochs of whole steps cut the stream elsewhere.
-    assert len(set(np.unique(drawn, return_counts=True)[1].tolist()) - {1, 2, 3}) == 0 and len(set(drawn)) == 20_000
+    # Epochs of whole steps cut the stream elsewhere, but each sample comes once in a pass.
+    times = np.unique(drawn, return_counts=True)[1]
+    assert len(times) == 20_000 and times.max() == 2
 
 
 def test_every_step_has_as_many_sequences_and_the_rest_is_empty() -> None:
