@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatron_haplovl.commands.preprocess_arguments import add_input_flags, normalise_options
 from megatron_haplovl.config.cli import add_settings, build_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.validate import validate_model
@@ -24,9 +25,9 @@ from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_M
 from megatron_haplovl.data.manifest import REPORT_SUFFIX, Manifest
 from megatron_haplovl.data.preprocess import BadRecord, PrefixWriter, ProcessorSettings, RecordProcessor
 from megatron_haplovl.data.preprocess_workers import process_in_order
-from megatron_haplovl.data.records import read_records
+from megatron_haplovl.data.readers.inputs import count_records, read
 
-_DESCRIPTION = r"""Turn LLaVA records and an image folder into indexed files for training.
+_DESCRIPTION = r"""Turn records of conversations and images into indexed files for training.
 
     %(prog)s --input train.json --image-folder images --output-prefix data/train \
         --tokenizer-model vicuna-7b --chat-template vicuna_v1 --workers 8
@@ -36,13 +37,15 @@ writes data/train.bin, .idx, _loss_mask.*, _images.*, _image_refs.*, _image_size
 """
 
 
+_NAMED_AT_MOST = 12  # repairs and keys in the summary; the manifest has all of them
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="LLaVA records, .json or .jsonl")
-    parser.add_argument("--image-folder", metavar="FOLDER", help="folder that the records' image paths start from")
+    add_input_flags(parser)
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="names of the files to write")
     parser.add_argument(
         "--tokenizer-model",
@@ -102,7 +105,9 @@ def settings_from(args: argparse.Namespace) -> ProcessorSettings:
     settings = ProcessorSettings(
         tokenizer_model=args.tokenizer_model,
         chat_template=args.chat_template,
-        image_folder=args.image_folder,
+        image_folders=tuple(args.image_folder),
+        image_roots=tuple(args.image_root),
+        normalise=normalise_options(args),
         max_image_pixels=args.max_image_pixels,
         vocab_size=args.vocab_size,
     )
@@ -133,7 +138,7 @@ def preprocess(args: argparse.Namespace) -> int:
     started = time.monotonic()
     settings = settings_from(args)
     processor = RecordProcessor(settings)
-    total, records = read_records(args.input)
+    records, total = read(args.input), count_records(args.input)
     report_path = Path(f"{args.output_prefix}{REPORT_SUFFIX}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
     bad: list[BadRecord] = []
@@ -149,14 +154,17 @@ def preprocess(args: argparse.Namespace) -> int:
         _write_report(bad, report_path)
         reasons = Counter(record.reason for record in bad)
         if bad:
-            print(f"{len(bad)} of {total} records cannot be used; see {report_path}", file=sys.stderr)
+            print(
+                f"{len(bad)} of {len(bad) + writer.num_samples} records cannot be used; see {report_path}",
+                file=sys.stderr,
+            )
             for reason, count in reasons.most_common():
                 print(f"  {reason}: {count}", file=sys.stderr)
         if bad and not args.skip_bad_records:
             print("Nothing was written. Repair these records, or skip them with --skip-bad-records.", file=sys.stderr)
             return 1
         if writer.num_samples == 0:
-            raise ValueError(f"{args.input} has no usable record")
+            raise ValueError(f"{', '.join(args.input)} has no usable record")
         manifest = writer.finish(processor, dict(reasons))
     _print_summary(manifest, args.output_prefix, time.monotonic() - started)
     return 0
@@ -179,6 +187,11 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
     print(f"  images       {counts.images} distinct ({megabytes:.1f} MB), used {counts.image_references} times")
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
+    for title, counter in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
+        most = sorted(counter.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in most[:_NAMED_AT_MOST])
+        more = f" and {len(most) - _NAMED_AT_MOST} more" if len(most) > _NAMED_AT_MOST else ""
+        print(f"  {title:<12} {named or 'nothing'}{more}")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
 
 

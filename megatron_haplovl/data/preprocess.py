@@ -21,10 +21,13 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
+from megatron_haplovl.data.image_folders import frames_of, open_folders
 from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
-from megatron_haplovl.data.records import Image, RawRecord, Reason, RecordError, Video, check_record, resolve_image
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.normalise_documents import find_media
+from megatron_haplovl.data.records import Image, RawRecord, Reason, RecordError, Video
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
 
@@ -34,7 +37,11 @@ class ProcessorSettings:
 
     tokenizer_model: str
     chat_template: str
-    image_folder: str | None
+    image_folders: tuple[str, ...] = ()
+    """Where image paths begin, searched in this order."""
+    image_roots: tuple[str, ...] = ()
+    """Further folders into which links may lead."""
+    normalise: NormaliseOptions = NormaliseOptions()
     max_image_pixels: int = image_processing.DEFAULT_MAX_PIXELS
     vocab_size: int | None = None
     """If given, token ids must be below it."""
@@ -45,12 +52,15 @@ class ProcessorSettings:
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image file that has been decoded once, to the end."""
+    """An image that has been decoded once, to the end."""
 
     path: str
+    """Its file, or the name of its bytes in messages."""
     sha256: str
     height: int
     width: int
+    data: bytes | None = None
+    """Its bytes, if it has no file."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,9 @@ class ProcessedSample:
 
     conversation: EncodedConversation
     visuals: tuple[FoundImage | FoundVideo, ...]
+    repairs: tuple[str, ...] = ()
+    """Names of the repairs that the record had."""
+    unread_keys: tuple[str, ...] = ()
 
     @property
     def images(self) -> Iterator[FoundImage]:
@@ -96,36 +109,51 @@ class RecordProcessor:
         self.tokenizer = load_tokenizer(settings.tokenizer_model)
         self.template = load_chat_template(settings.chat_template)
         self._encoder = ConversationEncoder(self.tokenizer, self.template)
-        self._folder = None if settings.image_folder is None else Path(settings.image_folder).resolve()
-        if self._folder is not None and not self._folder.is_dir():
-            raise ValueError(f"the image folder {settings.image_folder} does not exist")
+        self._folders = open_folders(settings.image_folders, settings.image_roots)
         # Data sets ask several questions about one image.
-        self._inspect = lru_cache(maxsize=65536)(self._inspect_uncached)
+        self._inspect = lru_cache(maxsize=65536)(self._inspect_file)
 
     def process(self, raw: RawRecord) -> ProcessedSample | BadRecord:
         """Process one record; whatever is wrong with it is in the result."""
         try:
-            record = check_record(raw)
-            visuals = tuple(self._find(medium) for medium in record.media)
+            normalised = normalise(raw, self._settings.normalise)
+            record, visuals = find_media(normalised.record, self._find, normalised.mending)
             conversation = self._encoder.encode(record)
             self._check_vocabulary(conversation.token_ids)
             self._check_length(conversation.token_ids, visuals)
         except RecordError as error:
             return BadRecord(raw.location, raw.id, error.reason.value, error.detail)
-        return ProcessedSample(conversation, visuals)
+        return ProcessedSample(conversation, visuals, normalised.repairs, normalised.unread_keys)
 
     def _find(self, medium: Image | Video) -> FoundImage | FoundVideo:
-        if medium.path is None or isinstance(medium, Video):
-            raise RecordError(Reason.VIDEO, "only images in files are supported")
-        if self._folder is None:
-            raise RecordError(Reason.MISSING_IMAGE, f"{medium.path!r}: there is no --image-folder")
-        return self._inspect(str(resolve_image(medium.path, self._folder)))
+        if isinstance(medium, Video):
+            return FoundVideo(tuple(self._frames(medium)))
+        if medium.data is not None:
+            return self._inspect_bytes("an image of the record", medium.data, keep=True)
+        assert medium.path is not None
+        return self._inspect(str(self._folders.find(medium.path)))
 
-    def _inspect_uncached(self, path: str) -> FoundImage:
+    def _frames(self, video: Video) -> Iterator[FoundImage]:
+        if video.frames:
+            for frame in video.frames:
+                found = self._find(frame)
+                assert isinstance(found, FoundImage)
+                yield found
+            return
+        path = None if video.path is None else self._folders.find(video.path, may_be_folder=True)
+        if path is None or not path.is_dir():
+            raise RecordError(Reason.VIDEO, "only videos of frames are supported")
+        for file in frames_of(path):
+            yield self._inspect(str(file))
+
+    def _inspect_file(self, path: str) -> FoundImage:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise RecordError(Reason.MISSING_IMAGE, f"{path} cannot be read: {error}") from error
+        return self._inspect_bytes(path, data, keep=False)
+
+    def _inspect_bytes(self, path: str, data: bytes, *, keep: bool) -> FoundImage:
         try:
             image = image_processing.decode_image(data, self._settings.max_image_pixels)
         except image_processing.DecompressionBombError as error:
@@ -134,7 +162,8 @@ class RecordProcessor:
             raise RecordError(Reason.TRUNCATED_IMAGE, f"{path}: {error}") from error
         except image_processing.ImageError as error:
             raise RecordError(Reason.UNDECODABLE_IMAGE, f"{path}: {error}") from error
-        return FoundImage(path, hashlib.sha256(data).hexdigest(), image.height, image.width)
+        digest = hashlib.sha256(data).hexdigest()
+        return FoundImage(path, digest, image.height, image.width, data if keep else None)
 
     def _text_ids(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return token_ids[~np.isin(token_ids, self.tokenizer.placeholder_ids)]
@@ -174,6 +203,8 @@ class PrefixWriter:
         self._lm_tokens: list[int] = []
         self._hashes: list[int] = []
         self._totals: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+        self._unread_keys: Counter[str] = Counter()
         self._largest_id = 0
 
     def __enter__(self) -> PrefixWriter:
@@ -218,6 +249,8 @@ class PrefixWriter:
         self._lengths.append(len(token_ids))
         self._lm_tokens.append(int(loss_mask[1:].sum()))
         self._hashes.append(sample_hash(token_ids, [bytes.fromhex(image.sha256) for image in sample.images]))
+        self._repairs.update(sample.repairs)
+        self._unread_keys.update(sample.unread_keys)
         self._totals.update(
             tokens=len(token_ids),
             loss_tokens=int(loss_mask.sum()),
@@ -232,7 +265,7 @@ class PrefixWriter:
         known = self._image_ids.get(image.sha256)
         if known is not None:
             return known
-        data = Path(image.path).read_bytes()
+        data = Path(image.path).read_bytes() if image.data is None else image.data
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise ValueError(f"{image.path} was changed while it was being preprocessed")
         self._images.add(np.frombuffer(data, dtype=np.uint8))
@@ -277,6 +310,8 @@ class PrefixWriter:
             chat_template_sha256=processor.template.sha256,
             counts=counts,
             skipped=dict(sorted(skipped.items())),
+            repairs=dict(sorted(self._repairs.items())),
+            unread_keys=dict(sorted(self._unread_keys.items())),
             files={suffix: _file_entry(self._part(suffix)) for suffix in names.DATA_SUFFIXES},
         )
         images = f"{names.IMAGES}.bin"
