@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_haplovl.data.normalise_documents import mmc4_turn, obelics_turn
-from megatron_haplovl.data.normalise_media import read_images, read_videos
+from megatron_haplovl.data.normalise_media import is_empty, read_images, read_videos
 from megatron_haplovl.data.normalise_turns import DOCUMENT, Turn, order_turns, read_text, read_turns
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
 from megatron_haplovl.data.repairs import Mending
@@ -109,7 +109,7 @@ def _videos(value: Object) -> tuple[Video, ...]:
 
 
 def _one_of(value: Object, keys: tuple[str, ...]) -> str:
-    given = [key for key in keys if value.get(key)]
+    given = [key for key in keys if not is_empty(value.get(key))]
     if len(given) > 1:
         raise RecordError(Reason.IMAGE_COUNT, f"the record has `{given[0]}` and `{given[1]}`; keep one of them")
     return given[0] if given else keys[0]
