@@ -52,6 +52,13 @@ def normalise(raw: RawRecord, options: NormaliseOptions) -> Normalised:
         raise raw.value
     if not isinstance(raw.value, dict):
         raise RecordError(Reason.NO_CONVERSATIONS, f"a record must be an object, not {type(raw.value).__name__}")
+    try:
+        return _normalise(raw, options)
+    except RecursionError as error:
+        raise RecordError(Reason.UNPARSABLE, "lists and objects in the record are nested too deep") from error
+
+
+def _normalise(raw: RawRecord, options: NormaliseOptions) -> Normalised:
     value = from_members(raw.value, find_layout) if "__key__" in raw.value else raw.value
     layout = find_layout(value)
     if layout is None:

@@ -24,8 +24,9 @@ RECORDS: list[dict[str, Any]] = [{"id": str(i), "text": f'Number {i}: \N{SNOWMAN
 
 
 def packed(path: Path, data: bytes) -> None:
-    pack = {".gz": gzip.compress, ".tgz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(data))
+    if path.suffix in (".gz", ".tgz"):
+        data = gzip.compress(data)
+    path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
 
 
 def write_list(path: Path, records: list[Any]) -> None:
