@@ -32,6 +32,9 @@ class Reason(str, Enum):
     MISSING_IMAGE = "missing_image"
     UNDECODABLE_IMAGE = "undecodable_image"
     TRUNCATED_IMAGE = "truncated_image"
+    MISSING_VIDEO = "missing_video"
+    UNDECODABLE_VIDEO = "undecodable_video"
+    TRUNCATED_VIDEO = "truncated_video"
     DECOMPRESSION_BOMB = "decompression_bomb"
 
 
@@ -264,12 +267,13 @@ def _is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
-def resolve_image(relative: str, folder: Path) -> Path:
+def resolve_image(relative: str, folder: Path, *, may_be_folder: bool = False) -> Path:
     """Find an image inside the image folder.
 
     Args:
         relative: path as the record gives it.
         folder: the image folder, itself already resolved.
+        may_be_folder: whether a folder (of frames) is meant as well as a file.
 
     Raises:
         RecordError: the path is absolute, climbs out of the folder (through `..` or a symbolic link), or is no file.
@@ -280,7 +284,7 @@ def resolve_image(relative: str, folder: Path) -> Path:
         resolved = Path(os.path.realpath(folder / relative))
         if not resolved.is_relative_to(folder):
             raise RecordError(Reason.PATH_ESCAPES, f"{relative!r} leads out of the image folder, to {resolved}")
-        if not resolved.is_file():
+        if not resolved.is_file() and not (may_be_folder and resolved.is_dir()):
             raise RecordError(Reason.MISSING_IMAGE, f"{relative!r} is not a file in the image folder")
     except OSError as error:  # a name too long, a loop of links
         raise RecordError(Reason.MISSING_IMAGE, f"{relative!r} cannot be opened: {error}") from error
