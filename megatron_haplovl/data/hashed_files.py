@@ -112,7 +112,7 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> FileEntry:
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     with HashedFile(path) as file:
         file.write(header.getvalue())
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         for start in range(0, len(view), _BLOCK):
             file.write(view[start : start + _BLOCK])
     return file.entry

@@ -83,7 +83,7 @@ class IndexedDatasetWriter:
     def extend(self, flat: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Append many sequences that stand one behind the other in `flat`."""
         assert flat.dtype == self._dtype and flat.ndim == 1 and int(lengths.sum(dtype=np.int64)) == len(flat)
-        view = memoryview(np.ascontiguousarray(flat).view(np.uint8))
+        view = np.ascontiguousarray(flat).view(np.uint8).data
         for start in range(0, len(view), _BLOCK):
             self._file.write(view[start : start + _BLOCK])
         self._add_lengths(lengths)

@@ -14,7 +14,8 @@ from megatron_haplovl.data.natural_order import natural_key
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
 from megatron_haplovl.data.video import FrameSettings, spread
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 """Files of a folder that are frames; others are left alone."""

@@ -146,7 +146,9 @@ def _open(source: Path | bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
         container = av.open(file, "r", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         if _head(source)[4:] == b"ftyp":
-            raise TruncatedVideoError("the file begins as MP4 and its index cannot be read; its end is missing") from error
+            raise TruncatedVideoError(
+                "the file begins as MP4 and its index cannot be read; its end is missing"
+            ) from error
         raise VideoError(f"not a readable video ({size} bytes): {_said(error)}") from error
     with container:
         covers = av.stream.Disposition.attached_pic
@@ -159,7 +161,9 @@ def _open(source: Path | bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
         try:
             yield container, stream
         except (av.FFmpegError, OSError) as error:
-            raise TruncatedVideoError(f"a {stream.codec_context.name} frame cannot be decoded: {_said(error)}") from error
+            raise TruncatedVideoError(
+                f"a {stream.codec_context.name} frame cannot be decoded: {_said(error)}"
+            ) from error
 
 
 def _head(source: Path | bytes) -> bytes:
