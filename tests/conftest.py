@@ -133,11 +133,11 @@ def tiny_prefix(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) 
     """The same records preprocessed with the llama3 template; do not write to it."""
     from megatron_haplovl.data.prefix_writer import write_prefix
     from megatron_haplovl.data.preprocess import ProcessorSettings
-    from megatron_haplovl.data.records import read_records
+    from megatron_haplovl.data.readers.inputs import read
 
     folder = tmp_path_factory.mktemp("prefix")
     dataset = make_llava_dataset(folder)
-    settings = ProcessorSettings(str(tiny_spm_model), "llama3", str(dataset.image_folder))
+    settings = ProcessorSettings(str(tiny_spm_model), "llama3", (str(dataset.image_folder),))
     prefix = str(folder / "train")
-    write_prefix(prefix, read_records(dataset.json)[1], settings)
+    write_prefix(prefix, read([dataset.json]), settings)
     return prefix

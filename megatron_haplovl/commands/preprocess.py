@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ from megatron_haplovl.data.record_source import RecordSource
 
 UNUSABLE_RECORDS, UNUSABLE_INPUT, WORKER_GONE, CANNOT_WRITE = 1, 2, 70, 74
 """Exit statuses. A signal ends the program with 128 and its number: 130 for SIGINT, 143 for SIGTERM."""
+
+_NAMED_AT_MOST = 12  # repairs and keys in the summary; the manifest has all of them
 
 
 class Stopped(BaseException):  # noqa: N818 - like KeyboardInterrupt, it is no error
@@ -72,14 +75,14 @@ def preprocess(args: argparse.Namespace) -> int:
         _print_bad(outcome, prefix)
         if outcome.manifest is None and outcome.bad and not args.skip_bad_records:
             print(
-                "Nothing was written. Repair these records, or skip them with --skip-bad-records. What has been done is "
-                f"kept in {folder.path}, and the next run goes on from it.",
+                "Nothing was written. Repair these records, or skip them with --skip-bad-records. "
+                f"What has been done is kept in {folder.path}, and the next run goes on from it.",
                 file=sys.stderr,
             )
             return UNUSABLE_RECORDS
         if outcome.manifest is None:
             folder.discard()
-            raise ValueError(f"{' '.join(args.input)} has no usable record")
+            raise ValueError(f"{', '.join(args.input)} has no usable record")
     _print_summary(outcome.manifest, prefix, time.monotonic() - started)
     return 0
 
@@ -90,8 +93,9 @@ def bound_to(
     """All that parts depend on. `--workers` and `--skip-bad-records` change none of them; images are not looked at."""
     values = dataclasses.asdict(settings)
     del values["tokenizer_model"], values["chat_template"]  # their contents count, in `origin`
-    if settings.image_folder is not None:
-        values["image_folder"] = str(Path(settings.image_folder).resolve())
+    for name in ("image_folders", "image_roots"):
+        values[name] = [str(Path(folder).resolve()) for folder in values[name]]
+    values["normalise"] = {name: sorted(names) for name, names in values["normalise"].items()}
     return {
         "program": f"{__version__}, format {FORMAT_VERSION}",
         "inputs": source.states(),
@@ -136,9 +140,11 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
         print(f"  videos       {counts.videos}, of {manifest.num_frames} frames each or fewer")
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
-    for title, values in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
-        if values:
-            print(f"  {title:<12} {', '.join(f'{name} {count}' for name, count in values.items())}")
+    for title, counter in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
+        most = sorted(counter.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in most[:_NAMED_AT_MOST])
+        more = f" and {len(most) - _NAMED_AT_MOST} more" if len(most) > _NAMED_AT_MOST else ""
+        print(f"  {title:<12} {named or 'nothing'}{more}")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
 
 

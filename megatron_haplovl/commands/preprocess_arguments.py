@@ -14,10 +14,12 @@ from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
 from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS
+from megatron_haplovl.data.normalise import NormaliseOptions
 from megatron_haplovl.data.preprocess import ProcessorSettings
+from megatron_haplovl.data.repairs import REPAIRS, parse_repairs
 from megatron_haplovl.data.video import DEFAULT_NUM_FRAMES, FrameSettings
 
-_DESCRIPTION = r"""Turn LLaVA records and an image folder into indexed files for training.
+_DESCRIPTION = r"""Turn records of conversations and images into indexed files for training.
 
     %(prog)s --input train.json --image-folder images --output-prefix data/train \
         --tokenizer-model vicuna-7b --chat-template vicuna_v1 --workers 8
@@ -46,13 +48,68 @@ def _share(text: str) -> Share:
     return Share(int(found[1]), int(found[2]))
 
 
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """What is read, and how strictly."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="records: .json, .jsonl (.gz, .zst), .parquet, .arrow, .tar files, folders of them, or globs in quotes",
+    )
+    parser.add_argument(
+        "--image-folder",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="folders that the records' image paths start from, searched in this order",
+    )
+    parser.add_argument(
+        "--image-root",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="further folders into which links inside the image folders may lead",
+    )
+    parser.add_argument(
+        "--repairs",
+        type=_repairs,
+        default="llava",
+        metavar="NAMES",
+        help=f"repairs that are allowed: llava, none, or a list such as llava,literal_mark of {', '.join(REPAIRS)} "
+        "(default: %(default)s); what another one would mend is an error",
+    )
+    parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="keys that look like media and need not be read",
+    )
+
+
+def _repairs(text: str) -> frozenset[str]:
+    try:
+        return parse_repairs(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def normalise_options(args: argparse.Namespace) -> NormaliseOptions:
+    """What the flags allow."""
+    return NormaliseOptions(args.repairs, frozenset(args.ignore_keys))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, nargs="+", metavar="FILE", help="records; globs and folders, too")
-    parser.add_argument("--image-folder", metavar="FOLDER", help="folder that the records' image paths start from")
+    add_input_flags(parser)
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="names of the files to write")
     parser.add_argument(
         "--tokenizer-model",
@@ -143,7 +200,9 @@ def settings_from(args: argparse.Namespace) -> ProcessorSettings:
     settings = ProcessorSettings(
         tokenizer_model=args.tokenizer_model,
         chat_template=args.chat_template,
-        image_folder=args.image_folder,
+        image_folders=tuple(args.image_folder),
+        image_roots=tuple(args.image_root),
+        normalise=normalise_options(args),
         max_image_pixels=args.max_image_pixels,
         vocab_size=args.vocab_size,
         frames=FrameSettings(args.num_frames, args.video_frame_size),

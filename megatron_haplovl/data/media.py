@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_haplovl.data import image_processing, video
-from megatron_haplovl.data.natural_order import natural_key
+from megatron_haplovl.data.image_folders import ImageFolders, frames_of
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
 from megatron_haplovl.data.video import FrameSettings, spread
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-"""Files of a folder that are frames; others are left alone."""
 
 _IMAGES_KEPT = 1 << 17  # sizes and digests that are remembered, some hundred bytes each
 _VIDEO_BYTES_KEPT = 64 << 20  # bytes of videos' frames that are remembered
@@ -64,13 +61,13 @@ class MediaFinder:
     """Looks at the media of records. A file is decoded and hashed once, however often it is used.
 
     Args:
-        resolve: from a record's path, and whether a folder is allowed, to the real path; raises RecordError.
+        folders: where paths begin.
         max_pixels: larger images and frames are refused.
         frames: which frames are taken of a video.
     """
 
-    def __init__(self, resolve: Callable[[str, bool], Path], max_pixels: int, frames: FrameSettings) -> None:
-        self._resolve = resolve
+    def __init__(self, folders: ImageFolders, max_pixels: int, frames: FrameSettings) -> None:
+        self._folders = folders
         self._max_pixels = max_pixels
         self._frame_settings = frames
         # The state of a file is part of its key, so that a file that changes is looked at again.
@@ -91,14 +88,14 @@ class MediaFinder:
         if image.data is not None:
             return self._look(image.data, "the image in the record", None)
         assert image.path is not None
-        return self._file(self._resolve(image.path, False))
+        return self._file(self._folders.find(image.path))
 
     def _file(self, path: Path) -> FoundImage:
-        key = _state(path, Reason.MISSING_IMAGE)
+        key = _state(path)
         known = self._files.get(key)
         if known is not None:
             return known
-        found = self._look(_read(path, Reason.MISSING_IMAGE), str(path), path)
+        found = self._look(_read(path), str(path), path)
         _remember(self._files, key, replace(found, data=None))
         return found
 
@@ -128,18 +125,16 @@ class MediaFinder:
         if medium.data is not None:
             return FoundVideo(tuple(self._decode(medium.data, "the video in the record")))
         assert medium.path is not None
-        path = self._resolve(medium.path, True)
+        path = self._folders.find(medium.path, may_be_folder=True)
         if path.is_dir():
-            names = frame_names(path)
-            if not names:
-                raise RecordError(Reason.UNDECODABLE_VIDEO, f"the folder {path} holds no frames")
+            names = frames_of(path)
             # Each is resolved by itself, because a link may lead anywhere.
-            frames = [f"{medium.path}/{names[i]}" for i in spread(len(names), number)]
-            return FoundVideo(tuple(self._file(self._resolve(frame, False)) for frame in frames))
+            frames = [f"{medium.path}/{names[i].name}" for i in spread(len(names), number)]
+            return FoundVideo(tuple(self._file(self._folders.find(frame)) for frame in frames))
         return self._video_file(path)
 
     def _video_file(self, path: Path) -> FoundVideo:
-        key = _state(path, Reason.MISSING_VIDEO)
+        key = _state(path)
         known = self._videos.get(key)
         if known is not None:
             return known
@@ -162,25 +157,19 @@ class MediaFinder:
             raise RecordError(Reason.UNDECODABLE_VIDEO, f"{name}: {error}") from error
 
 
-def frame_names(folder: Path) -> list[str]:
-    """Names of the frames in a folder, in natural order: `2.jpg` stands before `10.jpg`."""
-    found = (path.name for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
-    return sorted((name for name in found if not name.startswith(".")), key=natural_key)
-
-
-def _state(path: Path, reason: Reason) -> tuple[str, int, int]:
+def _state(path: Path) -> tuple[str, int, int]:
     try:
         state = os.stat(path)
     except OSError as error:
-        raise RecordError(reason, f"{path} cannot be read: {error.strerror}") from error
+        raise RecordError(Reason.MISSING_IMAGE, f"{path} cannot be read: {error.strerror}") from error
     return str(path), state.st_size, state.st_mtime_ns
 
 
-def _read(path: Path, reason: Reason) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RecordError(reason, f"{path} cannot be read: {error.strerror}") from error
+        raise RecordError(Reason.MISSING_IMAGE, f"{path} cannot be read: {error.strerror}") from error
 
 
 def _remember(cache: dict[K, V], key: K, value: V) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +11,13 @@ import numpy.typing as npt
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
+from megatron_haplovl.data.image_folders import open_folders
 from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.data.manifest import Origin
 from megatron_haplovl.data.media import FoundImage, FoundVideo, MediaFinder
-from megatron_haplovl.data.records import RawRecord, Reason, Record, RecordError, check_record, resolve_image
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.normalise_documents import find_media
+from megatron_haplovl.data.records import RawRecord, Reason, RecordError
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.video import FrameSettings
 
@@ -26,7 +28,11 @@ class ProcessorSettings:
 
     tokenizer_model: str
     chat_template: str
-    image_folder: str | None
+    image_folders: tuple[str, ...] = ()
+    """Where image paths begin, searched in this order."""
+    image_roots: tuple[str, ...] = ()
+    """Further folders into which links may lead."""
+    normalise: NormaliseOptions = NormaliseOptions()
     max_image_pixels: int = image_processing.DEFAULT_MAX_PIXELS
     vocab_size: int | None = None
     """If given, token ids must be below it."""
@@ -77,10 +83,8 @@ class RecordProcessor:
         self.tokenizer = load_tokenizer(settings.tokenizer_model)
         self.template = load_chat_template(settings.chat_template)
         self._encoder = ConversationEncoder(self.tokenizer, self.template)
-        self._folder = None if settings.image_folder is None else Path(settings.image_folder).resolve()
-        if self._folder is not None and not self._folder.is_dir():
-            raise ValueError(f"the image folder {settings.image_folder} does not exist")
-        self._media = MediaFinder(self._resolve, settings.max_image_pixels, settings.frames)
+        folders = open_folders(settings.image_folders, settings.image_roots)
+        self._media = MediaFinder(folders, settings.max_image_pixels, settings.frames)
 
     @property
     def origin(self) -> Origin:
@@ -98,26 +102,14 @@ class RecordProcessor:
     def process(self, raw: RawRecord) -> list[ProcessedSample] | BadRecord:
         """Process one record; whatever is wrong with it is in the result."""
         try:
-            return self.process_record(check_record(raw))
+            normalised = normalise(raw, self._settings.normalise)
+            record, visuals = find_media(normalised.record, self._media.find, normalised.mending)
+            conversation = self._encoder.encode(record)
+            self._check_vocabulary(conversation.token_ids)
+            self._check_length(conversation.token_ids, visuals)
         except RecordError as error:
             return BadRecord(raw.location, raw.id, error.reason.value, error.detail)
-
-    def process_record(self, record: Record) -> list[ProcessedSample]:
-        """Process a record that has the internal form.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
-        visuals = tuple(self._media.find(medium) for medium in record.media)
-        conversation = self._encoder.encode(record)
-        self._check_vocabulary(conversation.token_ids)
-        self._check_length(conversation.token_ids, visuals)
-        return [ProcessedSample(conversation, visuals)]
-
-    def _resolve(self, path: str, may_be_folder: bool) -> Path:
-        if self._folder is None:
-            raise RecordError(Reason.MISSING_IMAGE, f"{path!r}: there is no --image-folder")
-        return resolve_image(path, self._folder, may_be_folder=may_be_folder)
+        return [ProcessedSample(conversation, visuals, normalised.repairs, normalised.unread_keys)]
 
     def _text_ids(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return token_ids[~np.isin(token_ids, self.tokenizer.placeholder_ids)]

@@ -53,8 +53,8 @@ def run(
         folder: the parts.
         prefix: the prefix to write.
         workers: number of processes; 1 is this one.
-        skip_bad_records: leave out records that cannot be used. Without it, parts that have some are made again, because
-            their images may have been mended.
+        skip_bad_records: leave out records that cannot be used. Without it, parts that have some are made again,
+            because their images may have been mended.
         may_be_empty: whether files without samples are written, too.
         progress: is told of each part that was there or has been made.
 

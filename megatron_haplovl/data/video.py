@@ -1,13 +1,13 @@
 """Videos become frames: some moments, evenly spread, each an encoded picture. PyAV decodes them, and only here.
 
-The moments lie evenly between the first frame and the last one, both included: `t_i = t_0 + floor((t_last - t_0) * i /
-(N - 1))`, in the ticks of the file's own clock, and what is taken is the frame that is shown then. With a constant frame
+The moments lie evenly between the first frame and the last one, both included, in the ticks of the file's own clock:
+`t_i = t_0 + floor((t_last - t_0) * i / (N - 1))`. What is taken is the frame that is shown then. With a constant frame
 rate these are the frames `floor((n - 1) * i / (N - 1))` of n, as LLaVA-Video takes them; with a changing one they are
 even in time. A video of N frames or fewer gives all of them, and no frame is taken twice.
 
 Frames are stored as JPEG of quality 95 without chroma subsampling: what that loses is far below what the video's own
-compression and the scaling to one tile lose, and PNG would be about eight times as large and slower to read. The encoder
-is Pillow's, so the bytes are the same in every process of one installation.
+compression and the scaling to one tile lose, and PNG would be several times as large and slower to read. The encoder is
+Pillow's, so the bytes are the same in every process of one installation.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _names_in_state(path: Path) -> list[str]:
 
 
 def _split_of(inside: Path) -> str | None:
-    """The split that a name begins with, the file's or its folder's: `train-00000-of-00002.parquet`, `test/0.parquet`."""
+    """The split that a name begins with, the file's or a folder's: `train-00000-of-00002.parquet`, `test/0.parquet`."""
     for part in reversed(inside.parts):
         word = part.lower().replace("_", "-").replace(".", "-").partition("-")[0]
         if word in _SPLITS:

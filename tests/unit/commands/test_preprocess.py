@@ -115,7 +115,7 @@ def bad_lines(dataset: LlavaDataset) -> list[tuple[str, str]]:
         (line("../outside.png"), "path_escapes_image_folder"),
         (line(str(folder / "a" / "0.png")), "path_escapes_image_folder"),
         (line("link.png"), "path_escapes_image_folder"),
-        (line(None, [{"from": "human", "value": "<video>"}, answer]), "video_not_supported"),
+        (line(None, [{"from": "human", "value": "<video>"}, answer]), "image_mark_count_mismatch"),
         (line("a/0.png", [question, {"from": "gpt", "value": "a </s> b"}]), "reserved_token_in_text"),
         (line("a/0.png", [question, {"from": "gpt", "value": "It is. " * 100}]), "too_long"),
         ('{"id": "x", ', "unparsable_line"),
