@@ -32,6 +32,8 @@ class Reason(str, Enum):
     REMOTE_IMAGE = "remote_image"
     UNDECODABLE_IMAGE = "undecodable_image"
     TRUNCATED_IMAGE = "truncated_image"
+    UNDECODABLE_VIDEO = "undecodable_video"
+    TRUNCATED_VIDEO = "truncated_video"
     DECOMPRESSION_BOMB = "decompression_bomb"
 
 
