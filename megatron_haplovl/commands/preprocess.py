@@ -58,7 +58,8 @@ def preprocess(args: argparse.Namespace) -> int:
     with open_parts(prefix, bound_to(settings, processor, source, args)) as (folder, said):
         if said is not None:
             print(said, file=sys.stderr)
-        _say_what_is_there(folder, source)
+        finished = folder.finished()
+        _say_what_is_there(len(finished), folder, source)
         spans = all_spans(source) if args.part is None else share_of(source, args.part.index, args.part.total)
         with tqdm(unit=" records", mininterval=interval, file=sys.stderr) as bar:
             outcome = run(
@@ -66,6 +67,7 @@ def preprocess(args: argparse.Namespace) -> int:
                 source,
                 spans,
                 folder,
+                finished,
                 prefix,
                 workers=args.workers,
                 skip_bad_records=args.skip_bad_records,
@@ -106,8 +108,7 @@ def bound_to(
     }
 
 
-def _say_what_is_there(folder: PartsFolder, source: RecordSource) -> None:
-    there = len(folder.finished())
+def _say_what_is_there(there: int, folder: PartsFolder, source: RecordSource) -> None:
     if not there:
         return
     ends = folder.ends()
