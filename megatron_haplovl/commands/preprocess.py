@@ -24,11 +24,12 @@ from megatron_haplovl.data.preprocess_run import Outcome, run, without_threads
 from megatron_haplovl.data.preprocess_schedule import all_spans, share_of
 from megatron_haplovl.data.preprocess_workers import WorkerGoneError
 from megatron_haplovl.data.record_source import RecordSource
+from megatron_haplovl.data.repairs import REPAIRS
 
 UNUSABLE_RECORDS, UNUSABLE_INPUT, WORKER_GONE, CANNOT_WRITE = 1, 2, 70, 74
 """Exit statuses. A signal ends the program with 128 and its number: 130 for SIGINT, 143 for SIGTERM."""
 
-_NAMED_AT_MOST = 12  # repairs and keys in the summary; the manifest has all of them
+_NAMED_AT_MOST = 12  # keys in the summary; the manifest has all of them
 
 
 class Stopped(BaseException):  # noqa: N818 - like KeyboardInterrupt, it is no error
@@ -141,11 +142,12 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
         print(f"  videos       {counts.videos}, of {manifest.num_frames} frames each or fewer")
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
-    for title, counter in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
-        most = sorted(counter.items(), key=lambda item: -item[1])
-        named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in most[:_NAMED_AT_MOST])
-        more = f" and {len(most) - _NAMED_AT_MOST} more" if len(most) > _NAMED_AT_MOST else ""
-        print(f"  {title:<12} {named or 'nothing'}{more}")
+    for name, count in manifest.repairs.items():
+        print(f"  repaired     {name} {count}: {REPAIRS[name]}")
+    unread = sorted(manifest.unread_keys.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in unread[:_NAMED_AT_MOST])
+    more = f" and {len(unread) - _NAMED_AT_MOST} more" if len(unread) > _NAMED_AT_MOST else ""
+    print(f"  not read     {named or 'nothing'}{more}")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
 
 

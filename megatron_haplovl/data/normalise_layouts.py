@@ -101,15 +101,17 @@ def _document(turn: Turn, images: tuple[Image, ...] = (), videos: tuple[Video, .
 
 
 def _images(value: Object) -> tuple[Image, ...]:
-    return tuple(read_images(value.get(_one_of(value, _IMAGE_KEYS)), _one_of(value, _IMAGE_KEYS)))
+    key = _one_of(value, _IMAGE_KEYS)
+    return read_images(value.get(key), key)
 
 
 def _videos(value: Object) -> tuple[Video, ...]:
-    return tuple(read_videos(value.get(_one_of(value, _VIDEO_KEYS)), _one_of(value, _VIDEO_KEYS)))
+    key = _one_of(value, _VIDEO_KEYS)
+    return read_videos(value.get(key), key)
 
 
 def _one_of(value: Object, keys: tuple[str, ...]) -> str:
-    given = [key for key in keys if not is_empty(value.get(key))]
+    given = [key for key in keys if key in value and not is_empty(value[key])]
     if len(given) > 1:
         raise RecordError(Reason.IMAGE_COUNT, f"the record has `{given[0]}` and `{given[1]}`; keep one of them")
     return given[0] if given else keys[0]

@@ -14,6 +14,8 @@ from megatron_haplovl.data.records import Image, Message, Part, Reason, RecordEr
 from megatron_haplovl.data.repairs import Mending
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK
 
+_MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
+
 
 def place_media(
     turns: Sequence[Turn], images: Sequence[Image], videos: Sequence[Video], mending: Mending
@@ -61,6 +63,8 @@ def _fill_slots(
 def _place_marks(
     turns: Sequence[Turn], images: Sequence[Image], videos: Sequence[Video], mending: Mending
 ) -> list[Message]:
+    if not images and not videos and not any("<" in turn.text for turn in turns):
+        return [Message(turn.role, (turn.text,) if turn.text else ()) for turn in turns]
     asked = "".join(turn.text for turn in turns if turn.role != "assistant")
     # LLaVA-Hound writes `<image>` for its videos.
     image_means_video = bool(videos) and not images and VIDEO_MARK not in asked and IMAGE_MARK in asked
@@ -86,12 +90,12 @@ def _place_marks(
 
 def _roles_with(mark: str, turns: Sequence[Turn], media: Sequence[Image | Video], mending: Mending) -> tuple[str, ...]:
     """The roles in whose turns a mark stands for a medium."""
-    counts = {role: 0 for role in ("system", "user", "assistant", DOCUMENT)}
+    counts = dict.fromkeys(("system", "user", "assistant", DOCUMENT), 0)
     for turn in turns:
         counts[turn.role] += turn.text.count(mark)
     total, asked = sum(counts.values()), counts["user"] + counts[DOCUMENT]
     if not media:
-        edges = [turn for turn in turns if turn.role == "user" and _is_at_edge(mark, turn.text)]
+        edges = [turn for turn in turns if turn.role == "user" and _is_at_edge(mark, turn.text)] if asked else []
         if edges:
             mending.use(
                 "literal_mark",
@@ -116,15 +120,23 @@ def _is_at_edge(mark: str, text: str) -> bool:
 
 
 def _split(text: str, marks: list[str], remaining: dict[str, Iterator[Image | Video]]) -> tuple[Part, ...]:
-    if not marks:
+    if not marks or "<" not in text:
         return (text,) if text else ()
-    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
-    return tuple(next(remaining[piece]) if piece in marks else piece for piece in pieces if piece)
+    pieces = _MARKS.split(text)
+    parts: list[Part] = []
+    for piece in pieces:
+        if piece in marks:
+            parts.append(next(remaining[piece]))
+        elif piece and parts and isinstance(parts[-1], str):  # a mark that is text
+            parts[-1] += piece
+        elif piece:
+            parts.append(piece)
+    return tuple(parts)
 
 
 def _to_front(message: Message, mending: Mending) -> Message:
     """A question's only medium comes first, as in LLaVA; where a question has several, their places have a meaning."""
-    if message.role != "user" or len(message.media) != 1:
+    if message.role != "user" or len(message.parts) < 2 or len(message.media) != 1:
         return message
     before = message.parts[: message.parts.index(message.media[0])]
     if not "".join(part for part in before if isinstance(part, str)).strip():

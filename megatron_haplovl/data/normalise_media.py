@@ -36,11 +36,13 @@ def shown(value: Any) -> str:
 
 def is_empty(value: Any) -> bool:
     """Whether a key holds nothing: null, "", no bytes, an empty list or object, or one of nothing but these."""
+    if value is None or isinstance(value, (str, bytes)):
+        return not value
     if isinstance(value, Mapping):
         return all(is_empty(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(item) for item in value)
-    return value is None or (isinstance(value, (str, bytes)) and not value)
+    return False
 
 
 def is_unicode(text: str) -> bool:

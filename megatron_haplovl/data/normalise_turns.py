@@ -38,6 +38,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The text alone."""
+        if len(self.pieces) == 1 and isinstance(self.pieces[0], str):  # nearly always
+            return self.pieces[0]
         return "".join(piece for piece in self.pieces if isinstance(piece, str))
 
 

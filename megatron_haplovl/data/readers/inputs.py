@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron_haplovl.data.natural_order import natural_key
 from megatron_haplovl.data.readers.json_array import count_json, read_json
 from megatron_haplovl.data.readers.json_lines import count_json_lines, read_json_lines
-from megatron_haplovl.data.readers.streams import COMPRESSIONS
 from megatron_haplovl.data.readers.tables import count_arrow, count_parquet, read_arrow, read_parquet
 from megatron_haplovl.data.readers.tar_shards import count_tar, read_tar
 from megatron_haplovl.data.records import RawRecord
@@ -24,21 +23,20 @@ class FileKind:
     suffixes: tuple[str, ...]
     """What their names end in, in small letters."""
     read: Callable[[Path, int], Iterator[RawRecord]]
-    """Records from a number on; `location` names the place in the file."""
+    """Records from a number on, those before it not parsed where the kind of file allows it: lines, row groups and
+    members of tar files are skipped, a list is read. `location` names the place in the file."""
     count: Callable[[Path], int]
     """Number of records."""
-    is_count_cheap: bool
-    """Whether the number is known without reading records, if the file is not compressed."""
     is_found_in_folders: bool = True
     """Whether a folder is searched for them. `.json` is not, because data set folders hold other JSON files."""
 
 
 FILE_KINDS = (
-    FileKind((".json", ".json.gz", ".json.zst"), read_json, count_json, False, is_found_in_folders=False),
-    FileKind((".jsonl", ".jsonl.gz", ".jsonl.zst"), read_json_lines, count_json_lines, True),
-    FileKind((".parquet",), read_parquet, count_parquet, True),
-    FileKind((".arrow",), read_arrow, count_arrow, True),
-    FileKind((".tar", ".tar.gz", ".tgz", ".tar.zst"), read_tar, count_tar, False),
+    FileKind((".json", ".json.gz", ".json.zst"), read_json, count_json, is_found_in_folders=False),
+    FileKind((".jsonl", ".jsonl.gz", ".jsonl.zst"), read_json_lines, count_json_lines),
+    FileKind((".parquet",), read_parquet, count_parquet),
+    FileKind((".arrow",), read_arrow, count_arrow),
+    FileKind((".tar", ".tar.gz", ".tgz", ".tar.zst"), read_tar, count_tar),
 )
 """Every kind of file that records are read from."""
 
@@ -135,13 +133,11 @@ def _split_of(inside: Path) -> str | None:
     return None
 
 
-def read(inputs: Sequence[str | Path], first: int = 0) -> Iterator[RawRecord]:
+def read(inputs: Sequence[str | Path]) -> Iterator[RawRecord]:
     """The records of all inputs, in one fixed order.
 
     Args:
         inputs: as for :func:`find_inputs`.
-        first: number of the first record that is wanted. Those before it are not parsed where the kind of file allows
-            it: lines, row groups and members of tar files are skipped, a list is read.
 
     Returns:
         The records. A location is `line 7`, `index 7`, `row 7` or `member 000001`; with several files, the file's name
@@ -150,29 +146,10 @@ def read(inputs: Sequence[str | Path], first: int = 0) -> Iterator[RawRecord]:
     Raises:
         ValueError: as :func:`find_inputs`, at once; or, while it is iterated, a file is damaged or cut short.
     """
-    return _read_files(find_inputs(inputs), first)
+    return _read_files(find_inputs(inputs))
 
 
-def _read_files(files: tuple[Path, ...], first: int) -> Iterator[RawRecord]:
+def _read_files(files: tuple[Path, ...]) -> Iterator[RawRecord]:
     for path in files:
-        kind = kind_of(path)
-        if first > 0 and len(files) > 1:
-            count = kind.count(path)
-            if count <= first:
-                first -= count
-                continue
-        for raw in kind.read(path, first):
+        for raw in kind_of(path).read(path, 0):
             yield raw if len(files) == 1 else RawRecord(f"{path} {raw.location}", raw.value)
-        first = 0
-
-
-def count_records(inputs: Sequence[str | Path]) -> int | None:
-    """Number of records of all inputs, or None if it is not cheap to know.
-
-    Raises:
-        ValueError: as :func:`find_inputs`; or a file is damaged.
-    """
-    files = find_inputs(inputs)
-    if not all(kind_of(path).is_count_cheap and not path.name.lower().endswith(COMPRESSIONS) for path in files):
-        return None
-    return sum(kind_of(path).count(path) for path in files)

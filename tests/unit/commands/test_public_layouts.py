@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
+from megatron_haplovl.commands.preprocess import main
+from megatron_haplovl.data.manifest import read_manifest
+from megatron_haplovl.data.sources import EncodedVideo, IndexedSource
 from tests.layouts import ANSWERED, CASES, MEMBERS, Tool, as_json, bytes_of, chat, compact, says, write, write_tar
 
 
@@ -57,6 +65,41 @@ def test_a_mark_at_the_edge_of_a_question_without_an_image(tool: Tool) -> None:
     assert "--repairs literal_mark" in got.report[0]["detail"]
     got = tool(path, flags=("--repairs", "llava,literal_mark"))
     assert (got.texts, got.visuals) == ([says("<image>\nWhat is it?")], [[]])
+
+
+def write_video(path: Path, frames: int) -> None:
+    """Frames that become brighter, 8 grey levels each."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, options={"qscale": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((48, 64, 3), 8 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("given", ["path", "bytes", "part"])
+def test_video_file(tool: Tool, given: str) -> None:
+    """Frames at fixed times, stored as pictures."""
+    tool.images = tool.folder
+    write_video(tool.folder / "v.mp4", 30)
+    data = (tool.folder / "v.mp4").read_bytes()
+    records: dict[str, Any] = {
+        "path": {"id": "v2", "video": "v.mp4", "conversations": chat("<video>\nWhat happens?")},
+        "bytes": {"video": {"bytes": data, "path": "v.mp4"}, "conversations": chat("<video>\nWhat happens?")},
+        "part": {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}, "What?"]}, ANSWERED]},
+    }
+    path = write(tool.folder, "a.jsonl" if given != "bytes" else "a.parquet", [records[given]])
+    prefix = tool.folder / "out" / "v"
+    words = [f"--input={path}", f"--image-folder={tool.images}", f"--output-prefix={prefix}", "--num-frames=4"]
+    words += [f"--tokenizer-model={tool.tokenizer}", "--chat-template=vicuna_v1", "--workers=1"]
+    assert main(words) == 0, tool.capture.readouterr().err
+    manifest = read_manifest(str(prefix))
+    assert (manifest.counts.videos, manifest.num_frames, manifest.counts.image_references) == (1, 4, 4)
+    (video,) = IndexedSource(str(prefix)).read(0).visuals
+    assert isinstance(video, EncodedVideo)
+    levels = [float(np.asarray(Image.open(io.BytesIO(frame.data))).mean()) for frame in video.frames]
+    assert levels == pytest.approx([8 * (29 * i // 3) for i in range(4)], abs=4)
 
 
 TWICE = [*chat("<image>\na", "b"), *chat("<image>\nc", "d")]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_haplovl.data.normalise import NormaliseOptions, normalise
-from megatron_haplovl.data.readers.inputs import count_records, read
+from megatron_haplovl.data.readers.inputs import kind_of, read
 from megatron_haplovl.data.records import (
     Image,
     RawRecord,
@@ -111,7 +111,7 @@ def test_path_that_leaves_the_folder(tmp_path: Path) -> None:
 def test_lines_and_lists(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b'{"id": 7}\n\n{broken\n\xff\xfe\n' + b"[" * 100000 + b"\n" + b'{"id": "x"}\n')
-    total = count_records([lines])
+    total = kind_of(lines).count(lines)
     found = list(read([lines]))
     assert total == len(found) == 5
     assert [r.location for r in found] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
