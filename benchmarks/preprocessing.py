@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,45 +42,11 @@ from megatron_haplovl.data.record_source import RecordSource
 from megatron_haplovl.data.records import Image, Message, Record
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
-_WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "table",
-    "red",
-    "blue",
-    "green",
-    "on",
-    "under",
-    "beside",
-    "large",
-    "small",
-    "man",
-    "woman",
-    "street",
-    "car",
-    "tree",
-    "house",
-    "window",
-    "holding",
-    "looking",
-    "standing",
-    "two",
-    "three",
-    "several",
-    "people",
-    "image",
-    "shows",
-    "scene",
-    "background",
-    "sky",
-    "light",
-    "bright",
-    "wooden",
-    "white",
-    "black",
-]
+_WORDS = re.findall(
+    r"\w+",
+    """a cat dog table red blue green on under beside large small man woman street car tree house window holding
+looking standing two three several people image shows scene background sky light bright wooden white black""",
+)
 
 
 @dataclass(frozen=True)
@@ -201,33 +167,29 @@ def plain_pass(corpus: Corpus, folder: Path) -> Cost:
 
 
 def measure(folder: Path, records: int, repeats: int) -> dict[str, float]:
-    """All figures."""
+    """All figures, as medians over the rounds."""
     without_threads()
     figures: dict[str, float] = {}
     for name, with_images in (("with images", True), ("text alone", False)):
         corpus = make_corpus(folder, records if with_images else 4 * records, with_images=with_images)
-        variants: dict[str, Callable[[], Cost]] = {
-            "plain": lambda corpus=corpus: plain_pass(corpus, folder / "plain"),  # type: ignore[misc]
-            "one": lambda corpus=corpus: preprocess(corpus, folder / "one", 1),  # type: ignore[misc]
-            "two": lambda corpus=corpus: preprocess(corpus, folder / "two", 2),  # type: ignore[misc]
-        }
-        rounds = [{label: variant() for label, variant in variants.items()} for _ in range(repeats)]
-
-        def median(ratio: Callable[[dict[str, Cost]], float], rounds: list[dict[str, Cost]] = rounds) -> float:
-            return statistics.median(map(ratio, rounds))
-
-        figures |= {
-            f"{name}: plain loop, ms a record": median(lambda r: 1e3 * r["plain"].wall / corpus.records),
-            f"{name}: one worker, share of the plain loop's rate": median(lambda r: r["plain"].wall / r["one"].wall),
-            f"{name}: the same of CPU time": median(lambda r: r["plain"].main_cpu / r["one"].main_cpu),
-            f"{name}: two workers over one": median(lambda r: r["one"].wall / r["two"].wall),
-            f"{name}: main process, us of CPU a record": median(lambda r: 1e6 * r["two"].main_cpu / corpus.records),
-            f"{name}: workers, us of CPU a record": median(lambda r: 1e6 * r["two"].worker_cpu / corpus.records),
-            f"{name}: workers that the main process can serve": median(
-                lambda r: r["two"].worker_cpu / r["two"].main_cpu
-            ),
-        }
+        rounds = [_figures_of_round(corpus, folder) for _ in range(repeats)]
+        figures |= {f"{name}: {key}": statistics.median(each[key] for each in rounds) for key in rounds[0]}
     return figures
+
+
+def _figures_of_round(corpus: Corpus, folder: Path) -> dict[str, float]:
+    plain = plain_pass(corpus, folder / "plain")
+    one = preprocess(corpus, folder / "one", 1)
+    two = preprocess(corpus, folder / "two", 2)
+    return {
+        "plain loop, ms a record": 1e3 * plain.wall / corpus.records,
+        "one worker, share of the plain loop's rate": plain.wall / one.wall,
+        "the same of CPU time": plain.main_cpu / one.main_cpu,
+        "two workers over one": one.wall / two.wall,
+        "main process, us of CPU a record": 1e6 * two.main_cpu / corpus.records,
+        "workers, us of CPU a record": 1e6 * two.worker_cpu / corpus.records,
+        "workers that the main process can serve": two.worker_cpu / two.main_cpu,
+    }
 
 
 def main() -> None:
