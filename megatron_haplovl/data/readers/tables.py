@@ -26,7 +26,7 @@ def read_parquet(path: Path, first: int) -> Iterator[RawRecord]:
     from pyarrow import parquet
 
     try:
-        # Without buffers of a whole row group, which may be a gigabyte of images.
+        # Page by page, without a buffer of the whole row group, which may be a gigabyte of images.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             start = 0
             for group in range(file.num_row_groups):
