@@ -46,12 +46,12 @@ setup(
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],
-        "video": ["av>=14"],
+        "video": ["av>=18.1"],
         "tracking": ["tensorboard", "wandb"],
         "test": [
             "pytest>=8",
             "megatron-core>=0.16",
-            "av>=14",
+            "av>=18.1",
             "tensorboard",
             "matplotlib>=3.8",
             "setuptools>=77",
