@@ -7,8 +7,9 @@ loop holds the records in memory, uses the same tokenizer, chat template and ima
 image bytes to three files: no checks, no digests, no index. All variants are timed in turn, `--repeats` times, and the
 medians of the ratios within one round are reported, because the machine's speed changes.
 
-The main process's CPU time, system time included, is measured apart from the workers'. The number of workers at which
-it would be busy all the time is the workers' CPU time divided by its own.
+The main process's CPU time, system time included, is measured apart from the workers', for all records and for a
+quarter of them: the difference is what records cost. The number of workers at which the main process would be busy all
+the time is the workers' CPU time for a record divided by its own.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def make_corpus(folder: Path, records: int, *, with_images: bool) -> Corpus:
                 small = rng.integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
                 Picture.fromarray(small).resize((640, 480), Picture.Resampling.BICUBIC).save(path, quality=95)
         made.append(record)
-    path = folder / f"records_{with_images}.jsonl"
+    path = folder / f"records_{records}_{with_images}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
     model = folder / "tokenizer.model"
     if not model.exists():
@@ -171,24 +172,32 @@ def measure(folder: Path, records: int, repeats: int) -> dict[str, float]:
     without_threads()
     figures: dict[str, float] = {}
     for name, with_images in (("with images", True), ("text alone", False)):
-        corpus = make_corpus(folder, records if with_images else 4 * records, with_images=with_images)
-        rounds = [_figures_of_round(corpus, folder) for _ in range(repeats)]
+        number = records if with_images else 4 * records
+        corpora = [make_corpus(folder, count, with_images=with_images) for count in (number, number // 4)]
+        rounds = [_figures_of_round(*corpora, folder) for _ in range(repeats)]
         figures |= {f"{name}: {key}": statistics.median(each[key] for each in rounds) for key in rounds[0]}
     return figures
 
 
-def _figures_of_round(corpus: Corpus, folder: Path) -> dict[str, float]:
+def _figures_of_round(corpus: Corpus, small: Corpus, folder: Path) -> dict[str, float]:
     plain = plain_pass(corpus, folder / "plain")
     one = preprocess(corpus, folder / "one", 1)
     two = preprocess(corpus, folder / "two", 2)
+    # What starting the processes and completing the files costs is the same for any number of records.
+    less = preprocess(small, folder / "two", 2)
+    main, workers = (
+        (getattr(two, name) - getattr(less, name)) / (corpus.records - small.records)
+        for name in ("main_cpu", "worker_cpu")
+    )
     return {
         "plain loop, ms a record": 1e3 * plain.wall / corpus.records,
         "one worker, share of the plain loop's rate": plain.wall / one.wall,
         "the same of CPU time": plain.main_cpu / one.main_cpu,
         "two workers over one": one.wall / two.wall,
-        "main process, us of CPU a record": 1e6 * two.main_cpu / corpus.records,
-        "workers, us of CPU a record": 1e6 * two.worker_cpu / corpus.records,
-        "workers that the main process can serve": two.worker_cpu / two.main_cpu,
+        "main process, ms of CPU at the start and the end": 1e3 * (less.main_cpu - main * small.records),
+        "main process, us of CPU a record": 1e6 * main,
+        "workers, us of CPU a record": 1e6 * workers,
+        "workers that the main process can serve": workers / main,
     }
 
 

@@ -155,7 +155,8 @@ class PrefixWriter:
         )
         self._repairs.update(sample.repairs)
         self._unread_keys.update(sample.unread_keys)
-        text = token_ids[~np.isin(token_ids, placeholder_ids)]
+        # np.isin would cost as much as all the rest of this function.
+        text = token_ids[(token_ids != placeholder_ids[0]) & (token_ids != placeholder_ids[1])]
         self._longest = max(self._longest, len(token_ids))
         self._largest_id = max(self._largest_id, int(text.max(initial=0)))
 

@@ -73,7 +73,12 @@ def test_shares_joined_are_one_run(
     plain.write_text(lines)
     packed.write_bytes(gzip.compress(lines.encode()))
     as_parquet(table, dataset.records)
-    inputs = {"json": (dataset.json,), "jsonl": (plain,), "jsonl.gz": (packed,), "parquet": (table,)}
+    inputs: dict[str, tuple[Path, ...]] = {
+        "json": (dataset.json,),
+        "jsonl": (plain,),
+        "jsonl.gz": (packed,),
+        "parquet": (table,),
+    }
     inputs["several"] = (plain, dataset.json, table)
     whole = run("whole", inputs=inputs[kind])
     shares = [

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_haplovl.commands.preprocess import build_parser, preprocess
+from megatron_haplovl.commands.preprocess import preprocess
+from megatron_haplovl.commands.preprocess_arguments import build_parser
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
-from megatron_haplovl.data.sources import EncodedVideo, IndexedSource
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.video import FrameSettings, encoded_frames
 from tests.conftest import LlavaDataset, train_sentencepiece, write_image
@@ -52,7 +53,7 @@ def test_what_is_written_is_what_was_given(
         sample = source.read(i)
         images = record.get("image", [])
         images = [images] if isinstance(images, str) else images
-        assert [image.data for image in sample.visuals] == [
+        assert [image.data for image in sample.visuals if isinstance(image, EncodedImage)] == [
             (tiny_llava_dataset.image_folder / image).read_bytes() for image in images
         ]
         text = tokenizer.hf.decode(sample.token_ids[~sample.is_visual].tolist(), skip_special_tokens=True)

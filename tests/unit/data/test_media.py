@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from megatron_haplovl.data import image_processing, media
+from megatron_haplovl.data import image_processing, media, video
 from megatron_haplovl.data.image_folders import open_folders
 from megatron_haplovl.data.media import FoundImage, FoundVideo, MediaFinder
 from megatron_haplovl.data.records import Image, RecordError, Video
-from megatron_haplovl.data.video import FrameSettings
+from megatron_haplovl.data.video import EncodedFrame, FrameSettings
 from tests.conftest import write_image
 from tests.unit.data.test_video import make_video
 
@@ -35,7 +37,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(data))
         return original(data, max_pixels)
 
-    monkeypatch.setattr(media.image_processing, "decode_image", decode_image)
+    monkeypatch.setattr(image_processing, "decode_image", decode_image)
     return calls
 
 
@@ -92,10 +94,13 @@ def test_frames_of_a_folder_and_of_a_list(finder: MediaFinder, tmp_path: Path) -
 def test_a_video_is_decoded_once(finder: MediaFinder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "a.mp4")
     calls: list[object] = []
-    original = media.video.encoded_frames
-    monkeypatch.setattr(
-        media.video, "encoded_frames", lambda source, *more: (calls.append(source), original(source, *more))[1]
-    )
+    original = video.encoded_frames
+
+    def encoded_frames(source: Path | bytes, *more: Any) -> Iterator[EncodedFrame]:
+        calls.append(source)
+        return original(source, *more)
+
+    monkeypatch.setattr(video, "encoded_frames", encoded_frames)
     first = digests(finder, Video(path="a.mp4"))
     assert len(first) == 4 and digests(finder, Video(path="a.mp4")) == first and calls == [path]
     assert digests(finder, Video(data=path.read_bytes())) == first

@@ -113,7 +113,12 @@ def test_long_videos_are_entered_at_key_frames(tmp_path: Path, monkeypatch: pyte
     path = make_video(tmp_path / "a.mp4", 600)
     spent: list[int] = []
     original = video._Budget.spend
-    monkeypatch.setattr(video._Budget, "spend", lambda self, frame: (spent.append(1), original(self, frame))[1])
+
+    def spend(self: Any, frame: Any) -> None:
+        spent.append(1)
+        original(self, frame)
+
+    monkeypatch.setattr(video._Budget, "spend", spend)
     frames = frames_of(path, 5)
     assert len(frames) == 5 and len(spent) < 80
 
