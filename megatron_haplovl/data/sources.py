@@ -158,7 +158,7 @@ class IndexedSource:
             references = split_references(self._image_refs.in_order(index).tolist(), len(self._images))
         except ValueError as error:
             raise ValueError(f"{self._prefix}: sample {index}: {error}") from error
-        is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
+        is_visual = (token_ids == self.manifest.image_token_id) | (token_ids == self.manifest.video_token_id)
         self._check_values(index, token_ids[~is_visual], loss_mask)
         is_video = (token_ids[is_visual] == self.manifest.video_token_id).tolist()
         if is_video != [isinstance(reference, list) for reference in references]:
