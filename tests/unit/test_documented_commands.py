@@ -22,7 +22,7 @@ from megatron_haplovl.commands import (
     generate,
     inspect_data,
     plan_arguments,
-    preprocess,
+    preprocess_arguments,
     verify,
 )
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
@@ -44,7 +44,7 @@ TOOLS = {
     "tools/generate.py": generate.build_parser,
     "tools/plan_parallelism.py": plan_arguments.build_parser,
     "tools/inspect_data.py": inspect_data.build_parser,
-    "tools/preprocess_data.py": preprocess.build_parser,
+    "tools/preprocess_data.py": preprocess_arguments.build_parser,
     "tools/verify_data.py": verify.build_parser,
 }
 SCRIPTS = {
@@ -53,7 +53,7 @@ SCRIPTS = {
     "haplovl-generate": generate.build_parser,
     "haplovl-inspect": inspect_data.build_parser,
     "haplovl-plan": plan_arguments.build_parser,
-    "haplovl-preprocess": preprocess.build_parser,
+    "haplovl-preprocess": preprocess_arguments.build_parser,
     "haplovl-verify": verify.build_parser,
 }
 MODULES = {
@@ -132,8 +132,8 @@ def check(command: Command, folder: Path) -> None:
             arguments = parser().parse_args([word for word in words[words.index(name) + 1 :] if word != "..."])
             if parser is plan_arguments.build_parser:
                 plan_arguments.config_from(arguments)
-            if parser is preprocess.build_parser:
-                preprocess.settings_from(arguments)
+            if parser is preprocess_arguments.build_parser:
+                preprocess_arguments.settings_from(arguments)
             return
     if "pytest" in words:
         assert all((REPOSITORY / word).exists() for word in words if word.startswith("tests/"))
