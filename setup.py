@@ -20,8 +20,12 @@ setup(
     package_data={"megatron_haplovl": ["py.typed"], "megatron_haplovl.data": ["templates/*.jinja"]},
     entry_points={
         "console_scripts": [
-            f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
-            for command in ("preprocess", "convert", "evaluate", "generate", "plan")
+            *(
+                f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
+                for command in ("preprocess", "merge", "convert", "evaluate", "generate", "plan", "verify")
+            ),
+            # A module of the name `inspect` would hide Python's own from those beside it.
+            "haplovl-inspect = megatron_haplovl.commands.inspect_data:main",
         ]
     },
     python_requires=">=3.11",
@@ -41,13 +45,17 @@ setup(
         "jinja2>=3.1",
         "pyyaml>=6.0.1",
         "tqdm>=4.60",
+        "pyarrow>=17",
+        "zstandard>=0.22",
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],
+        "video": ["av>=18.1"],
         "tracking": ["tensorboard", "wandb"],
         "test": [
             "pytest>=8",
             "megatron-core>=0.16",
+            "av>=18.1",
             "tensorboard",
             "matplotlib>=3.8",
             "setuptools>=77",

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_haplovl.commands.preprocess import build_parser, preprocess
+from megatron_haplovl.commands.preprocess import preprocess
+from megatron_haplovl.commands.preprocess_arguments import build_parser
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
-from megatron_haplovl.data.preprocess import PrefixWriter
-from megatron_haplovl.data.sources import IndexedSource
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
-from tests.conftest import LlavaDataset, train_sentencepiece
+from megatron_haplovl.data.video import FrameSettings, encoded_frames
+from tests.conftest import LlavaDataset, train_sentencepiece, write_image
+from tests.unit.data.test_video import make_video
 
 
 def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> int:
@@ -28,7 +30,8 @@ def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> in
 
 
 def files_of(prefix: Path) -> dict[str, bytes]:
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.iterdir()}
+    paths = prefix.parent.iterdir()
+    return {path.name.removeprefix(prefix.name): b"" if path.is_dir() else path.read_bytes() for path in paths}
 
 
 def report_of(prefix: Path) -> list[dict[str, Any]]:
@@ -50,7 +53,7 @@ def test_what_is_written_is_what_was_given(
         sample = source.read(i)
         images = record.get("image", [])
         images = [images] if isinstance(images, str) else images
-        assert [image.data for image in sample.visuals] == [
+        assert [image.data for image in sample.visuals if isinstance(image, EncodedImage)] == [
             (tiny_llava_dataset.image_folder / image).read_bytes() for image in images
         ]
         text = tokenizer.hf.decode(sample.token_ids[~sample.is_visual].tolist(), skip_special_tokens=True)
@@ -115,7 +118,7 @@ def bad_lines(dataset: LlavaDataset) -> list[tuple[str, str]]:
         (line("../outside.png"), "path_escapes_image_folder"),
         (line(str(folder / "a" / "0.png")), "path_escapes_image_folder"),
         (line("link.png"), "path_escapes_image_folder"),
-        (line(None, [{"from": "human", "value": "<video>"}, answer]), "video_not_supported"),
+        (line(None, [{"from": "human", "value": "<video>"}, answer]), "image_mark_count_mismatch"),
         (line("a/0.png", [question, {"from": "gpt", "value": "a </s> b"}]), "reserved_token_in_text"),
         (line("a/0.png", [question, {"from": "gpt", "value": "It is. " * 100}]), "too_long"),
         ('{"id": "x", ', "unparsable_line"),
@@ -135,7 +138,7 @@ def test_every_bad_record_gets_its_line(
     prefix = tmp_path / "out" / "train"
     flags = ("--max-image-pixels=50000000", "--model=haplovl-debug", "--seq-length=300", "--vocab-size=430")
     assert run(dataset, tiny_spm_model, prefix, *flags) == 1
-    assert set(files_of(prefix)) == {REPORT_SUFFIX}
+    assert set(files_of(prefix)) == {REPORT_SUFFIX, ".parts"}
     assert "Nothing was written" in capsys.readouterr().err
 
     assert run(dataset, tiny_spm_model, prefix, *flags, "--skip-bad-records") == 0
@@ -169,25 +172,11 @@ def test_old_files_survive_a_failure_and_are_replaced_by_a_success(
     tiny_llava_dataset.json.write_text(json.dumps([*tiny_llava_dataset.records[:3], {}]))
     assert run(tiny_llava_dataset, tiny_spm_model, prefix) == 1
     after = files_of(prefix)
-    assert {k: v for k, v in after.items() if k != REPORT_SUFFIX} == {
+    assert {k: v for k, v in after.items() if k not in (REPORT_SUFFIX, ".parts")} == {
         k: v for k, v in before.items() if k != REPORT_SUFFIX
     }
     assert run(tiny_llava_dataset, tiny_spm_model, prefix, "--skip-bad-records") == 0
     assert read_manifest(str(prefix)).counts.samples == 3
-
-
-def test_interrupted_run_leaves_nothing(
-    tiny_llava_dataset: LlavaDataset, tiny_spm_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefix = tmp_path / "out" / "x"
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PrefixWriter, "finish", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_llava_dataset, tiny_spm_model, prefix)
-    assert set(files_of(prefix)) <= {REPORT_SUFFIX}
 
 
 def test_text_only_data_has_empty_image_files(tiny_spm_model: Path, tmp_path: Path) -> None:
@@ -243,3 +232,41 @@ def test_template_that_needs_tokens_the_tokenizer_lacks(tiny_llava_dataset: Llav
     model = train_sentencepiece(tmp_path, control_symbols=[])
     with pytest.raises(ValueError, match=r"writes '<\|im_end\|>', which the tokenizer does not know"):
         run(tiny_llava_dataset, model, tmp_path / "out" / "x", "--chat-template=chatml")
+
+
+def test_videos_become_frames(tiny_spm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file and from a folder, used twice, beside an image; the same for any number of workers."""
+    pytest.importorskip("av")
+    folder = tmp_path / "media"
+    for number in (1, 2, 10):
+        write_image(folder / "frames" / f"{number}.png", 8, 8, seed=number)
+    make_video(folder / "a.mp4")
+    records = [
+        {
+            "video": medium,
+            "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "It."}],
+        }
+        for medium in ("a.mp4", "frames", "a.mp4")
+    ]
+    records.append({**records[0], "video": "absent.mp4"})
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    dataset = LlavaDataset(path, folder, [])
+    one, two = tmp_path / "one" / "x", tmp_path / "two" / "x"
+    flags = ("--num-frames=5", "--skip-bad-records", "--records-per-part=1")
+    assert run(dataset, tiny_spm_model, one, *flags) == run(dataset, tiny_spm_model, two, *flags, "--workers=2") == 0
+    assert files_of(one) == files_of(two)
+    assert [line["reason"] for line in report_of(one)] == ["missing_image"]
+    manifest = read_manifest(str(one))
+    assert (manifest.num_frames, manifest.counts.videos, manifest.counts.images) == (5, 3, 5 + 3)
+    assert manifest.counts.image_references == 13
+    source = IndexedSource(str(one))
+    first, second, third = (source.read(i).visuals[0] for i in range(3))
+    assert isinstance(first, EncodedVideo) and isinstance(second, EncodedVideo) and first == third
+    assert [frame.data for frame in second.frames] == [
+        (folder / "frames" / f"{number}.png").read_bytes() for number in (1, 2, 10)
+    ]
+    assert [frame.data for frame in first.frames] == [
+        frame.data for frame in encoded_frames(folder / "a.mp4", FrameSettings(5), 10**6)
+    ]
+    assert "videos       3, of 5 frames each or fewer" in capsys.readouterr().out

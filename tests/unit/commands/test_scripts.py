@@ -12,10 +12,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 SCRIPTS = {
     "tools/preprocess_data.py": "commands.preprocess",
+    "tools/merge_data.py": "commands.merge",
     "tools/convert_checkpoint.py": "commands.convert",
     "tools/evaluate.py": "commands.evaluate",
     "tools/generate.py": "commands.generate",
     "tools/plan_parallelism.py": "commands.plan",
+    "tools/verify_data.py": "commands.verify",
+    "tools/inspect_data.py": "commands.inspect_data",
     "pretrain_haplovl.py": "pretrain",
     "finetune_haplovl.py": "finetune",
 }

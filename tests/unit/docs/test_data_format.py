@@ -95,7 +95,7 @@ def test_the_index_is_the_one_that_is_shown(prefix: str) -> None:
 def test_the_report_is_the_one_that_is_shown(tmp_path: Path) -> None:
     result = preprocess(tmp_path, blocks("json")[0].replace("b.ppm", "c.ppm"))
     assert result.returncode == 1
-    assert sorted(path.name for path in tmp_path.glob("example*")) == ["example.report.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("example*")) == ["example.parts", "example.report.jsonl"]
     assert (tmp_path / "example.report.jsonl").read_text() == blocks("json")[2]
 
 
