@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.records import Reason, RecordError
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.chat import chat
-from tests.conftest import CONTROL_MARKS, train_sentencepiece
+from tests.conftest import byte_level_folder, train_sentencepiece
 
 MESSAGES = [
     {"role": "user", "content": "<image>\nWhat color is it? "},
@@ -109,19 +107,7 @@ def test_trained_tokens_are_what_follows_the_generation_prompt(model_with_newlin
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
 def test_byte_level_tokenizer_from_a_hugging_face_folder(tmp_path: Path, name: str, trim_offsets: bool) -> None:
     """As in Llama 3 and Qwen, spaces belong to the words behind them, and offsets may or may not cover them."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", *CONTROL_MARKS],
-        show_progress=False,
-    )
-    backend.train_from_iterator([m["content"] for m in MESSAGES] * 5, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    encoder = make_encoder(tmp_path, name)
+    encoder = make_encoder(byte_level_folder(tmp_path, trim_offsets=trim_offsets), name)
     text, trained = EXPECTED[name]
     encoded = encoder.encode(chat(MESSAGES))
     assert encoder.tokenizer.hf.decode(encoded.token_ids.tolist(), clean_up_tokenization_spaces=False) == text
