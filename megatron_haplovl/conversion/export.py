@@ -143,7 +143,7 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
             f"the training data was made with the chat template {names[0]!r}; give its --chat-template FILE"
         )
     template = load_chat_template(names[0])
-    if any(manifest.chat_template_sha256 != template.sha256 for manifest in manifests.values()):
+    if not all(template.is_the_one_of(manifest.chat_template_sha256) for manifest in manifests.values()):
         raise ValueError(
             f"the chat template {names[0]!r} has changed since the training data was made with it; give "
             "--chat-template FILE"
