@@ -21,7 +21,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
-            for command in ("preprocess", "convert", "evaluate", "generate", "plan")
+            for command in ("preprocess", "convert", "evaluate", "generate", "plan", "verify")
         ]
     },
     python_requires=">=3.11",

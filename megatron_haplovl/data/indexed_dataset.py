@@ -129,6 +129,21 @@ class IndexedDataset:
             )
         return self._bytes[start:end].view(self._dtype)
 
+    def in_order(self, index: int) -> npt.NDArray[Any]:
+        """`dataset[index]`, of a file whose sequences follow each other, as the writer's do.
+
+        Raises:
+            ValueError: this one does not begin where the one before it ends, or end where the next one begins.
+        """
+        for before in range(max(index - 1, 0), min(index + 1, len(self) - 1)):
+            end = int(self._pointers[before]) + int(self.lengths[before]) * self._dtype.itemsize
+            if end != int(self._pointers[before + 1]):
+                raise ValueError(
+                    f"{idx_path(self._prefix)} is damaged: sequence {before} ends at byte {end}, the next one begins "
+                    f"at {int(self._pointers[before + 1])}"
+                )
+        return self[index]
+
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         # Each data loading process opens the files itself; pickling a map would copy the whole file.
         return IndexedDataset, (self._prefix,)

@@ -16,6 +16,7 @@ SCRIPTS = {
     "tools/evaluate.py": "commands.evaluate",
     "tools/generate.py": "commands.generate",
     "tools/plan_parallelism.py": "commands.plan",
+    "tools/verify_data.py": "commands.verify",
     "pretrain_haplovl.py": "pretrain",
     "finetune_haplovl.py": "finetune",
 }
