@@ -106,6 +106,11 @@ class BatchLoader:
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
 
+    @property
+    def plan(self) -> PackPlan:
+        """Which documents stand in which packed sequence."""
+        return self._plan
+
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""
         return self._plan.counts(step)

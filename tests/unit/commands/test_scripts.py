@@ -17,6 +17,7 @@ SCRIPTS = {
     "tools/generate.py": "commands.generate",
     "tools/plan_parallelism.py": "commands.plan",
     "tools/verify_data.py": "commands.verify",
+    "tools/inspect_data.py": "commands.inspect_data",
     "pretrain_haplovl.py": "pretrain",
     "finetune_haplovl.py": "finetune",
 }
