@@ -80,7 +80,7 @@ def test_any_resolution_shows_tiles_and_newlines(
     tiny_prefix: str, tiny_spm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "page.html"
-    flags = ("--image-aspect-ratio", "anyres", "--max-tiles", "4", "--image-newline")
+    flags = ("--image-aspect-ratio", "anyres", "--image-size", "32", "--max-tiles", "4", "--image-newline")
     assert run(tiny_prefix, tiny_spm_model, "--sample", "8", "--html", str(path), *flags) == 0
     shown = re.search(r"(\d)x(\d) tiles of which (\d+)x(\d+) patches are kept, (\d+) newlines", capsys.readouterr().out)
     assert shown is not None
