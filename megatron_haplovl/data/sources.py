@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -183,7 +183,7 @@ class IndexedSource:
                 f"{self._prefix}: sample {index} has {len(token_ids)} tokens and a loss mask of {len(loss_mask)}; "
                 f"{_AGAIN}"
             )
-        is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
+        is_visual = (token_ids == self.manifest.image_token_id) | (token_ids == self.manifest.video_token_id)
         self._check_values(index, token_ids[~is_visual], loss_mask)
         is_video = (token_ids[is_visual] == self.manifest.video_token_id).tolist()
         if is_video != [isinstance(reference, list) for reference in references]:
