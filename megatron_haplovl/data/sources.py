@@ -214,7 +214,9 @@ class IndexedSource:
 
     def _image(self, number: int) -> EncodedImage:
         height, width = self._image_sizes_I2[number].tolist()
-        return EncodedImage(self._images.in_order(number).tobytes(), height, width, upright=self.manifest.format_version >= 2)
+        return EncodedImage(
+            self._images.in_order(number).tobytes(), height, width, upright=self.manifest.format_version >= 2
+        )
 
 
 _BLOCK = 65536

@@ -24,7 +24,7 @@ def draw_image(image: EncodedImage, layout: ImageLayout, vision: VisionConfig, *
     Raises:
         ValueError: the image cannot be decoded.
     """
-    picture = decode_image(image.data, max_pixels=max(image.height * image.width, 1))
+    picture = decode_image(image.data, image.height * image.width, upright=image.upright)
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     file = io.BytesIO()
     picture.save(file, "png")
