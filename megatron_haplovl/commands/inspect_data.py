@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,10 @@ def _pack(
     args: argparse.Namespace, config: Config, source: IndexedSource, tokenizer: TextTokenizer
 ) -> tuple[str, list[SampleView]]:
     """The pack that holds the sample in the first epoch: what it is, and its documents."""
-    packs = build_loader((source.name,), config, num_steps=1, dp_rank=0, dp_size=1).plan
+    # Whoever looks leaves nothing beside the data.
+    with tempfile.TemporaryDirectory() as cache:
+        elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, data_cache_path=cache))
+        packs = build_loader((source.name,), elsewhere, num_steps=1, dp_rank=0, dp_size=1).plan
     for number in range(packs.num_packs):
         samples = [sample for document in packs.documents(number) for _, sample in document]
         if args.sample in samples:

@@ -109,7 +109,7 @@ class BatchLoader:
     @property
     def plan(self) -> PackPlan:
         """Which documents stand in which packed sequence."""
-        return self._plan
+        return self._plan.packs
 
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""

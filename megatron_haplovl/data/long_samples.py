@@ -28,6 +28,7 @@ LONG_SAMPLES = {
 """Every choice of `--long-samples`, and what becomes of a record that is too long."""
 
 CUT, SPLIT = "long_sample_cut", "long_sample_split"
+CHANGES = {CUT: "the end of a sample that was too long is left out", SPLIT: "one that was too long is several samples"}
 """Under these names the manifest's `repairs` count the records."""
 
 _WORD = re.compile(r"\s*\S+|\s+")

@@ -100,7 +100,7 @@ class IndexedSource:
         self._loss_mask = IndexedDataset(prefix + names.LOSS_MASK)
         self._images = IndexedDataset(prefix + names.IMAGES)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
-        self._image_sizes_I2 = map_array(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
+        self._image_sizes_I2 = self._map_sizes()
         if len(self._tokens) != len(self._loss_mask):
             raise ValueError(f"{prefix}: {len(self._tokens)} samples have {len(self._loss_mask)} loss masks; {_AGAIN}")
         if len(self._image_refs) != len(self._tokens):
@@ -112,7 +112,10 @@ class IndexedSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._image_sizes_I2 = map_array(Path(self._prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
+        self._image_sizes_I2 = self._map_sizes()
+
+    def _map_sizes(self) -> npt.NDArray[np.int32]:
+        return map_array(Path(self._prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
 
     @property
     def name(self) -> str:

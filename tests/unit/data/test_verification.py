@@ -16,7 +16,7 @@ from megatron_haplovl.commands import verify
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.manifest import read_manifest
-from megatron_haplovl.data.pack_plan import PackPlan
+from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.verification import verify_prefix
 from tests.fixtures.small_prefix import SAMPLES, write_small_prefix
@@ -53,7 +53,7 @@ def read_everything(prefix: str) -> None:
     """All that a training run reads."""
     source = IndexedSource(prefix)
     source.counts(_MODEL.vision)
-    dataset = PackDataset(cast(PackPlan, _OneSampleEach()), [source], 64, _MODEL)
+    dataset = PackDataset(cast(PackPlan, _OneSampleEach()), [source], 64, _MODEL, empty_length=64)
     for sample in range(len(SAMPLES)):
         dataset[[sample]]
 
