@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.image_references import ImageReferences, segment_sums
+from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
 
@@ -152,13 +151,14 @@ class IndexedSource:
         """
         token_ids = self._tokens[index]
         is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
-        visuals: list[EncodedImage | EncodedVideo] = []
-        remaining = iter(self._image_refs[index].tolist())
-        for reference in remaining:
-            if reference < 0:
-                visuals.append(EncodedVideo(tuple(self._image(frame) for frame in islice(remaining, -reference))))
-            else:
-                visuals.append(self._image(reference))
+        try:
+            references = split_references(self._image_refs[index].tolist(), len(self._images))
+        except ValueError as error:
+            raise ValueError(f"{self._prefix}: sample {index}: {error}; preprocess again") from error
+        visuals = [
+            EncodedVideo(tuple(map(self._image, reference))) if isinstance(reference, list) else self._image(reference)
+            for reference in references
+        ]
         is_video = token_ids[is_visual] == self.manifest.video_token_id
         if is_video.tolist() != [isinstance(visual, EncodedVideo) for visual in visuals]:
             raise ValueError(

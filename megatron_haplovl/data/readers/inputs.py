@@ -58,10 +58,12 @@ def find_inputs(given: Sequence[str | Path]) -> tuple[Path, ...]:
     for one in given:
         for path in _expand(str(one)):
             files += _files_of_folder(path) if path.is_dir() else [path]
-    for number, path in enumerate(files):
+    seen: set[Path] = set()
+    for path in files:
         kind_of(path)
-        if path in files[:number]:
+        if path.absolute() in seen:
             raise ValueError(f"{path} is given twice as an input")
+        seen.add(path.absolute())
     return tuple(files)
 
 

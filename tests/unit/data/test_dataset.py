@@ -34,7 +34,7 @@ def packs_of(source: MockSource) -> list[list[list[Sample]]]:
 
 def with_video(source: MockSource) -> Sample:
     """Text, a video of two frames, an image, text that is trained."""
-    first, second, third = (read.visuals[0] for read in map(source.read, (1, 3, 5)))
+    first, second, third = (read.visuals[0] for read in map(source.read, (1, 2, 4)))
     assert isinstance(first, EncodedImage) and isinstance(second, EncodedImage)
     return Sample(
         np.array([5, 99, 98, 6, 7], np.int32),
@@ -210,16 +210,20 @@ def test_mock_counts_are_those_of_its_samples() -> None:
     for vision in VISIONS:
         source = MockSource(100, vision, 60, seed=3, num_samples=40)
         counts = source.counts(vision)
-        numbers = []
+        kinds = []
         for i in range(40):
             document: Document = lay_out_document([source.read(i)], vision)
             assert len(document.tokens) <= 60
-            numbers.append(len(source.read(i).visuals))
+            kinds.append(tuple(type(visual).__name__ for visual in source.read(i).visuals))
             assert counts.tokens[i] == len(document.tokens)
             assert counts.text_tokens[i] == document.is_text.sum()
             assert counts.patch_tokens[i] == len(document.patch_source)
             assert counts.tiles[i] == sum(map(len, document.tiles))
             assert counts.lm_tokens[i] == (document.labels != IGNORE_INDEX).sum()
-        assert set(numbers) == {0, 1, 2}
-    with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least"):
-        MockSource(100, VISIONS[0], 6, seed=0)
+        image, video = "EncodedImage", "EncodedVideo"
+        assert set(kinds) == {(), (image,), (image, image), (video,), (image, video)}
+    # Four patches and four words: no second image, and no second frame.
+    short = MockSource(100, VISIONS[0], 8, seed=3, num_samples=5)
+    assert short.counts(VISIONS[0]).tiles.tolist() == [0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least 8"):
+        MockSource(100, VISIONS[0], 7, seed=0)
