@@ -71,6 +71,8 @@ class BatchLoader:
             num_workers=workers,
             collate_fn=_unchanged,
             persistent_workers=workers > 0,
+            prefetch_factor=_PREFETCH if workers else None,
+            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
             generator=torch.Generator(),
         )
 
@@ -92,6 +94,10 @@ class BatchLoader:
         """Valid tokens in the whole global batch of a step, over all ranks."""
         first = step * self._global_batch_size
         return self._plan.counts(range(first, first + self._global_batch_size))
+
+
+_PREFETCH = 4
+"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
 
 
 def _unchanged(batch: Any) -> Any:

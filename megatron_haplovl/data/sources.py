@@ -23,6 +23,8 @@ class EncodedImage:
     data: bytes
     height: int
     width: int
+    upright: bool = True
+    """False where the size is that of the picture as stored, before its EXIF orientation; it is trained as it lies."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class IndexedSource:
 
     def _image(self, number: int) -> EncodedImage:
         height, width = self._image_sizes_I2[number].tolist()
-        return EncodedImage(self._images[number].tobytes(), height, width)
+        return EncodedImage(self._images[number].tobytes(), height, width, upright=self.manifest.format_version >= 2)
 
 
 _BLOCK = 65536

@@ -16,6 +16,7 @@ from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.dataset import collate, lay_out_document
+from megatron_haplovl.data.image_processing import normalise
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.hf import HaploForConditionalGeneration, HaploProcessor
@@ -108,7 +109,7 @@ def test_the_exported_processor_and_model_see_what_training_saw(trained: Trained
         assert len(found) == len(document.tokens)
         assert np.array_equal(found[document.is_text], document.tokens[document.is_text])
         if visuals:
-            assert torch.equal(inputs["pixel_values"], torch.from_numpy(np.concatenate(document.tiles)))
+            assert torch.equal(inputs["pixel_values"], torch.from_numpy(normalise(np.concatenate(document.tiles))))
         batch = collate([[document]], len(document.tokens), vision)
         with torch.no_grad():
             expected, logits = ours.logits(batch)[0], theirs(**inputs).logits[0, :, : config.model.vocab_size]

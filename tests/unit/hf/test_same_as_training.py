@@ -17,6 +17,7 @@ from PIL import Image
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.dataset import Document, lay_out_document
 from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.image_processing import normalise
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploImageProcessor, HaploProcessor
@@ -108,7 +109,7 @@ def test_ids_mask_sources_and_pixels(tokenizer: TextTokenizer, seed: int) -> Non
             assert "pixel_values" not in given
             continue
         assert np.array_equal(given["visual_source"][0].numpy(), visual_source(document))
-        assert torch.equal(given["pixel_values"], torch.from_numpy(np.concatenate(document.tiles)))
+        assert torch.equal(given["pixel_values"], torch.from_numpy(normalise(np.concatenate(document.tiles))))
         assert len(given["pixel_values"]) == tiles
         starts, positions = given["attention_start_ids"][0].numpy(), np.arange(len(found))
         # Key j is visible to query i: by the processor where its block has begun, in training where i's has not ended.

@@ -19,7 +19,6 @@ from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.conversion.hf_sources import VISION_TOWERS
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.dataset import collate, lay_out_document
-from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 from megatron_haplovl.training.teacher import load_teacher
 from tests.fixtures.tiny_haplo import noise_image, tiny_model
@@ -27,14 +26,15 @@ from tests.fixtures.tiny_haplo import noise_image, tiny_model
 MODEL = tiny_model()
 CELLS = MODEL.vision.cells_per_tile
 DEPTH = 2
-COLOURS = torch.rand(2, 3, MODEL.vision.image_size, MODEL.vision.image_size, generator=torch.Generator().manual_seed(0))
+TILES = torch.randint(
+    256, (2, 3, MODEL.vision.image_size, MODEL.vision.image_size), generator=torch.Generator().manual_seed(0)
+).byte()
 # Patches of both tiles, in another order than theirs.
 SOURCE = torch.randperm(2 * CELLS, generator=torch.Generator().manual_seed(1))[: CELLS + 1]
 
 
-def batch_of(colours: torch.Tensor) -> Batch:
+def batch_of(tiles: torch.Tensor) -> Batch:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    tiles = (colours - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
     return Batch(
         tokens_BS=nothing,
         labels_BS=nothing,
@@ -43,7 +43,7 @@ def batch_of(colours: torch.Tensor) -> Batch:
         kv_start_BS=nothing,
         kv_end_BS=nothing,
         tiles_TCHW=tiles,
-        patch_source_P=SOURCE[: len(colours) * CELLS],
+        patch_source_P=SOURCE[: len(tiles) * CELLS],
         patch_target_P=SOURCE,
         newline_target_N=torch.zeros(0),
         visible_pairs=0,
@@ -77,12 +77,12 @@ def tower_of(name: str):
 def test_features_are_the_towers_hidden_states(name, layer, tmp_path):
     family, network = tower_of(name)
     network.save_pretrained(tmp_path)
-    pixels = (COLOURS - torch.tensor(family.mean).view(3, 1, 1)) / torch.tensor(family.std).view(3, 1, 1)
+    pixels = (TILES / 255 - torch.tensor(family.mean).view(3, 1, 1)) / torch.tensor(family.std).view(3, 1, 1)
     with torch.no_grad():
         expected = network(pixels, output_hidden_states=True).hidden_states[layer]
     teacher = load_teacher(str(tmp_path), MODEL, layer)
     assert teacher.width == MODEL.pre.hidden_size
-    found = teacher(batch_of(COLOURS))
+    found = teacher(batch_of(TILES))
     patches = expected[:, expected.shape[1] - CELLS :].flatten(0, 1)
     # Measured: 9e-7 of values up to 3.
     torch.testing.assert_close(found, patches[SOURCE], rtol=0, atol=1e-5)
@@ -132,7 +132,7 @@ def encoded(image):
 def test_a_batch_without_images_has_no_features(tmp_path):
     _, network = tower_of("SigLIP")
     network.save_pretrained(tmp_path)
-    assert load_teacher(str(tmp_path), MODEL, -1)(batch_of(COLOURS[:0])).shape == (0, MODEL.pre.hidden_size)
+    assert load_teacher(str(tmp_path), MODEL, -1)(batch_of(TILES[:0])).shape == (0, MODEL.pre.hidden_size)
 
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path):
