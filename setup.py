@@ -20,8 +20,12 @@ setup(
     package_data={"megatron_haplovl": ["py.typed"], "megatron_haplovl.data": ["templates/*.jinja"]},
     entry_points={
         "console_scripts": [
-            f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
-            for command in ("preprocess", "merge", "convert", "evaluate", "generate", "plan")
+            *(
+                f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
+                for command in ("preprocess", "merge", "convert", "evaluate", "generate", "plan", "verify")
+            ),
+            # A module of the name `inspect` would hide Python's own from those beside it.
+            "haplovl-inspect = megatron_haplovl.commands.inspect_data:main",
         ]
     },
     python_requires=">=3.11",

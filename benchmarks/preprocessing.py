@@ -8,8 +8,8 @@ image bytes to three files: no checks, no digests, no index. All variants are ti
 medians of the ratios within one round are reported, because the machine's speed changes.
 
 The main process's CPU time, system time included, is measured apart from the workers', for all records and for a
-quarter of them, in parts of the default size: the difference is what records cost. The number of workers at which the main process would be busy all
-the time is the workers' CPU time for a record divided by its own.
+quarter of them, in parts of the default size: the difference is what records cost. The number of workers at which the
+main process would be busy all the time is the workers' CPU time for a record divided by its own.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 # Without a GPU, Triton's kernels are tested by its interpreter. It looks here when anything first imports it.
 if not torch.cuda.is_available():
@@ -55,6 +57,42 @@ def train_sentencepiece(folder: Path, name: str = "tiny", **options: Any) -> Pat
         input=str(corpus), model_prefix=str(folder / name), **{**settings, **options}
     )
     return folder / f"{name}.model"
+
+
+def llama_folder(folder: Path, *, legacy: bool) -> Path:
+    """A tokenizer folder of the Llama family, as downloads have it. `legacy` puts a space behind each special token."""
+    folder.mkdir(parents=True)
+    train_sentencepiece(
+        folder, "tokenizer", normalization_rule_name="identity", remove_extra_whitespaces=False, control_symbols=[]
+    )
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    return folder
+
+
+def byte_level_folder(folder: Path, *, trim_offsets: bool = True) -> Path:
+    """A byte-level BPE tokenizer folder, as Llama 3 and Qwen have it, with the control tokens of every template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", *CONTROL_MARKS],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["What color is it?", "It is red.", "The circle is blue."] * 5, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from megatron_haplovl.data.image_geometry import grid_pinpoints
 from megatron_haplovl.data.loader import parse_blend
 from megatron_haplovl.data.manifest import read_manifest
 from megatron_haplovl.data.records import Message, Record
-from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer
+from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer, load_tokenizer
+from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
 from megatron_haplovl.hf.configuration_haplo import HaploConfig
 from megatron_haplovl.hf.image_processing_haplo import HaploImageProcessor
 from megatron_haplovl.hf.processing_haplo import HaploProcessor
+
+logger = logging.getLogger(__name__)
 
 PRE_NORM_EPSILON = 1e-5
 """Epsilon of the norm before the first block: torch's default, which the released format fixes."""
@@ -65,7 +70,8 @@ def export_checkpoint(
 
     Raises:
         ValueError: the folder holds anything but an earlier export, there is no checkpoint, the checkpoint is damaged
-            or from stage 1, or the format or the tokenizer cannot hold the model.
+            or from stage 1, the format or the tokenizer cannot hold the model, or the written tokenizer would read
+            texts differently.
     """
     checkpoint, folder = resolve_checkpoint(load), Path(save)
     if folder.is_dir() and any(folder.iterdir()) and not is_released(folder):
@@ -92,10 +98,10 @@ def export_checkpoint(
     hf_config.architectures = ["HaploForConditionalGeneration"]
     hf_config.auto_map = MODEL_AUTO_MAP
     processor = haplo_processor(config.model, tokenizer, template)
+    check_written_tokenizer(processor, tokenizer)
     # Weights first: a folder with a config.json is complete.
     written = write_weights(export_to_haplo(reader, config.model, rows=rows, dtype=dtype), folder)
-    processor.save_pretrained(folder)
-    _name_portable_tokenizer(folder)
+    write_processor(processor, folder)
     generation_config(encoder, model=config.model, rows=rows).save_pretrained(folder)
     write_remote_code(folder)
     hf_config.save_pretrained(folder)
@@ -122,8 +128,13 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
     """
     manifests = {prefix: read_manifest(prefix) for _, prefix in parse_blend(config.data.data_path)}
     for prefix, manifest in manifests.items():
-        if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"{prefix}, which the model was trained on, was preprocessed with another tokenizer")
+        if not same_tokenizer(manifest.tokenizer_fingerprint, tokenizer.fingerprint):
+            raise ValueError(
+                f"{prefix}, which the model was trained on, was preprocessed with another tokenizer (fingerprint "
+                f"{shorten(manifest.tokenizer_fingerprint)}) than this one ({shorten(tokenizer.fingerprint)})"
+            )
+        if (blind := blind_spot(manifest.tokenizer_fingerprint)) is not None:
+            logger.warning(f"{prefix}: {blind}")
     names = sorted({manifest.chat_template for manifest in manifests.values()})
     if len(names) != 1:
         raise ValueError(f"the training data was made with {names or 'no'} chat templates; give --chat-template NAME")
@@ -132,7 +143,7 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
             f"the training data was made with the chat template {names[0]!r}; give its --chat-template FILE"
         )
     template = load_chat_template(names[0])
-    if any(manifest.chat_template_sha256 != template.sha256 for manifest in manifests.values()):
+    if not all(template.is_the_one_of(manifest.chat_template_sha256) for manifest in manifests.values()):
         raise ValueError(
             f"the chat template {names[0]!r} has changed since the training data was made with it; give "
             "--chat-template FILE"
@@ -257,13 +268,32 @@ def generation_config(encoder: ConversationEncoder, *, model: ModelConfig, rows:
     )
 
 
-def _name_portable_tokenizer(folder: Path) -> None:
-    """Let transformers 4 load the tokenizer as well."""
+def write_processor(processor: HaploProcessor, folder: Path) -> None:
+    """Write tokenizer, image processor and template, so that transformers 4 and 5 read them as they are here."""
+    processor.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings["tokenizer_class"] == "TokenizersBackend":
-        # The older name of the same class.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # This class, which transformers 4 knows as well, takes tokenizer.json as it is. A class of a model's own builds the
+    # tokenizer anew from settings that it may not have written: LlamaTokenizer forgets `legacy`.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     # Otherwise the tokenizer also gives token types, which transformers 4 would hand to the model.
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_written_tokenizer(processor: HaploProcessor, tokenizer: TextTokenizer) -> None:
+    """Write the processor aside, load its tokenizer as a user of the export does, and compare.
+
+    Raises:
+        ValueError: the written tokenizer gives other ids than the one of the training.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        write_processor(processor, Path(aside))
+        written = load_tokenizer(aside)
+    if written.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            "the exported folder's tokenizer would read texts differently (fingerprint "
+            f"{shorten(written.fingerprint)}) than the tokenizer of the training did "
+            f"({shorten(tokenizer.fingerprint)}); preprocess and train with a tokenizer folder whose tokenizer.json "
+            "says all that it does, with the tokenizer_class PreTrainedTokenizerFast"
+        )

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,17 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_haplovl.data.answer_end import Rendered, check_answer_end, trained_tokens
+from megatron_haplovl.data.literal_marks import LiteralTokenizer, exchange, has_literal_mark
 from megatron_haplovl.data.records import Image, Message, Reason, Record, RecordError, Video
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer
 
 _FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = ("plain", "vicuna_v1", "llama3", "chatml")
 """Templates that come with the package."""
+
+# SHA-256 of earlier texts of these templates. What they could render, today's text renders in the same way.
+_EARLIER_TEXTS = {"plain": ("fbca264fb586a15ea4b1280d546aa9d1eef1d20635bb3075c0c89b3a299a69ee",)}  # without videos
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Tokens such as <|im_end|>, which a template writes and a tokenizer must know as one.
@@ -44,6 +51,10 @@ class ChatTemplate:
     def sha256(self) -> str:
         """Hash of the text, for the manifest."""
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def is_the_one_of(self, sha256: str) -> bool:
+        """Whether data whose manifest names this template and this hash was made with it."""
+        return sha256 in (self.sha256, *_EARLIER_TEXTS.get(self.name, ()))
 
     @property
     def control_marks(self) -> set[str]:
@@ -84,7 +95,8 @@ class ConversationEncoder:
     """A tokenizer and a chat template that fit each other.
 
     Raises:
-        ValueError: the template writes control tokens that the tokenizer does not know, or cannot be rendered with it.
+        ValueError: the template writes control tokens that the tokenizer does not know, cannot be rendered with it, or
+            does not train what ends an answer.
     """
 
     tokenizer: TextTokenizer
@@ -98,9 +110,13 @@ class ConversationEncoder:
                     "token; choose a template that fits the tokenizer"
                 )
         try:
+            check_answer_end(self.template.name, self.template.source, self._render_answer, self.tokenizer)
             self.encode(Record((Message("user", ("a",)), Message("assistant", ("b",)))))
         except RecordError as error:
             raise ValueError(f"chat template {self.template.name!r} does not fit the tokenizer: {error}") from error
+
+    def _render_answer(self, answer: str) -> Rendered:
+        return self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
 
     @cached_property
     def _reserved(self) -> tuple[str, ...]:
@@ -109,9 +125,11 @@ class ConversationEncoder:
         tokens = {hf.bos_token, hf.eos_token, hf.pad_token} | self.template.control_marks
         return tuple(sorted(token for token in tokens if token))
 
-    def render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    @cached_property
+    def _literal_tokenizer(self) -> LiteralTokenizer:
+        return LiteralTokenizer(self.tokenizer)
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> Rendered:
         """The text of a conversation and the character spans `[start, end)` that are generated.
 
         Raises:
@@ -136,41 +154,61 @@ class ConversationEncoder:
     def encode(self, record: Record) -> EncodedConversation:
         """Tokenize a record and mark what is trained.
 
+        A mark that a text writes out stays text. A document is rendered without the template: the tokenizer's bos, its
+        text and media, eos; all of it is trained.
+
         Raises:
-            RecordError: a control token is written out in a text, the template drops an image or a video, or no token
-                is trained.
+            RecordError: a control token is written out in a text, the template drops or moves an image or a video, no
+                token is trained, or the tokenizer cannot write a mark as text.
         """
-        for text in (part for message in record.messages for part in message.parts if isinstance(part, str)):
+        texts = ["".join(run) for message in record.messages for is_text, run in _runs(message) if is_text]
+        for text in texts:
             for token in self._reserved:
                 if token in text:
                     raise RecordError(Reason.RESERVED_TOKEN, f"the text contains the control token {token!r}")
-        text, spans = self.render([{"role": message.role, "content": _content(message)} for message in record.messages])
-        ids, offsets = self.tokenizer.encode(text)
+        if any(map(has_literal_mark, texts)):
+            for text in texts:
+                self._literal_tokenizer.check(text)
+            text, spans = self._render_record(record, exchange)
+            ids, offsets = self._literal_tokenizer.encode(exchange(text))
+        else:
+            text, spans = self._render_record(record, str)
+            ids, offsets = self.tokenizer.encode(text)
         token_ids = np.array(ids, dtype=np.int32)
-        offsets_N2 = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-
-        # A token is trained if it shares a character with a generated span.
-        trained = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            trained |= (offsets_N2[:, 0] < end) & (offsets_N2[:, 1] > start)
+        trained = trained_tokens(np.array(offsets, dtype=np.int64).reshape(-1, 2), spans)
         placeholder = np.isin(token_ids, self.tokenizer.placeholder_ids)
         trained &= ~placeholder
         trained[:1] = False
 
-        expected = len(record.media)
-        if int(placeholder.sum()) != expected:
+        kinds = {Image: self.tokenizer.image_token_id, Video: self.tokenizer.video_token_id}
+        if token_ids[placeholder].tolist() != [kinds[type(medium)] for medium in record.media]:
             raise RecordError(
                 Reason.TEMPLATE,
-                f"the rendered conversation has {placeholder.sum()} images and videos, the messages {expected}",
+                f"the rendered conversation has {placeholder.sum()} images and videos, the messages "
+                f"{len(record.media)}, or their order is another",
             )
-        if not trained.any():
+        if not trained.any() or (record.is_document and not "".join(texts).strip()):
             raise RecordError(Reason.NOTHING_TO_TRAIN, "no token of the conversation is trained")
         return EncodedConversation(token_ids, trained.astype(np.uint8))
 
+    def _render_record(self, record: Record, write: Callable[[str], str]) -> Rendered:
+        """The text of a record, media as marks, and its generated spans; `write` says how a text is written."""
+        contents = [
+            "".join(write("".join(run)) if is_text else "".join(map(_mark, run)) for is_text, run in _runs(message))
+            for message in record.messages
+        ]
+        if not record.is_document:
+            messages = zip(record.messages, contents, strict=True)
+            return self.render([{"role": message.role, "content": content} for message, content in messages])
+        hf = self.tokenizer.hf
+        text = f"{hf.bos_token or ''}{''.join(contents)}{hf.eos_token or ''}"
+        return text, [(0, len(text))]
 
-_MARKS = {Image: IMAGE_MARK, Video: VIDEO_MARK}
+
+def _runs(message: Message) -> Iterator[tuple[bool, Iterator[Any]]]:
+    """The parts of a message, those of text that touch together: a mark may be written across two of them."""
+    return groupby(message.parts, key=lambda part: isinstance(part, str))
 
 
-def _content(message: Message) -> str:
-    """A message as a template gets it: media as marks."""
-    return "".join(part if isinstance(part, str) else _MARKS[type(part)] for part in message.parts)
+def _mark(medium: Image | Video) -> str:
+    return IMAGE_MARK if isinstance(medium, Image) else VIDEO_MARK

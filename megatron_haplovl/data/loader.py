@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings,
 from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
 from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tokenizer import load_tokenizer
+from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,11 @@ class BatchLoader:
         """Some packs of the plan as one batch, apart from the iteration."""
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
+
+    @property
+    def plan(self) -> PackPlan:
+        """Which documents stand in which packed sequence."""
+        return self._plan
 
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""
@@ -243,12 +250,15 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
     sources: list[tuple[float, Source]] = []
     for weight, prefix in parse_blend(paths):
         source = IndexedSource(prefix)
-        if fingerprint is not None and source.manifest.tokenizer_fingerprint != fingerprint:
+        recorded = source.manifest.tokenizer_fingerprint
+        if fingerprint is not None and not same_tokenizer(recorded, fingerprint):
             raise ValueError(
-                f"{prefix} was preprocessed with another tokenizer (fingerprint "
-                f"{source.manifest.tokenizer_fingerprint[:12]}) than --tokenizer-model {config.data.tokenizer_model} "
-                f"({fingerprint[:12]}); preprocess it again with this one"
+                f"{prefix} was preprocessed with another tokenizer (fingerprint {shorten(recorded)}) than "
+                f"--tokenizer-model {config.data.tokenizer_model} ({shorten(fingerprint)}); preprocess it again with "
+                "this one"
             )
+        if (blind := blind_spot(recorded)) is not None:
+            logger.info(f"{prefix}: {blind}")
         largest = source.manifest.counts.largest_token_id
         if largest >= config.model.vocab_size:
             raise ValueError(
@@ -261,11 +271,11 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
 def _check_one_tokenizer(sources: list[Source]) -> None:
     """Refuse data of two tokenizers, because a run would silently train on nonsense."""
     indexed = [source for source in sources if isinstance(source, IndexedSource)]
-    for source in indexed[1:]:
-        if source.manifest.tokenizer_fingerprint != indexed[0].manifest.tokenizer_fingerprint:
+    # All pairs: two of today's fingerprints may differ where both agree with an old one.
+    for one, other in combinations(indexed, 2):
+        if not same_tokenizer(one.manifest.tokenizer_fingerprint, other.manifest.tokenizer_fingerprint):
             raise ValueError(
-                f"{indexed[0].name} and {source.name} were preprocessed with different tokenizers; preprocess one of "
-                "them again"
+                f"{one.name} and {other.name} were preprocessed with different tokenizers; preprocess one of them again"
             )
 
 

@@ -118,9 +118,42 @@ class Manifest:
         """Hash of everything above: two prefixes with the same hash hold the same data."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
+    def to_json(self) -> str:
+        """The text of the file. It ends with the content hash, so that damage is seen when it is read."""
+        return json.dumps(dataclasses.asdict(self) | {_CONTENT_HASH: self.content_hash}, indent=2) + "\n"
+
     def write(self, path: Path) -> None:
         """Write the JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
+
+
+_CONTENT_HASH = "content_hash"
+
+
+def load_manifest(prefix: str) -> Manifest:
+    """Read PREFIX.manifest.json, without a look at the data files.
+
+    Raises:
+        ValueError: the manifest is missing, damaged or of another version.
+    """
+    path = Path(prefix + MANIFEST_SUFFIX)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; {prefix!r} is not the prefix of preprocessed data")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        stated = fields.pop(_CONTENT_HASH, None)
+        manifest = _from_json(fields)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+    if not OLDEST_VERSION <= manifest.format_version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {manifest.format_version}, this program reads versions {OLDEST_VERSION} to "
+            f"{FORMAT_VERSION}; preprocess again"
+        )
+    # Manifests of format 1 state no hash.
+    if stated is not None and stated != manifest.content_hash:
+        raise ValueError(f"{path} is damaged: it does not have the content hash that it states, {stated}")
+    return manifest
 
 
 def read_manifest(prefix: str) -> Manifest:
@@ -129,18 +162,7 @@ def read_manifest(prefix: str) -> Manifest:
     Raises:
         ValueError: the manifest is missing, damaged or of another version, or a file is missing or has another size.
     """
-    path = Path(prefix + MANIFEST_SUFFIX)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; {prefix!r} is not the prefix of preprocessed data")
-    try:
-        manifest = _from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
-    if not OLDEST_VERSION <= manifest.format_version <= FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {manifest.format_version}, this program reads versions {OLDEST_VERSION} to "
-            f"{FORMAT_VERSION}; preprocess again"
-        )
+    path, manifest = Path(prefix + MANIFEST_SUFFIX), load_manifest(prefix)
     for suffix in manifest.suffixes:
         file = Path(prefix + suffix)
         if suffix not in manifest.files:

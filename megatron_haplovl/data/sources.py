@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
+from megatron_haplovl.data.array_file import map_array
 from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
@@ -97,7 +98,7 @@ class IndexedSource:
         self._loss_mask = IndexedDataset(prefix + names.LOSS_MASK)
         self._images = IndexedDataset(prefix + names.IMAGES)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
-        self._image_sizes_I2 = _load(prefix, names.IMAGE_SIZES, np.int32, (len(self._images), 2))
+        self._image_sizes_I2 = map_array(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
         if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
             raise ValueError(f"{prefix}: tokens and loss mask have different lengths; preprocess again")
         if len(self._image_refs) != len(self._tokens):
@@ -135,7 +136,8 @@ class IndexedSource:
 
     def _lm_tokens(self) -> npt.NDArray[np.int64]:
         if self.manifest.format_version >= 2:
-            return _load(self._prefix, names.SAMPLE_LM_TOKENS, np.int32, (len(self._tokens),)).astype(np.int64)
+            path = Path(self._prefix + names.SAMPLE_LM_TOKENS)
+            return map_array(path, np.int32, (len(self._tokens),)).astype(np.int64)
         mask, starts, lengths = self._loss_mask.flat(), self._loss_mask.starts(), self._loss_mask.lengths
         counts = np.empty(len(lengths), dtype=np.int64)
         # Some thousand samples at a time: the masks of a large data set would not fit into memory.
@@ -149,48 +151,47 @@ class IndexedSource:
         """One sample, its images still encoded.
 
         Raises:
-            ValueError: the sample's image references do not fit its tokens.
+            ValueError: the sample's files are damaged, or its image references do not fit its tokens.
         """
-        token_ids = self._tokens[index]
-        is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
         try:
-            references = split_references(self._image_refs[index].tolist(), len(self._images))
+            token_ids, loss_mask = self._tokens.in_order(index), self._loss_mask.in_order(index)
+            references = split_references(self._image_refs.in_order(index).tolist(), len(self._images))
         except ValueError as error:
-            raise ValueError(f"{self._prefix}: sample {index}: {error}; preprocess again") from error
-        visuals = [
-            EncodedVideo(tuple(map(self._image, reference))) if isinstance(reference, list) else self._image(reference)
-            for reference in references
-        ]
-        is_video = token_ids[is_visual] == self.manifest.video_token_id
-        if is_video.tolist() != [isinstance(visual, EncodedVideo) for visual in visuals]:
+            raise ValueError(f"{self._prefix}: sample {index}: {error}") from error
+        is_visual = (token_ids == self.manifest.image_token_id) | (token_ids == self.manifest.video_token_id)
+        self._check_values(index, token_ids[~is_visual], loss_mask)
+        is_video = (token_ids[is_visual] == self.manifest.video_token_id).tolist()
+        if is_video != [isinstance(reference, list) for reference in references]:
             raise ValueError(
                 f"{self._prefix}: sample {index} has {len(is_video)} image and video marks that do not fit its "
-                f"{len(visuals)} images and videos"
+                f"{len(references)} images and videos"
             )
-        return Sample(token_ids, self._loss_mask[index], is_visual, tuple(visuals))
+        visuals = tuple(
+            EncodedVideo(tuple(map(self._image, reference))) if isinstance(reference, list) else self._image(reference)
+            for reference in references
+        )
+        return Sample(token_ids, loss_mask, is_visual, visuals)
+
+    def _check_values(self, index: int, text_ids: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]) -> None:
+        smallest, largest = int(text_ids.min(initial=0)), int(text_ids.max(initial=0))
+        limit = self.manifest.counts.largest_token_id
+        if smallest < 0 or largest > limit:
+            raise ValueError(
+                f"{self._prefix}{names.TOKENS}.bin is damaged: sample {index} has the token id "
+                f"{smallest if smallest < 0 else largest}, the manifest's ids are 0 to {limit}; haplovl-verify finds "
+                "all that is damaged"
+            )
+        if int(loss_mask.max(initial=0)) > 1:
+            raise ValueError(
+                f"{self._prefix}{names.LOSS_MASK}.bin is damaged: sample {index} has the value {int(loss_mask.max())} "
+                "where only 0 and 1 may be; haplovl-verify finds all that is damaged"
+            )
 
     def _image(self, number: int) -> EncodedImage:
         height, width = self._image_sizes_I2[number].tolist()
-        return EncodedImage(self._images[number].tobytes(), height, width, upright=self.manifest.format_version >= 2)
+        return EncodedImage(
+            self._images.in_order(number).tobytes(), height, width, upright=self.manifest.format_version >= 2
+        )
 
 
 _BLOCK = 65536
-
-
-def _load(prefix: str, suffix: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Map an array of a prefix; a -1 in `shape` may be any length.
-
-    Raises:
-        ValueError: it cannot be read, or it is of another kind.
-    """
-    path = Path(prefix + suffix)
-    try:
-        # A map of an empty file cannot be made.
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    fits = len(array.shape) == len(shape) and all(e in (-1, a) for a, e in zip(array.shape, shape, strict=True))
-    if array.dtype != dtype or not fits:
-        expected = ["N" if length == -1 else length for length in shape]
-        raise ValueError(f"{path} must be {np.dtype(dtype)} {expected}, not {array.dtype} {list(array.shape)}")
-    return array

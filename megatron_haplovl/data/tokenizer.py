@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +11,8 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_haplovl.data.tokenizer_fingerprint import PROBES, compute_fingerprint
+
 IMAGE_MARK = "<image>"
 """Stands for one image in a conversation; one token in preprocessed files."""
 VIDEO_MARK = "<video>"
@@ -20,16 +20,6 @@ VIDEO_MARK = "<video>"
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
-
-# Together these texts show normalizer, whitespace, digits, byte fallback and merges.
-_PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "  Two  spaces,\ta tab,\nand a line break \n",
-    "3.14159 + 2,718 = 1/2? (Yes!) [No]; e-mail: a_b@c.org",
-    "Café naïve — “quotes” … ½ ﬁ",
-    "日本語のテキスト 中文",
-    "if x == y:\n    return {'a': [1, 2]}",
-)
 
 
 @dataclass(frozen=True)
@@ -53,20 +43,8 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the vocabulary, the special tokens and the ids of some fixed texts.
-
-        It depends on what the tokenizer does and not on how its files are written: a sentencepiece model and the folder
-        saved from it have the same fingerprint.
-        """
-        added = {token.content: (i, token.special) for i, token in self.hf.added_tokens_decoder.items()}
-        behaviour = {
-            "vocab": self.hf.get_vocab(),
-            "added": added,
-            "roles": [self.hf.bos_token_id, self.hf.eos_token_id],
-            "probes": [self.encode(text)[0] for text in _PROBES],
-        }
-        canonical = json.dumps(behaviour, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """What the tokenizer does, to compare; see :mod:`megatron_haplovl.data.tokenizer_fingerprint`."""
+        return compute_fingerprint(self.hf)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters `[start, end)` of `text` behind each one. Special tokens in `text` are
@@ -132,7 +110,7 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(processor.serialized_model_proto())
     backend = _build_backend(proto, path)
-    for text in _PROBES:
+    for text in PROBES:
         expected = processor.EncodeAsIds(text)
         got = backend.encode(text, add_special_tokens=False).ids
         if got != expected:

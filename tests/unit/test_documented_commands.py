@@ -16,7 +16,15 @@ import pytest
 
 from examples.common import train_language_model, train_tokenizer, train_vision_teacher
 from examples.own_data import recipe as own_data
-from megatron_haplovl.commands import convert_arguments, evaluate, generate, plan_arguments, preprocess
+from megatron_haplovl.commands import (
+    convert_arguments,
+    evaluate,
+    generate,
+    inspect_data,
+    plan_arguments,
+    preprocess_arguments,
+    verify,
+)
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
 from megatron_haplovl.config.files import read_settings
 from tests.fixtures.stand_in_launchers import REPOSITORY, launched
@@ -35,14 +43,18 @@ TOOLS = {
     "tools/evaluate.py": evaluate.build_parser,
     "tools/generate.py": generate.build_parser,
     "tools/plan_parallelism.py": plan_arguments.build_parser,
-    "tools/preprocess_data.py": preprocess.build_parser,
+    "tools/inspect_data.py": inspect_data.build_parser,
+    "tools/preprocess_data.py": preprocess_arguments.build_parser,
+    "tools/verify_data.py": verify.build_parser,
 }
 SCRIPTS = {
     "haplovl-convert": convert_arguments.build_parser,
     "haplovl-evaluate": evaluate.build_parser,
     "haplovl-generate": generate.build_parser,
+    "haplovl-inspect": inspect_data.build_parser,
     "haplovl-plan": plan_arguments.build_parser,
-    "haplovl-preprocess": preprocess.build_parser,
+    "haplovl-preprocess": preprocess_arguments.build_parser,
+    "haplovl-verify": verify.build_parser,
 }
 MODULES = {
     "examples.common.train_language_model": train_language_model.build_parser,
@@ -120,8 +132,8 @@ def check(command: Command, folder: Path) -> None:
             arguments = parser().parse_args([word for word in words[words.index(name) + 1 :] if word != "..."])
             if parser is plan_arguments.build_parser:
                 plan_arguments.config_from(arguments)
-            if parser is preprocess.build_parser:
-                preprocess.settings_from(arguments)
+            if parser is preprocess_arguments.build_parser:
+                preprocess_arguments.settings_from(arguments)
             return
     if "pytest" in words:
         assert all((REPOSITORY / word).exists() for word in words if word.startswith("tests/"))

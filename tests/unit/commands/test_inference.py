@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_haplovl.checkpoint.weight_files import WeightReader
-from megatron_haplovl.commands import convert, evaluate, generate, preprocess
+from megatron_haplovl.commands import convert, evaluate, generate, preprocess, preprocess_arguments
 from megatron_haplovl.config.schema import Config, DataConfig
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
@@ -147,7 +147,7 @@ def test_tokenizer_and_template_come_from_the_training_data(work: Path, tmp_path
             *("--input", str(tmp_path / "records.json"), "--output-prefix", prefix, "--workers", "1"),
             *("--tokenizer-model", tokenizer, "--chat-template", template),
         ]
-        assert preprocess.main(arguments) == 0
+        assert preprocess.preprocess(preprocess_arguments.build_parser().parse_args(arguments)) == 0
 
     def export(name: str, tokenizer_model: str | None, *data_path: str) -> Path:
         data = DataConfig(seq_length=96, tokenizer_model=tokenizer_model, data_path=data_path)

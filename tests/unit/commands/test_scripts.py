@@ -17,6 +17,8 @@ SCRIPTS = {
     "tools/evaluate.py": "commands.evaluate",
     "tools/generate.py": "commands.generate",
     "tools/plan_parallelism.py": "commands.plan",
+    "tools/verify_data.py": "commands.verify",
+    "tools/inspect_data.py": "commands.inspect_data",
     "pretrain_haplovl.py": "pretrain",
     "finetune_haplovl.py": "finetune",
 }

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from megatron_haplovl.checkpoint.weight_files import WeightReader, write_weights
 from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RecipeConfig
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.conversion.export import export_checkpoint
+from megatron_haplovl.conversion.export import check_written_tokenizer, export_checkpoint, haplo_processor
 from megatron_haplovl.conversion.verify import compare_logits
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_haplovl.hf import HaploConfig, HaploForConditionalGeneration, HaploProcessor
 from tests.chat import chat
+from tests.conftest import byte_level_folder, llama_folder
 from tests.fixtures.tiny_haplo import generate, random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _PLAIN = tiny_model()
@@ -164,6 +165,30 @@ def test_chat_messages_become_the_tokens_of_training(tmp_path: Path, tokenizer: 
     encoded = encoder.encode(chat(messages))
     first_trained = int(encoded.loss_mask.argmax())
     assert ids == encoded.token_ids[:first_trained].tolist()
+
+
+@pytest.mark.parametrize("kind", ["legacy llama", "llama", "sentencepiece", "byte level"])
+def test_written_tokenizer_reads_what_the_training_read(tmp_path: Path, kind: str, tiny_spm_model: Path) -> None:
+    """Whatever the tokenizer was loaded from: LlamaTokenizer, for one, does not write down that it is a legacy one."""
+    loaded_from = {
+        "legacy llama": lambda: llama_folder(tmp_path / "llama", legacy=True),
+        "llama": lambda: llama_folder(tmp_path / "llama", legacy=False),
+        "sentencepiece": lambda: tiny_spm_model,
+        "byte level": lambda: byte_level_folder(tmp_path / "bytes"),
+    }[kind]()
+    trained_with = load_tokenizer(loaded_from)
+    _, folder = _export(tmp_path, tiny_model(vocab_size=trained_with.vocab_size), trained_with)
+    text = "<s>USER: <image>\nWhat is it?<video> </s>\n USER:</s>red"
+    ids = HaploProcessor.from_pretrained(folder).tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == trained_with.encode(text)[0]
+
+
+def test_tokenizer_that_would_be_written_differently(tmp_path: Path) -> None:
+    legacy, new = (load_tokenizer(llama_folder(tmp_path / str(legacy), legacy=legacy)) for legacy in (True, False))
+    processor = haplo_processor(_PLAIN, new, load_chat_template("vicuna_v1"))
+    check_written_tokenizer(processor, new)
+    with pytest.raises(ValueError, match="the exported folder's tokenizer would read texts differently"):
+        check_written_tokenizer(processor, legacy)
 
 
 def test_bfloat16(tmp_path: Path, tokenizer: TextTokenizer) -> None:

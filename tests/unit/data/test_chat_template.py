@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ConversationEncoder, load_chat_template
-from megatron_haplovl.data.records import Reason, RecordError
+from megatron_haplovl.data.records import Image, Message, Part, Reason, Record, RecordError, Video
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.chat import chat
-from tests.conftest import CONTROL_MARKS, train_sentencepiece
+from tests.conftest import byte_level_folder, train_sentencepiece
 
 MESSAGES = [
     {"role": "user", "content": "<image>\nWhat color is it? "},
@@ -60,6 +59,10 @@ def model_with_newlines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(
         tmp_path_factory.mktemp("spm"), normalization_rule_name="identity", remove_extra_whitespaces=False
     )
+
+
+def _document(*parts: Part) -> Record:
+    return Record((Message("user", parts),), is_document=True)
 
 
 def make_encoder(model: Path, name: str) -> ConversationEncoder:
@@ -109,19 +112,7 @@ def test_trained_tokens_are_what_follows_the_generation_prompt(model_with_newlin
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
 def test_byte_level_tokenizer_from_a_hugging_face_folder(tmp_path: Path, name: str, trim_offsets: bool) -> None:
     """As in Llama 3 and Qwen, spaces belong to the words behind them, and offsets may or may not cover them."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", *CONTROL_MARKS],
-        show_progress=False,
-    )
-    backend.train_from_iterator([m["content"] for m in MESSAGES] * 5, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    encoder = make_encoder(tmp_path, name)
+    encoder = make_encoder(byte_level_folder(tmp_path, trim_offsets=trim_offsets), name)
     text, trained = EXPECTED[name]
     encoded = encoder.encode(chat(MESSAGES))
     assert encoder.tokenizer.hf.decode(encoded.token_ids.tolist(), clean_up_tokenization_spaces=False) == text
@@ -159,7 +150,7 @@ def test_image_in_an_answer_is_not_trained(tiny_spm_model: Path) -> None:
 
 def test_first_token_is_never_trained(tmp_path: Path) -> None:
     template = tmp_path / "bare.jinja"
-    template.write_text("{% generation %}{{ messages[1].content }}{% endgeneration %}")
+    template.write_text("{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}")
     encoder = make_encoder(train_sentencepiece(tmp_path), str(template))
     encoded = encoder.encode(chat([{"role": "user", "content": ""}, {"role": "assistant", "content": "It is red."}]))
     assert encoded.loss_mask[0] == 0 and encoded.loss_mask[1:].all()
@@ -192,7 +183,63 @@ def test_template_without_generation_marks(tmp_path: Path) -> None:
 
 
 def test_template_that_drops_an_image(tmp_path: Path, tiny_spm_model: Path) -> None:
-    (tmp_path / "x.jinja").write_text("Q: {% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    (tmp_path / "x.jinja").write_text("Q: {% generation %}{{ messages[-1].content }}{{ eos_token }}{% endgeneration %}")
     encoder = make_encoder(tiny_spm_model, str(tmp_path / "x.jinja"))
     with pytest.raises(RecordError, match="has 0 images and videos, the messages 1"):
         encoder.encode(chat(MESSAGES[:2]))
+
+
+@pytest.mark.parametrize("has_ends", [True, False])
+def test_document(tmp_path: Path, has_ends: bool) -> None:
+    """Bos, text and media as they stand, eos; all text is trained but the first token."""
+    options: dict[str, Any] = {} if has_ends else {"bos_id": -1, "eos_id": -1}
+    model = train_sentencepiece(tmp_path, normalization_rule_name="identity", **options)
+    tokenizer = load_tokenizer(model)
+    parts: tuple[Part, ...] = ("The circle", Image(path="a.png"), Video(path="b.mp4"), " is red.\n")
+    template = "plain" if has_ends else "chatml"
+    encoded = ConversationEncoder(tokenizer, load_chat_template(template)).encode(_document(*parts))
+    text = "The circle<image><video> is red.\n"
+    expected, _ = tokenizer.encode(f"<s>{text}</s>" if has_ends else text)
+    assert encoded.token_ids.tolist() == expected
+    untrained = [0, *np.flatnonzero(np.isin(expected, tokenizer.placeholder_ids)).tolist()]
+    assert len(untrained) == 3 and np.flatnonzero(encoded.loss_mask == 0).tolist() == untrained
+
+
+def test_document_without_text(tiny_spm_model: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        make_encoder(tiny_spm_model, "plain").encode(_document(Image(path="a.png"), " "))
+    assert caught.value.reason is Reason.NOTHING_TO_TRAIN
+
+
+def test_control_token_across_two_parts_of_text(tiny_spm_model: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        make_encoder(tiny_spm_model, "plain").encode(_document("a <", "/s> b"))
+    assert caught.value.reason is Reason.RESERVED_TOKEN
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_videos_and_images_stay_in_order(tiny_spm_model: Path, name: str) -> None:
+    encoder = make_encoder(tiny_spm_model, name)
+    question = {"role": "user", "content": "<video>\n<image>\n<video>What?"}
+    encoded = encoder.encode(chat([question, {"role": "assistant", "content": "red"}]))
+    image, video = encoder.tokenizer.placeholder_ids
+    assert [i for i in encoded.token_ids.tolist() if i in (image, video)] == [video, image, video]
+
+
+def test_template_that_moves_a_video(tmp_path: Path, tiny_spm_model: Path) -> None:
+    count = "<image>{% if '<video>' in messages[0].content %}<video>{% endif %}"
+    answer = "{% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+    (tmp_path / "x.jinja").write_text(f"{{% if '<image>' in messages[0].content %}}{count}{{% endif %}}{answer}")
+    encoder = make_encoder(tiny_spm_model, str(tmp_path / "x.jinja"))
+    answered = {"role": "assistant", "content": "red"}
+    encoder.encode(chat([{"role": "user", "content": "<image><video>"}, answered]))
+    with pytest.raises(RecordError, match="or their order is another"):
+        encoder.encode(chat([{"role": "user", "content": "<video><image>"}, answered]))
+
+
+def test_data_of_the_earlier_plain_template_is_still_known() -> None:
+    template = load_chat_template("plain")
+    assert template.is_the_one_of(template.sha256)
+    assert template.is_the_one_of("fbca264fb586a15ea4b1280d546aa9d1eef1d20635bb3075c0c89b3a299a69ee")
+    assert not template.is_the_one_of("0" * 64)
+    assert not load_chat_template("chatml").is_the_one_of(template.sha256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,26 @@ def test_other_tokenizer(tiny_prefix: str, tiny_spm_model: Path, tmp_path: Path)
     other = train_sentencepiece(tmp_path, vocab_size=400)
     with pytest.raises(ValueError, match=r"train was preprocessed with another tokenizer .* than --tokenizer-model"):
         make_loader(tiny_prefix, make_config(tmp_path, tokenizer_model=str(other)))
+
+
+def test_fingerprint_of_the_old_kind(
+    tiny_prefix: str, tiny_spm_model: Path, tmp_path: Path, log_lines: list[str]
+) -> None:
+    """Data that was preprocessed before is read, and the log says what cannot be compared."""
+    shutil.copytree(Path(tiny_prefix).parent, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "train.manifest.json"
+    fields = json.loads(manifest.read_text())
+    fields["tokenizer_fingerprint"] = fields["tokenizer_fingerprint"].split(":")[1]
+    del fields["content_hash"]  # which was not written then
+    manifest.write_text(json.dumps(fields))
+    old = str(tmp_path / "copy" / "train")
+    make_loader(tiny_prefix, make_config(None, tokenizer_model=str(tiny_spm_model)))
+    assert not any("old kind" in line for line in log_lines)
+    make_loader(old, make_config(None, tokenizer_model=str(tiny_spm_model)))
+    assert sum(f"{old}: its tokenizer fingerprint is of the old kind" in line for line in log_lines) == 1
+    other = train_sentencepiece(tmp_path, vocab_size=400)
+    with pytest.raises(ValueError, match=r"was preprocessed with another tokenizer"):
+        make_loader(old, make_config(None, tokenizer_model=str(other)))
 
 
 def test_token_id_outside_the_vocabulary(tiny_prefix: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import sentencepiece
 from tokenizers import normalizers
 
-from megatron_haplovl.data.tokenizer import load_tokenizer
-from tests.conftest import train_sentencepiece
+from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_haplovl.data.tokenizer_fingerprint import PROBES, blind_spot, same_tokenizer
+from tests.conftest import llama_folder, train_sentencepiece
 
 _WORDS = [
     "What ",
@@ -103,6 +106,39 @@ def test_fingerprint_sees_what_the_vocabulary_does_not_show(tiny_spm_model: Path
     changed.hf.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert changed.hf.get_vocab() == tokenizer.hf.get_vocab()
     assert changed.fingerprint != tokenizer.fingerprint
+
+
+def _old_kind(tokenizer: TextTokenizer) -> str:
+    """The fingerprint as manifests of format 1 hold it, written out here once more."""
+    hf = tokenizer.hf
+    behaviour = {
+        "vocab": hf.get_vocab(),
+        "added": {token.content: (i, token.special) for i, token in hf.added_tokens_decoder.items()},
+        "roles": [hf.bos_token_id, hf.eos_token_id],
+        "probes": [tokenizer.encode(text)[0] for text in PROBES],
+    }
+    return hashlib.sha256(json.dumps(behaviour, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def test_fingerprint_sees_what_happens_around_special_tokens(tmp_path: Path) -> None:
+    """A Llama folder with and without `legacy`: one vocabulary, one encoding of plain text, two of a conversation."""
+    legacy, new = (load_tokenizer(llama_folder(tmp_path / str(legacy), legacy=legacy)) for legacy in (True, False))
+    conversation = "<s>What is it?<image>red</s>"
+    assert [legacy.encode(text) for text in PROBES] == [new.encode(text) for text in PROBES]
+    assert legacy.encode(conversation)[0] != new.encode(conversation)[0]
+    assert _old_kind(legacy) == _old_kind(new)
+    assert not same_tokenizer(legacy.fingerprint, new.fingerprint)
+
+
+def test_fingerprints_of_the_old_kind_are_compared_in_what_they_see(tmp_path: Path, tiny_spm_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_spm_model)
+    other = load_tokenizer(train_sentencepiece(tmp_path, vocab_size=400))
+    old = _old_kind(tokenizer)
+    assert same_tokenizer(old, tokenizer.fingerprint) and same_tokenizer(tokenizer.fingerprint, old)
+    assert same_tokenizer(old, old) and same_tokenizer(tokenizer.fingerprint, tokenizer.fingerprint)
+    assert not same_tokenizer(old, other.fingerprint) and not same_tokenizer(_old_kind(other), old)
+    assert "does not see how text is read around special tokens" in str(blind_spot(old))
+    assert blind_spot(tokenizer.fingerprint) is None
 
 
 def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
