@@ -6,10 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_haplovl.commands.plan_arguments import build_parser, cluster_from, config_from, sequence_from
+from megatron_haplovl.commands.plan_arguments import (
+    build_parser,
+    cluster_from,
+    config_from,
+    sequence_from,
+    workload_from,
+)
 from megatron_haplovl.commands.plan_report import print_report, write_json
 from megatron_haplovl.commands.plan_search import search
-from megatron_haplovl.config.layout import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         base, config = config_from(arguments)
         work = sequence_from(arguments, config)
+        workload, batch = workload_from(arguments, config)
     except ValueError as error:
         parser.error(str(error))
-    workload = Workload.of(config)
     cluster = cluster_from(arguments)
     found = search(arguments, workload, work, cluster, config.recipe)
-    print_report(base, arguments.top, config, workload, work, cluster, found)
+    print_report(base, arguments.top, config, workload, batch, work, cluster, found)
     if arguments.json:
         write_json(Path(arguments.json), arguments, workload, work, found)
     return 0 if found.possible else 1

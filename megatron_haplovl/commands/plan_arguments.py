@@ -8,10 +8,13 @@ from typing import Any
 
 from megatron_haplovl.config.cli import add_settings, add_sources, combine
 from megatron_haplovl.config.files import read_settings
+from megatron_haplovl.config.layout import Workload
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
+from megatron_haplovl.config.settings import with_settings
 from megatron_haplovl.config.stages import FINETUNE, RECIPES
 from megatron_haplovl.config.validate import validate_freezing, validate_model
-from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.image_geometry import Frames, Picture, VisualLayout, visual_layouts
+from megatron_haplovl.data.loader import build_loader
 from megatron_haplovl.planning.machine import Cluster, DataSheet
 from megatron_haplovl.planning.work import Work, work_of_sequence
 
@@ -36,7 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="tokens of a packed sequence (default: the preset's)"
     )
-    parser.add_argument("--global-batch-size", type=int, metavar="N", help="sequences per step (default: the recipe's)")
+    parser.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="sequences or samples per step (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--batch-unit", choices=("packs", "samples"), help="what that counts (default: the file's, else packs)"
+    )
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="bf16, or fp32 (default: the file's, else bf16)"
     )
@@ -142,6 +150,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--trained-tokens", type=int, default=128, metavar="N", help="answer tokens among them (default: 128)"
     )
+    for flag, what in (("--data-path", "the training's data"), ("--aux-data-path", "stage 1's auxiliary data")):
+        data.add_argument(
+            flag,
+            nargs="+",
+            default=(),
+            metavar="PREFIX",
+            help=f"{what}: with --batch-unit samples, their pack plan says how many sequences a step has (default: as "
+            "many as documents of this kind need)",
+        )
 
 
 def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
@@ -157,6 +174,8 @@ def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
         overrides["data", "seq_length"] = arguments.seq_length
     if arguments.global_batch_size is not None:
         overrides["schedule", "global_batch_size"] = arguments.global_batch_size
+    if arguments.batch_unit is not None:
+        overrides["schedule", "batch_unit"] = arguments.batch_unit
     files = [read_settings(path) for path in arguments.config]
     given = {path: value for file in files for path, value in file.values.items()} | overrides
     if arguments.bf16 is None:
@@ -200,19 +219,46 @@ def sequence_from(arguments: argparse.Namespace, config: Config) -> Work:
     Raises:
         ValueError: a document does not fit it.
     """
+    return work_of_sequence(
+        config.data.seq_length,
+        visuals=_visuals(arguments, config),
+        text=arguments.text_tokens,
+        trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
+        image_attention=config.model.image_attention,
+    )
+
+
+def workload_from(arguments: argparse.Namespace, config: Config) -> tuple[Workload, str]:
+    """What is to be trained; and, of a batch in samples, how many there are and how their sequences were counted.
+
+    Raises:
+        ValueError: data that cannot be read or planned.
+    """
+    workload, samples = Workload.of(config), config.schedule.global_batch_size
+    if config.schedule.batch_unit == "packs":
+        return workload, ""
+    if arguments.data_path:
+        one_each = with_settings(config, {("schedule", "micro_batch_size"): 1})
+        aux = tuple(arguments.aux_data_path)
+        # One epoch is like the next.
+        data = build_loader(tuple(arguments.data_path), one_each, num_steps=1, dp_rank=0, dp_size=1, aux_paths=aux)
+        return dataclasses.replace(workload, global_batch_size=data.sequences), f"{samples} samples, by their pack plan"
+    length = arguments.text_tokens + sum(visual.num_tokens for visual in _visuals(arguments, config))
+    sequences = -(-samples // (config.data.seq_length // length))
+    return (
+        dataclasses.replace(workload, global_batch_size=sequences),
+        f"{samples} samples, if all are of the kind that is described; --data-path takes their pack plan",
+    )
+
+
+def _visuals(arguments: argparse.Namespace, config: Config) -> list[VisualLayout]:
     vision = config.model.vision
     side = vision.image_size * (2 if vision.image_aspect_ratio == "anyres" and vision.max_tiles >= 4 else 1)
     height, width = arguments.image_pixels or (side, side)
     visuals: list[Picture | Frames] = [Picture(height, width)] * arguments.images_per_document
     if arguments.video_frames:
         visuals.append(Frames(arguments.video_frames))
-    return work_of_sequence(
-        config.data.seq_length,
-        visuals=visual_layouts(visuals, vision),
-        text=arguments.text_tokens,
-        trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
-        image_attention=config.model.image_attention,
-    )
+    return visual_layouts(visuals, vision)
 
 
 def cluster_from(arguments: argparse.Namespace) -> Cluster:

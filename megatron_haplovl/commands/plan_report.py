@@ -18,10 +18,10 @@ from megatron_haplovl.planning.work import Work
 
 
 def print_report(
-    base: str, top: int, config: Config, workload: Workload, work: Work, cluster: Cluster, found: Found
+    base: str, top: int, config: Config, workload: Workload, batch: str, work: Work, cluster: Cluster, found: Found
 ) -> None:
     """The question, what is refused and why, the fastest layouts, and the recommended one with its flags."""
-    _print_question(base, config, workload, work, cluster)
+    _print_question(base, config, workload, batch, work, cluster)
     _print_refused(found.refused)
     best = found.recommended
     if best is None:
@@ -32,11 +32,13 @@ def print_report(
     _print_recommended(best)
 
 
-def _print_question(base: str, config: Config, workload: Workload, work: Work, cluster: Cluster) -> None:
+def _print_question(base: str, config: Config, workload: Workload, batch: str, work: Work, cluster: Cluster) -> None:
+    counted = f" ({batch})" if batch else ""
     print(
         f"{base}, recipe {config.recipe.recipe}, {'bf16' if config.precision.bf16 else 'fp32'}; sequences of "
-        f"{workload.seq_length:,} tokens, {workload.global_batch_size} per step; a sequence has {work.patches:,.0f} "
-        f"patches, {work.head_tokens:,.0f} tokens with logits and {work.pairs / 1e6:.1f} M visible pairs"
+        f"{workload.seq_length:,} tokens, {workload.global_batch_size} per step{counted}; a sequence has "
+        f"{work.patches:,.0f} patches, {work.head_tokens:,.0f} tokens with logits and "
+        f"{work.pairs / 1e6:.1f} M visible pairs"
     )
     print(
         f"{cluster.gpus} GPUs, {cluster.gpus_per_node} per node, {cluster.memory / GIB:.1f} GiB usable each; assumed "

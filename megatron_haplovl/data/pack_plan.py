@@ -5,29 +5,30 @@ seed only, not on the number of processes: every layout reads the same plan, and
 
 An epoch is made in four steps:
 
-1. Draw as many samples as the main sources hold together. Each source gives its share by weight, from an endless stream
-   of its own permutations, which goes on from epoch to epoch. Without weights every sample is drawn once.
+1. Draw as many samples as the main sources hold together. Each source gives its share by weight, or its number of
+   passes, from an endless stream of its own permutations, which goes on from epoch to epoch. A single source gives
+   every sample once.
 2. Join (stage 1, paper Sec. 4.1). Each main sample and the next auxiliary sample become one document, in random order.
    If the two are too long together, the main sample stays alone and the auxiliary one is left out this time.
 3. Pack. Best fit, the longest first, within windows of the shuffled documents.
 4. Shuffle the packs.
+
+Where a batch is counted in samples, a window is the documents of a step, and its packs stay together. An epoch is then
+as many whole steps as it comes closest to; because each source's stream goes on, nothing is drawn twice or left out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.data.batch import StepCounts
+from megatron_haplovl.data.packing import gather_ranges, pack_windows, shuffle_packs
+from megatron_haplovl.data.packs import COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 IntArray = npt.NDArray[np.int64]
-
-COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens", "tokens", "documents")
-"""Columns of `EpochPlan.counts`."""
 
 _WINDOW = 8192
 # A number for each use of a random stream, so that no two streams are the same.
@@ -36,11 +37,19 @@ _DRAW_MAIN, _DRAW_AUX, _ORDER, _AUX_ORDER, _SIDE, _PACK_ORDER = range(6)
 
 @dataclass(frozen=True)
 class BlendedSource:
-    """Sizes of one source's samples and its weight in a blend."""
+    """Sizes of one source's samples, and how often they are drawn: by a weight or by a number of passes."""
 
     name: str
-    weight: float
+    weight: float | None
+    """Share of the draws that the sources with a weight have together; None: `epochs` counts."""
     counts: SampleCounts
+    samples: IntArray | None = None
+    """Numbers of the samples that may be drawn, each once, in the order of an evaluation; None: all."""
+    epochs: float | None = None
+    """Passes over these samples in each epoch of the plan; None: `weight` counts."""
+
+    def __post_init__(self) -> None:
+        assert (self.weight is None) != (self.epochs is None), f"{self.name} needs either a weight or epochs"
 
 
 @dataclass(frozen=True)
@@ -53,79 +62,8 @@ class PlanSettings:
     shuffle: bool
     """False: samples in order, every one once, whatever the weights (evaluation)."""
     skip_long_samples: bool
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """One epoch: packs of documents of samples.
-
-    Pack p holds the documents `pack_offsets[p] : pack_offsets[p + 1]`, document d the samples
-    `items[doc_offsets[d] : doc_offsets[d + 1]]`.
-    """
-
-    items: npt.NDArray[np.int32]
-    """`[samples, 2]`: number of the source (main sources first, then auxiliary ones) and of the sample in it."""
-    doc_offsets: IntArray
-    pack_offsets: IntArray
-    counts: IntArray
-    """`[packs, 5]`, columns as in COUNT_NAMES."""
-    stats: dict[str, int]
-    """`skipped_long`: samples left out as too long; `not_joined`: main samples that stayed alone."""
-
-    @property
-    def num_packs(self) -> int:
-        """Packed sequences in the epoch."""
-        return len(self.counts)
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        """The documents of a pack, each a list of (source, sample)."""
-        first, last = self.pack_offsets[pack], self.pack_offsets[pack + 1]
-        bounds = self.doc_offsets[first : last + 1]
-        return [
-            [(int(source), int(sample)) for source, sample in self.items[start:end]]
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-
-
-class PackPlan:
-    """Epochs one after the other; a pack has one number through all of them.
-
-    Args:
-        epochs: the planned epochs, at least one.
-        cycle: start over after the last epoch (otherwise packs behind the end are empty).
-    """
-
-    def __init__(self, epochs: list[EpochPlan], *, cycle: bool = False) -> None:
-        assert epochs
-        self.epochs = epochs
-        self._cycle = cycle
-        self._ends = np.cumsum([epoch.num_packs for epoch in epochs])
-
-    @property
-    def num_packs(self) -> int:
-        """Packs in all epochs."""
-        return int(self._ends[-1])
-
-    def _find(self, pack: int) -> tuple[EpochPlan, int] | None:
-        if self._cycle:
-            pack %= self.num_packs
-        if pack >= self.num_packs:
-            return None
-        epoch = int(np.searchsorted(self._ends, pack, side="right"))
-        return self.epochs[epoch], pack - (int(self._ends[epoch - 1]) if epoch else 0)
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        """Documents of a pack, each a list of (source, sample); none for a pack behind the end."""
-        found = self._find(pack)
-        return [] if found is None else found[0].documents(found[1])
-
-    def counts(self, packs: range) -> StepCounts:
-        """Sums over some packs."""
-        total = np.zeros(len(COUNT_NAMES), dtype=np.int64)
-        for found in map(self._find, packs):
-            if found is not None:
-                total += found[0].counts[found[1]]
-        return StepCounts(**{name: int(n) for name, n in zip(COUNT_NAMES, total, strict=True)})
+    step_samples: int | None = None
+    """Documents of a step, whose packs hold nothing else; None: packs know no steps."""
 
 
 def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
@@ -136,18 +74,19 @@ def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> lis
     """
     fitting = []
     for source in sources:
-        lengths = source.counts.tokens
+        samples = np.arange(len(source.counts.tokens)) if source.samples is None else source.samples
+        lengths = source.counts.tokens[samples]
         too_long = np.flatnonzero(lengths > settings.seq_length)
         if len(too_long) and not settings.skip_long_samples:
             first = int(too_long[0])
             raise ValueError(
-                f"{source.name}: sample {first} has {int(lengths[first])} tokens, more than --seq-length "
+                f"{source.name}: sample {int(samples[first])} has {int(lengths[first])} tokens, more than --seq-length "
                 f"{settings.seq_length} ({len(too_long)} of {len(lengths)} samples are too long, the longest has "
                 f"{int(lengths.max())}); raise --seq-length or leave them out with --skip-long-samples"
             )
         if len(too_long) == len(lengths):
             raise ValueError(f"{source.name}: no sample fits into --seq-length {settings.seq_length}")
-        fitting.append(np.flatnonzero(lengths <= settings.seq_length))
+        fitting.append(samples[lengths <= settings.seq_length])
     return fitting
 
 
@@ -161,34 +100,84 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
         epoch: number of the epoch, from 0; any epoch can be planned without those before it.
 
     Raises:
-        ValueError: as :func:`fitting_samples`.
+        ValueError: as :func:`fitting_samples`, or sources that give no sample, or an auxiliary one without a weight.
     """
     fitting = fitting_samples(main + aux, settings)
     main_fitting, aux_fitting = fitting[: len(main)], fitting[len(main) :]
     sizes_of_main = [len(samples) for samples in main_fitting]
-    shares = apportion([source.weight for source in main], sum(sizes_of_main)) if settings.shuffle else sizes_of_main
+    shares = _shares_of_main(main, sizes_of_main, settings.step_samples) if settings.shuffle else sizes_of_main
     main_items = _draw(main_fitting, shares, settings, epoch, _DRAW_MAIN, _ORDER)
     items, doc_offsets, not_joined = main_items, np.arange(len(main_items) + 1), 0
     if aux:
-        shares = apportion([source.weight for source in aux], len(main_items))
+        shares = apportion(_weights_of_aux(aux), len(main_items))
         aux_items = _draw(aux_fitting, shares, settings, epoch, _DRAW_AUX, _AUX_ORDER)
         aux_items[:, 0] += len(main)
         items, doc_offsets, not_joined = _join(main_items, aux_items, main + aux, settings, epoch)
 
-    sizes = _document_sizes(items, doc_offsets, main + aux)
-    lengths = sizes[:, COUNT_NAMES.index("tokens")]
-    order, pack_offsets = _pack(lengths, settings, epoch)
+    lengths = np.add.reduceat(_of_items("tokens", items, main + aux), doc_offsets[:-1])
+    order, pack_offsets, step_offsets = _pack(lengths, settings, epoch)
+    cumulative = _count_packs(items, doc_offsets, order, pack_offsets, main + aux)
+    assert int(np.diff(cumulative[:, COUNT_NAMES.index("tokens")]).max()) <= settings.seq_length
     items, doc_offsets = _take_documents(items, doc_offsets, order)
-    counts = np.add.reduceat(sizes[order], pack_offsets[:-1], axis=0)
-    assert int(counts[:, COUNT_NAMES.index("tokens")].max()) <= settings.seq_length
-    kept, known = sum(map(len, fitting)), sum(len(source.counts.tokens) for source in main + aux)
+    kept = sum(map(len, fitting))
+    known = sum(len(source.counts.tokens if source.samples is None else source.samples) for source in main + aux)
     stats = {"skipped_long": known - kept, "not_joined": not_joined}
-    return EpochPlan(items, doc_offsets, pack_offsets, counts, stats)
+    return EpochPlan(items, doc_offsets, pack_offsets, step_offsets, cumulative, stats)
+
+
+def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Order of the documents, the boundaries of the packs in it, and those of the steps in the packs."""
+    window = settings.step_samples or _WINDOW
+    if settings.packing:
+        order, pack_offsets, window_offsets = pack_windows(lengths, settings.seq_length, window)
+    else:
+        order, pack_offsets = np.arange(len(lengths)), np.arange(len(lengths) + 1)
+        window_offsets = np.append(np.arange(0, len(lengths), window), len(lengths))
+    if settings.step_samples is not None:
+        # The documents are in random order already, and a step's packs stay together.
+        return order, pack_offsets, window_offsets
+    if settings.shuffle:
+        permutation = _random(settings, _PACK_ORDER, epoch).permutation(len(pack_offsets) - 1)
+        order, pack_offsets = shuffle_packs(order, pack_offsets, permutation)
+    return order, pack_offsets, np.zeros(1, dtype=np.int64)
 
 
 def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:
     # RandomState's sequences are frozen for ever. Generator's may change with numpy's version, and would change plans.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([settings.seed, *key])))
+
+
+def _shares_of_main(main: list[BlendedSource], sizes: list[int], step_samples: int | None) -> list[int]:
+    """Draws of each main source in an epoch; `sizes` are the numbers of samples that may be drawn."""
+    weights = [0.0 if source.weight is None else source.weight for source in main]
+    total: float = sum(size for source, size in zip(main, sizes, strict=True) if source.weight is not None)
+    if any(source.epochs is not None for source in main):
+        wanted = [
+            weight / sum(weights) * total if source.epochs is None else source.epochs * size
+            for source, weight, size in zip(main, weights, sizes, strict=True)
+        ]
+        weights, total = wanted, sum(wanted)
+    unit = step_samples or 1
+    draws = unit * round(total / unit)
+    if draws == 0 and step_samples is None:
+        raise ValueError(
+            f"no sample would be drawn in an epoch: {', '.join(f'{s.name} {s.epochs} times' for s in main)}; raise a "
+            "number of epochs"
+        )
+    # An epoch of less than half a step is one step all the same.
+    return apportion(weights, max(draws, unit))
+
+
+def _weights_of_aux(aux: list[BlendedSource]) -> list[float]:
+    weights = []
+    for source in aux:
+        if source.weight is None:
+            raise ValueError(
+                f"{source.name}: an auxiliary source is drawn as often as the main samples need it; give it a weight, "
+                "not a number of epochs"
+            )
+        weights.append(source.weight)
+    return weights
 
 
 def apportion(weights: list[float], total: int) -> list[int]:
@@ -236,7 +225,7 @@ def _join(
     epoch: int,
 ) -> tuple[npt.NDArray[np.int32], IntArray, int]:
     """Join main and auxiliary samples pairwise; returns items, document offsets, and how many stayed alone."""
-    joined = _lengths(main, sources) + _lengths(aux, sources) <= settings.seq_length
+    joined = _of_items("tokens", main, sources) + _of_items("tokens", aux, sources) <= settings.seq_length
     aux_first = _random(settings, _SIDE, epoch).randint(0, 2, size=len(main)).astype(bool)
     pairs = np.stack([main, aux], axis=1)  # [documents, 2, 2]
     pairs[aux_first & joined] = pairs[aux_first & joined][:, ::-1]
@@ -246,60 +235,38 @@ def _join(
     return pairs[keep], offsets, int((~joined).sum())
 
 
-def _lengths(items: npt.NDArray[np.int32], sources: list[BlendedSource]) -> IntArray:
-    lengths = np.zeros(len(items), dtype=np.int64)
-    for number, source in enumerate(sources):
-        mine = items[:, 0] == number
-        lengths[mine] = source.counts.tokens[items[mine, 1]]
-    return lengths
+def _of_items(name: str, items: npt.NDArray[np.int32], sources: list[BlendedSource]) -> IntArray:
+    """What the field `name` of SampleCounts says of each item."""
+    values: list[IntArray] = [getattr(source.counts, name) for source in sources]
+    first = np.cumsum([0, *map(len, values)])
+    of_items: IntArray = np.concatenate(values)[first[items[:, 0]] + items[:, 1]]
+    return of_items
 
 
-def _document_sizes(items: npt.NDArray[np.int32], doc_offsets: IntArray, sources: list[BlendedSource]) -> IntArray:
-    """Counts of every document, `[documents, 5]`, columns as in COUNT_NAMES."""
-    sizes = np.zeros((len(items), len(COUNT_NAMES)), dtype=np.int64)
-    for number, source in enumerate(sources):
-        mine = items[:, 0] == number
-        for column, name in enumerate(COUNT_NAMES[:-1]):
-            sizes[mine, column] = getattr(source.counts, name)[items[mine, 1]]
-    summed: IntArray = np.add.reduceat(sizes, doc_offsets[:-1], axis=0)
-    summed[:, -1] = 1
-    return summed
+def _count_packs(
+    items: npt.NDArray[np.int32],
+    doc_offsets: IntArray,
+    order: IntArray,
+    pack_offsets: IntArray,
+    sources: list[BlendedSource],
+) -> IntArray:
+    """`EpochPlan.cumulative`: documents as in `items` and `doc_offsets`, which stand in the packs in this order."""
 
+    def of_documents(name: str) -> IntArray:
+        of_items = _of_items(name, items, sources)
+        summed: IntArray = np.add.reduceat(of_items, doc_offsets[:-1])
+        return summed[order]
 
-def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray]:
-    """Order of the documents and the boundaries of the packs in it."""
-    if settings.packing:
-        packs: list[list[int]] = []
-        for start in range(0, len(lengths), _WINDOW):
-            for pack in best_fit_decreasing(lengths[start : start + _WINDOW], settings.seq_length):
-                packs.append([start + document for document in pack])
-    else:
-        packs = [[document] for document in range(len(lengths))]
-    if settings.shuffle:
-        packs = [packs[i] for i in _random(settings, _PACK_ORDER, epoch).permutation(len(packs))]
-    offsets = np.concatenate([[0], np.cumsum([len(pack) for pack in packs])]).astype(np.int64)
-    return np.array([document for pack in packs for document in pack], dtype=np.int64), offsets
-
-
-def best_fit_decreasing(lengths: IntArray, capacity: int) -> list[list[int]]:
-    """Put things into bins: the longest first, each into the fullest bin that still has room for it.
-
-    Returns:
-        The bins, each a sorted list of indices into `lengths`.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (free room, number of the bin), sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        place = bisect_left(rooms, (length, -1))
-        if place == len(rooms):
-            bins.append([i])
-            room, number = capacity, len(bins) - 1
-        else:
-            room, number = rooms.pop(place)
-            bins[number].append(i)
-        insort(rooms, (room - length, number))
-    return [sorted(content) for content in bins]
+    cumulative = np.zeros((len(pack_offsets), len(COUNT_NAMES)), dtype=np.int64)
+    lengths = of_documents("tokens")
+    for column, name in enumerate(COUNT_NAMES):
+        if name == "documents":
+            cumulative[:, column] = pack_offsets
+            continue
+        # Every token sees those before it in its document and itself, and a visual token the later ones of its image.
+        values = of_documents("visual_pairs") + lengths * (lengths + 1) // 2 if name == "pairs" else of_documents(name)
+        np.cumsum(np.add.reduceat(values, pack_offsets[:-1]), out=cumulative[1:, column])
+    return cumulative
 
 
 def _take_documents(
@@ -308,5 +275,4 @@ def _take_documents(
     """Reorder documents."""
     sizes = np.diff(doc_offsets)[order]
     new_offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    first = np.repeat(doc_offsets[:-1][order] - new_offsets[:-1], sizes)
-    return items[first + np.arange(len(items))], new_offsets
+    return items[gather_ranges(doc_offsets[:-1][order], sizes)], new_offsets

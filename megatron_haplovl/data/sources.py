@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,8 @@ class SampleCounts:
     lm_tokens: npt.NDArray[np.int64]
     tiles: npt.NDArray[np.int64]
     """Image tiles that are embedded."""
+    visual_pairs: npt.NDArray[np.int64]
+    """(query, key) pairs of the mixed mask that a causal mask would not have: those of an image with its later ones."""
 
 
 class Source(Protocol):
@@ -99,10 +101,18 @@ class IndexedSource:
         self._images = IndexedDataset(prefix + names.IMAGES)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
         self._image_sizes_I2 = map_array(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
-        if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
-            raise ValueError(f"{prefix}: tokens and loss mask have different lengths; preprocess again")
+        if len(self._tokens) != len(self._loss_mask):
+            raise ValueError(f"{prefix}: {len(self._tokens)} samples have {len(self._loss_mask)} loss masks; {_AGAIN}")
         if len(self._image_refs) != len(self._tokens):
-            raise ValueError(f"{prefix}: the image files belong to other data than the tokens; preprocess again")
+            raise ValueError(f"{prefix}: the image files belong to other data than the tokens; {_AGAIN}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each data loading process maps the file itself; pickling a map would copy all of it.
+        return {name: value for name, value in vars(self).items() if name != "_image_sizes_I2"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._image_sizes_I2 = map_array(Path(self._prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
 
     @property
     def name(self) -> str:
@@ -118,21 +128,28 @@ class IndexedSource:
         """Sizes of all samples.
 
         Raises:
-            ValueError: a sample refers to an image that does not exist.
+            ValueError: a sample refers to an image that does not exist, or its loss mask has another length.
         """
+        if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
+            raise ValueError(f"{self._prefix}: tokens and loss mask have different lengths; {_AGAIN}")
         references = self._references()
         visuals = references.visuals
-        tokens, patches, tiles = references.count(self._image_sizes_I2, vision)
+        visual = references.count(self._image_sizes_I2, vision)
         text = self._tokens.lengths.astype(np.int64) - visuals
         return SampleCounts(
-            tokens=text + tokens, text_tokens=text, patch_tokens=patches, lm_tokens=self._lm_tokens(), tiles=tiles
+            tokens=text + visual.tokens,
+            text_tokens=text,
+            patch_tokens=visual.patches,
+            lm_tokens=self._lm_tokens(),
+            tiles=visual.tiles,
+            visual_pairs=visual.pairs,
         )
 
     def _references(self) -> ImageReferences:
         try:
             return ImageReferences(self._image_refs.flat(), self._image_refs.lengths, len(self._image_sizes_I2))
         except ValueError as error:
-            raise ValueError(f"{self._prefix}: {error}; preprocess again") from error
+            raise ValueError(f"{self._prefix}: {error}; {_AGAIN}") from error
 
     def _lm_tokens(self) -> npt.NDArray[np.int64]:
         if self.manifest.format_version >= 2:
@@ -151,13 +168,18 @@ class IndexedSource:
         """One sample, its images still encoded.
 
         Raises:
-            ValueError: the sample's files are damaged, or its image references do not fit its tokens.
+            ValueError: the sample's files are damaged, or its loss mask or image references do not fit its tokens.
         """
         try:
             token_ids, loss_mask = self._tokens.in_order(index), self._loss_mask.in_order(index)
             references = split_references(self._image_refs.in_order(index).tolist(), len(self._images))
         except ValueError as error:
             raise ValueError(f"{self._prefix}: sample {index}: {error}") from error
+        if len(loss_mask) != len(token_ids):
+            raise ValueError(
+                f"{self._prefix}: sample {index} has {len(token_ids)} tokens and a loss mask of {len(loss_mask)}; "
+                f"{_AGAIN}"
+            )
         is_visual = (token_ids == self.manifest.image_token_id) | (token_ids == self.manifest.video_token_id)
         self._check_values(index, token_ids[~is_visual], loss_mask)
         is_video = (token_ids[is_visual] == self.manifest.video_token_id).tolist()
@@ -195,3 +217,4 @@ class IndexedSource:
 
 
 _BLOCK = 65536
+_AGAIN = "preprocess again"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_haplovl.commands import plan as command
+from megatron_haplovl.config.cli import build_config
+from megatron_haplovl.data.loader import build_loader
 
 GIB = 2**30
 
@@ -175,3 +178,21 @@ def test_a_file_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         plan(capsys, "--gpus", "8")
     assert "no model is named" in capsys.readouterr().err
+
+
+def test_a_batch_in_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_prefix: str) -> None:
+    """The number of sequences comes from the data's plan or from the document that the flags describe."""
+    shutil.copytree(Path(tiny_prefix).parent, tmp_path / "data")
+    words = ["--model", "haplovl-debug", "--gpus", "2", "--batch-unit", "samples", "--global-batch-size", "7"]
+    words += ["--seq-length", "192", "--text-tokens", "20", "--trained-tokens", "10", "--top", "1"]
+    # An image is one tile of 16 patches: five documents of 36 tokens fit.
+    status, estimated = plan(capsys, *words)
+    assert status == 0 and "2 per step (7 samples, if all are of the kind that is described; --data-path" in estimated
+    _, planned = plan(capsys, *words, "--data-path", str(tmp_path / "data" / "train"))
+    config = build_config(
+        "finetune",
+        "haplovl-debug",
+        {("schedule", "batch_unit"): "samples", ("schedule", "global_batch_size"): 7, ("data", "seq_length"): 192},
+    )
+    sequences = build_loader((str(tmp_path / "data" / "train"),), config, num_steps=1, dp_rank=0, dp_size=1).sequences
+    assert f", {sequences} per step (7 samples, by their pack plan)" in planned and sequences > 2

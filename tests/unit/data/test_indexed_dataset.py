@@ -68,6 +68,19 @@ def test_truncated_files(tmp_path: Path) -> None:
         IndexedDataset(prefix)
 
 
+def test_damaged_index(tmp_path: Path) -> None:
+    """What opening does not look at is found when the sequence is read, and when all are."""
+    prefix = write(tmp_path / "x")
+    index = Path(f"{prefix}.idx")
+    whole = index.read_bytes()
+    for place, bad in ((34, -1), (34, 1000), (34 + 4 * 6, -4), (34 + 4 * 6, 10**6)):
+        index.write_bytes(whole[:place] + bad.to_bytes(4, "little", signed=True) + whole[place + 4 :])
+        with pytest.raises(ValueError, match=r"x\.idx is damaged: sequence 0 would be the bytes"):
+            IndexedDataset(prefix)[0]
+        with pytest.raises(ValueError, match="is damaged: it has negative lengths|do not follow each other in order"):
+            IndexedDataset(prefix).flat()
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float32])
 def test_megatron_reads_it(tmp_path: Path, dtype: Any) -> None:
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")

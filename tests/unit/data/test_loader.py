@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, ScheduleConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
-from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend
+from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend, shortest_length
 from megatron_haplovl.data.sources import EncodedImage, IndexedSource
 from tests.conftest import train_sentencepiece
 
@@ -57,21 +59,24 @@ def rows(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.tokens_BS.tolist()]
 
 
-def test_pack_numbers_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path) -> None:
-    """Micro-batch m of step t on rank r holds packs t * gbs + (m * dp_size + r) * mbs + j."""
-    expected = rows(make_loader(tiny_prefix, make_config(tmp_path, micro_batch_size=1)).micro_batches())
-    assert len(expected) == 9 * 4
+@pytest.mark.parametrize("unit", ["packs", "samples"])
+def test_packs_of_a_step_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path, unit: str) -> None:
+    """One rank reads the plan in order; several read the same sequences in every step, each of them once."""
+    one = make_loader(tiny_prefix, make_config(tmp_path, micro_batch_size=1, batch_unit=unit))
+    expected = rows(one.micro_batches())
+    assert len(expected) == 9 * one.sequences and (one.sequences == 4) == (unit == "packs")
     for size, micro in ((1, 4), (1, 2), (2, 1), (2, 2), (4, 1)):
-        config = make_config(tmp_path, micro_batch_size=micro)
-        ranks = [rows(make_loader(tiny_prefix, config, dp_rank=r, dp_size=size).micro_batches()) for r in range(size)]
-        got = [
-            ranks[r][(t * (4 // micro // size) + m) * micro + j]
-            for t in range(9)
-            for m in range(4 // micro // size)
-            for r in range(size)
-            for j in range(micro)
-        ]
-        assert got == expected
+        config = make_config(tmp_path, micro_batch_size=micro, batch_unit=unit)
+        loaders = [make_loader(tiny_prefix, config, dp_rank=r, dp_size=size) for r in range(size)]
+        assert len({loader.plan_key for loader in (one, *loaders)}) == 1
+        per_rank = loaders[0].micro_batches_per_step * micro
+        ranks = [rows(loader.micro_batches()) for loader in loaders]
+        assert {len(rank) for rank in ranks} == {9 * per_rank}
+        for step in range(9):
+            wanted = Counter(filter(any, expected[step * one.sequences : (step + 1) * one.sequences]))
+            got = [row for rank in ranks for row in rank[step * per_rank : (step + 1) * per_rank] if any(row)]
+            assert Counter(got) == wanted and len(got) > 0
+            assert size > 1 or got == list(wanted.elements())
 
 
 def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> None:
@@ -235,7 +240,9 @@ def test_files_of_other_data(tiny_prefix: str, tmp_path: Path) -> None:
 
 
 def test_batch_sizes_that_do_not_divide(tiny_prefix: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--global-batch-size 4 is not a multiple of --micro-batch-size 2 times 3"):
+    with pytest.raises(
+        ValueError, match="--global-batch-size 4 is not a multiple of --micro-batch-size 2 x 3 data-parallel ranks"
+    ):
         make_loader(tiny_prefix, make_config(tmp_path), dp_size=3)
 
 
@@ -274,3 +281,39 @@ def test_batches_are_pinned_where_there_is_a_gpu(
         assert loader.pin_memory == pinned
         assert loader.prefetch_factor == 4
     assert make_loader(tiny_prefix, make_config(tmp_path))._loader.prefetch_factor is None
+
+
+def test_batches_in_samples(tiny_prefix: str, tmp_path: Path) -> None:
+    """Exactly as many samples in every step; micro-batches without any are as short as the layout allows."""
+    config = make_config(tmp_path, batch_unit="samples", global_batch_size=7, micro_batch_size=1)
+    loaders = [make_loader(tiny_prefix, config, dp_rank=rank, dp_size=3) for rank in range(3)]
+    assert {loader.counts(step).documents for loader in loaders for step in range(9)} == {7}
+    assert loaders[0].counts_before(5).tokens == sum(loaders[0].counts(step).tokens for step in range(5))
+    batches = [batch for loader in loaders for batch in loader.micro_batches()]
+    assert {batch.tokens_BS.shape[1] for batch in batches} == {1, 160}
+    for parallel, length in (
+        ({"context_parallel_size": 2}, 2),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}, 4),
+        ({"tensor_model_parallel_size": 2}, 1),
+        ({"pipeline_model_parallel_size": 2}, 160),
+    ):
+        assert shortest_length(dataclasses.replace(config, parallel=ParallelConfig(**parallel))) == length
+
+
+def test_evaluation_in_samples_reads_every_sample_once(tiny_prefix: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, batch_unit="samples", global_batch_size=10, micro_batch_size=1)
+    loader = make_loader(tiny_prefix, config, num_steps=100, shuffle=False)
+    assert loader.steps_available == 3
+    assert [loader.counts(step).documents for step in range(3)] == [10, 10, 4]
+    assert loader.counts_before(3).documents == 24
+
+
+def test_what_workers_are_sent_does_not_grow_with_the_data(tiny_prefix: str, tmp_path: Path) -> None:
+    """Sources and planned epochs travel as paths, and read the same on the other side."""
+    loader = make_loader(tiny_prefix, make_config(tmp_path))
+    sent = pickle.dumps(loader._loader.dataset)
+    epoch, source = loader._plan.packs.epochs[0], IndexedSource(tiny_prefix)
+    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2):
+        assert kept.tobytes() not in sent
+    assert same(pickle.loads(sent)[[0, 3]], loader.packs([0, 3]))
+    assert pickle.loads(pickle.dumps(source)).read(0).visuals == source.read(0).visuals

@@ -241,7 +241,8 @@ def test_own_data_trains_with_the_papers_recipe_on_eight_gpus(own, tmp_path, mod
         paths = ["--data-path", "x", "--vision-teacher", "y", "--language-model", "z"]
         recipe = parse_args(script, argv=["--config", f"examples/recipes/{model}/{name}.yaml", *paths])
         assert (config.schedule.train_iters, config.optimizer) == (recipe.schedule.train_iters, recipe.optimizer)
-        assert (config.model, config.recipe, config.data.packing) == (recipe.model, recipe.recipe, False)
+        assert (config.model, config.recipe, config.data.packing) == (recipe.model, recipe.recipe, True)
+        assert config.schedule.batch_unit == recipe.schedule.batch_unit == "samples"
         assert (config.parallel, config.schedule.micro_batch_size) == (
             recipe.parallel,
             recipe.schedule.micro_batch_size,
