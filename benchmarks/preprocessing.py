@@ -175,7 +175,7 @@ def measure(folder: Path, records: int, repeats: int) -> dict[str, float]:
     for name, with_images in (("with images", True), ("text alone", False)):
         number = records if with_images else 4 * records
         corpora = [make_corpus(folder, count, with_images=with_images) for count in (number, number // 4)]
-        rounds = [_figures_of_round(*corpora, folder) for _ in range(repeats)]
+        rounds = [_figures_of_round(corpora[0], corpora[1], folder) for _ in range(repeats)]
         figures |= {f"{name}: {key}": statistics.median(each[key] for each in rounds) for key in rounds[0]}
     return figures
 
