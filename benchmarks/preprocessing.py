@@ -8,8 +8,8 @@ image bytes to three files: no checks, no digests, no index. All variants are ti
 medians of the ratios within one round are reported, because the machine's speed changes.
 
 The main process's CPU time, system time included, is measured apart from the workers', for all records and for a
-quarter of them: the difference is what records cost. The number of workers at which the main process would be busy all
-the time is the workers' CPU time for a record divided by its own.
+quarter of them, in parts of the default size: the difference is what records cost. The number of workers at which the
+main process would be busy all the time is the workers' CPU time for a record divided by its own.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from megatron_haplovl.data.record_source import RecordSource
 from megatron_haplovl.data.records import Image, Message, Record
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
+DEFAULT_PART = 1024
 _WORDS = re.findall(
     r"\w+",
     """a cat dog table red blue green on under beside large small man woman street car tree house window holding
@@ -174,7 +175,7 @@ def measure(folder: Path, records: int, repeats: int) -> dict[str, float]:
     for name, with_images in (("with images", True), ("text alone", False)):
         number = records if with_images else 4 * records
         corpora = [make_corpus(folder, count, with_images=with_images) for count in (number, number // 4)]
-        rounds = [_figures_of_round(*corpora, folder) for _ in range(repeats)]
+        rounds = [_figures_of_round(corpora[0], corpora[1], folder) for _ in range(repeats)]
         figures |= {f"{name}: {key}": statistics.median(each[key] for each in rounds) for key in rounds[0]}
     return figures
 
@@ -184,9 +185,9 @@ def _figures_of_round(corpus: Corpus, small: Corpus, folder: Path) -> dict[str, 
     one = preprocess(corpus, folder / "one", 1)
     two = preprocess(corpus, folder / "two", 2)
     # What starting the processes and completing the files costs is the same for any number of records.
-    less = preprocess(small, folder / "two", 2)
+    more, less = (preprocess(each, folder / "two", 2, DEFAULT_PART) for each in (corpus, small))
     main, workers = (
-        (getattr(two, name) - getattr(less, name)) / (corpus.records - small.records)
+        (getattr(more, name) - getattr(less, name)) / (corpus.records - small.records)
         for name in ("main_cpu", "worker_cpu")
     )
     return {

@@ -148,6 +148,8 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
     named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in unread[:_NAMED_AT_MOST])
     more = f" and {len(unread) - _NAMED_AT_MOST} more" if len(unread) > _NAMED_AT_MOST else ""
     print(f"  not read     {named or 'nothing'}{more}")
+    if manifest.left_out:
+        print(f"  not used     {', '.join(f'{name} of {count}' for name, count in manifest.left_out.items())} samples")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_haplovl.data.manifest import FileEntry
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20  # more would not stay in the processor's cache
 # What a kernel or a file system answers that cannot copy by itself.
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
@@ -43,6 +43,10 @@ class HashedFile:
         if self._digest is not None:
             self._digest.update(data)
         self._bytes += len(data)
+        if len(data) >= 1 << 18:
+            self._flush()
+            write_all(self._file, data, self._path)
+            return
         self._waiting += data
         if len(self._waiting) >= 1 << 18:
             self._flush()
@@ -87,7 +91,7 @@ class HashedFile:
             self._file.close()
 
 
-def write_all(file: BinaryIO, data: bytes | bytearray, path: Path) -> None:
+def write_all(file: BinaryIO, data: bytes | bytearray | memoryview, path: Path) -> None:
     """Write to an unbuffered file.
 
     Raises:

@@ -39,7 +39,7 @@ _DTYPES: dict[int, Any] = {
     7: np.float32,
     8: np.uint16,
 }
-_BLOCK = 1 << 24  # bytes that are hashed at once
+_BLOCK = 1 << 20  # bytes that are hashed and then written, while they are in the processor's cache
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 

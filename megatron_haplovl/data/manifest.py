@@ -97,6 +97,8 @@ class Manifest:
     """Records that were repaired, by the name of the repair."""
     unread_keys: dict[str, int] = field(default_factory=dict)
     """Records in which there was a key that nothing reads, by the key."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Samples with an image of which something is not used, by what that is."""
     num_frames: int | None = None
     """Frames that were taken of a video file; None without videos."""
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from megatron_haplovl.data import image_processing, video
 from megatron_haplovl.data.image_folders import ImageFolders, frames_of
+from megatron_haplovl.data.image_processing import InspectedImage
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
 from megatron_haplovl.data.video import FrameSettings, spread
 
@@ -31,6 +32,8 @@ class FoundImage:
     width: int
     path: Path | None = None
     """Its file, if it has one."""
+    left_out: tuple[str, ...] = ()
+    """What of it is not used (`image_modes.left_out`)."""
     data: bytes | None = None
     """The encoded bytes; None if they were seen before, and are in the file still."""
 
@@ -72,7 +75,7 @@ class MediaFinder:
         self._frame_settings = frames
         # The state of a file is part of its key, so that a file that changes is looked at again.
         self._files: dict[tuple[str, int, int], FoundImage] = {}
-        self._sizes: dict[bytes, tuple[int, int]] = {}
+        self._inspected: dict[bytes, InspectedImage] = {}
         self._videos: dict[tuple[str, int, int], FoundVideo] = {}
         self._video_bytes = 0
 
@@ -101,22 +104,21 @@ class MediaFinder:
 
     def _look(self, data: bytes, name: str, path: Path | None) -> FoundImage:
         digest = hashlib.sha256(data).digest()
-        size = self._sizes.get(digest)
-        if size is None:
-            size = self._measure(data, name)
-            _remember(self._sizes, digest, size)
-        return FoundImage(digest, *size, path, data)
+        image = self._inspected.get(digest)
+        if image is None:
+            image = self._inspect(data, name)
+            _remember(self._inspected, digest, image)
+        return FoundImage(digest, image.height, image.width, path, image.left_out, data)
 
-    def _measure(self, data: bytes, name: str) -> tuple[int, int]:
+    def _inspect(self, data: bytes, name: str) -> InspectedImage:
         try:
-            image = image_processing.decode_image(data, self._max_pixels)
+            return image_processing.inspect_image(data, self._max_pixels)
         except image_processing.DecompressionBombError as error:
             raise RecordError(Reason.DECOMPRESSION_BOMB, f"{name}: {error}") from error
         except image_processing.TruncatedImageError as error:
             raise RecordError(Reason.TRUNCATED_IMAGE, f"{name}: {error}") from error
         except image_processing.ImageError as error:
             raise RecordError(Reason.UNDECODABLE_IMAGE, f"{name}: {error}") from error
-        return image.height, image.width
 
     def _video(self, medium: Video) -> FoundVideo:
         number = self._frame_settings.num_frames
@@ -148,7 +150,7 @@ class MediaFinder:
     def _decode(self, source: Path | bytes, name: str) -> Iterator[FoundImage]:
         try:
             for frame in video.encoded_frames(source, self._frame_settings, self._max_pixels):
-                yield FoundImage(hashlib.sha256(frame.data).digest(), frame.height, frame.width, None, frame.data)
+                yield FoundImage(hashlib.sha256(frame.data).digest(), frame.height, frame.width, data=frame.data)
         except video.VideoBombError as error:
             raise RecordError(Reason.DECOMPRESSION_BOMB, f"{name}: {error}") from error
         except video.TruncatedVideoError as error:

@@ -51,6 +51,7 @@ class PrefixJoiner:
         self._skipped: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
         self._unread_keys: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
         self._longest = 0
         self._largest_id = 0
         self._origin = origin
@@ -97,6 +98,7 @@ class PrefixJoiner:
         self._skipped.update(manifest.skipped)
         self._repairs.update(manifest.repairs)
         self._unread_keys.update(manifest.unread_keys)
+        self._left_out.update(manifest.left_out)
 
     def _check(self, prefix: str, manifest: Manifest) -> None:
         if manifest.format_version < names.FORMAT_VERSION:
@@ -150,9 +152,8 @@ class PrefixJoiner:
             **{name: self._totals[name] for name in _SUMS},
         )
         arrays = {suffix: np.concatenate(arrays) for suffix, arrays in self._arrays.items()}
-        return self._files.finish(
-            arrays, self._origin, counts, self._skipped, self._repairs, self._unread_keys, self._num_frames
-        )
+        noted = (self._skipped, self._repairs, self._unread_keys, self._left_out)
+        return self._files.finish(arrays, self._origin, counts, *noted, self._num_frames)
 
 
 def _checked(dataset: IndexedDataset, path: str, manifest: Manifest, part: str) -> npt.NDArray[Any]:

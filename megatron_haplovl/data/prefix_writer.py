@@ -51,6 +51,7 @@ class PrefixFiles:
         skipped: Mapping[str, int],
         repairs: Mapping[str, int],
         unread_keys: Mapping[str, int],
+        left_out: Mapping[str, int],
         num_frames: int | None,
     ) -> Manifest:
         """Complete all files and write the manifest, last.
@@ -62,6 +63,7 @@ class PrefixFiles:
             skipped: records left out, by reason.
             repairs: repaired records, by repair.
             unread_keys: records with a key that nothing reads, by key.
+            left_out: samples with an image of which something is not used, by what that is.
             num_frames: frames of a video; left out of the manifest if there are no videos.
         """
         self._stack.close()
@@ -90,6 +92,7 @@ class PrefixFiles:
             files={suffix: entries[suffix] for suffix in names.DATA_SUFFIXES},
             repairs=dict(sorted(repairs.items())),
             unread_keys=dict(sorted(unread_keys.items())),
+            left_out=dict(sorted(left_out.items())),
             num_frames=num_frames if counts.videos else None,
         )
         manifest.write(Path(self.prefix + names.MANIFEST_SUFFIX))
@@ -112,6 +115,7 @@ class PrefixWriter:
         self._totals: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
         self._unread_keys: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
         self._longest = 0
         self._largest_id = 0
 
@@ -155,6 +159,7 @@ class PrefixWriter:
         )
         self._repairs.update(sample.repairs)
         self._unread_keys.update(sample.unread_keys)
+        self._left_out.update({name for image in sample.images for name in image.left_out})
         # np.isin would cost as much as all the rest of this function.
         text = token_ids[(token_ids != placeholder_ids[0]) & (token_ids != placeholder_ids[1])]
         self._longest = max(self._longest, len(token_ids))
@@ -193,7 +198,8 @@ class PrefixWriter:
             names.SAMPLE_LM_TOKENS: np.array(self._lm_tokens, dtype=np.int32),
             names.SAMPLE_HASHES: np.array(self._hashes, dtype=np.uint64),
         }
-        return self._files.finish(arrays, origin, counts, skipped, self._repairs, self._unread_keys, num_frames)
+        noted = (self._repairs, self._unread_keys, self._left_out)
+        return self._files.finish(arrays, origin, counts, skipped, *noted, num_frames)
 
 
 def sample_hash(token_ids: npt.NDArray[np.int32], digests: Iterable[bytes]) -> int:

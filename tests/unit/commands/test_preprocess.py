@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_haplovl.commands.preprocess import preprocess
 from megatron_haplovl.commands.preprocess_arguments import build_parser
@@ -232,6 +233,23 @@ def test_template_that_needs_tokens_the_tokenizer_lacks(tiny_llava_dataset: Llav
     model = train_sentencepiece(tmp_path, control_symbols=[])
     with pytest.raises(ValueError, match=r"writes '<\|im_end\|>', which the tokenizer does not know"):
         run(tiny_llava_dataset, model, tmp_path / "out" / "x", "--chat-template=chatml")
+
+
+def test_what_is_not_used_of_images_is_counted(
+    tiny_spm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    write_image(folder / "plain.png", 8, 8, seed=0)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 9)).save(folder / "clear.png")
+    turns = [{"from": "human", "value": "<image><image>What?"}, {"from": "gpt", "value": "It."}]
+    records = [{"image": ["clear.png", other], "conversations": turns} for other in ("clear.png", "plain.png")]
+    records += [{"image": ["plain.png", "plain.png"], "conversations": turns}]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    prefix = tmp_path / "out" / "x"
+    assert run(LlavaDataset(path, folder, []), tiny_spm_model, prefix, "--records-per-part=1") == 0
+    assert read_manifest(str(prefix)).left_out == {"transparency": 2}
+    assert "not used     transparency of 2 samples" in capsys.readouterr().out
 
 
 def test_videos_become_frames(tiny_spm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

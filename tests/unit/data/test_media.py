@@ -31,13 +31,13 @@ def finder(tmp_path: Path) -> MediaFinder:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what was decoded."""
     calls: list[int] = []
-    original = image_processing.decode_image
+    original = image_processing.inspect_image
 
-    def decode_image(data: bytes, max_pixels: int) -> Picture.Image:
+    def inspect_image(data: bytes, max_pixels: int) -> image_processing.InspectedImage:
         calls.append(len(data))
         return original(data, max_pixels)
 
-    monkeypatch.setattr(image_processing, "decode_image", decode_image)
+    monkeypatch.setattr(image_processing, "inspect_image", inspect_image)
     return calls
 
 
