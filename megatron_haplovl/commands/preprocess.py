@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_haplovl import __version__
 from megatron_haplovl.commands.preprocess_arguments import build_parser, settings_from
+from megatron_haplovl.data.long_samples import CHANGES
 from megatron_haplovl.data.manifest import FORMAT_VERSION, REPORT_SUFFIX, Manifest
 from megatron_haplovl.data.parts_folder import PartsFolder, open_parts
 from megatron_haplovl.data.preprocess import ProcessorSettings, RecordProcessor
@@ -143,7 +144,7 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
     for name, count in manifest.repairs.items():
-        print(f"  repaired     {name} {count}: {REPAIRS[name]}")
+        print(f"  repaired     {name} {count}: {(REPAIRS | CHANGES)[name]}")
     unread = sorted(manifest.unread_keys.items(), key=lambda item: -item[1])
     named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in unread[:_NAMED_AT_MOST])
     more = f" and {len(unread) - _NAMED_AT_MOST} more" if len(unread) > _NAMED_AT_MOST else ""

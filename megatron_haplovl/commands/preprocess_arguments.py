@@ -14,6 +14,7 @@ from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
 from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS
+from megatron_haplovl.data.long_samples import LONG_SAMPLES
 from megatron_haplovl.data.normalise import NormaliseOptions
 from megatron_haplovl.data.preprocess import ProcessorSettings
 from megatron_haplovl.data.repairs import REPAIRS, parse_repairs
@@ -180,6 +181,14 @@ def build_parser() -> argparse.ArgumentParser:
     checks.add_argument(
         "--seq-length", type=int, metavar="N", help="longest sample, visual tokens included (default: from --model)"
     )
+    checks.add_argument(
+        "--long-samples",
+        choices=tuple(LONG_SAMPLES),
+        default="error",
+        help="what becomes of a record that is too long: "
+        + "; ".join(f"{choice}, {meaning}" for choice, meaning in LONG_SAMPLES.items())
+        + " (default: %(default)s)",
+    )
     add_settings(parser, VisionConfig, ("model", "vision"))
     return parser
 
@@ -206,11 +215,14 @@ def settings_from(args: argparse.Namespace) -> ProcessorSettings:
         max_image_pixels=args.max_image_pixels,
         vocab_size=args.vocab_size,
         frames=FrameSettings(args.num_frames, args.video_frame_size),
+        long_samples=args.long_samples,
     )
     overrides: dict[tuple[str, ...], Any] = {
         tuple(name.split(".")): value for name, value in vars(args).items() if name.startswith("model.")
     }
     if args.model is None:
+        if args.long_samples != "error":
+            raise ValueError(f"--long-samples {args.long_samples} needs --model, which says how long is too long")
         if overrides or args.seq_length is not None:
             raise ValueError("--seq-length and the image flags check the length of samples and need --model")
         return settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +13,16 @@ from megatron_haplovl.data import image_processing
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
 from megatron_haplovl.data.image_folders import open_folders
 from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.long_samples import fit_record
 from megatron_haplovl.data.manifest import Origin
 from megatron_haplovl.data.media import FoundImage, FoundVideo, MediaFinder
 from megatron_haplovl.data.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.normalise_documents import find_media
-from megatron_haplovl.data.records import RawRecord, Reason, RecordError
+from megatron_haplovl.data.records import RawRecord, Reason, Record, RecordError
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.video import FrameSettings
+
+Visuals = tuple[FoundImage | FoundVideo, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class ProcessorSettings:
     vision: VisionConfig | None = None
     seq_length: int | None = None
     """If given (with `vision`), samples must not be longer."""
+    long_samples: str = "error"
+    """What becomes of those that are: one of `data.long_samples.LONG_SAMPLES`."""
     frames: FrameSettings = FrameSettings()
     """Which frames are taken of a video."""
 
@@ -48,7 +53,7 @@ class ProcessedSample:
     """A record that can be used."""
 
     conversation: EncodedConversation
-    visuals: tuple[FoundImage | FoundVideo, ...]
+    visuals: Visuals
     repairs: tuple[str, ...] = ()
     """Repairs that the record had. Of a record that became several samples, the first has them."""
     unread_keys: tuple[str, ...] = ()
@@ -69,6 +74,11 @@ class BadRecord:
     id: str | None
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class LeftOut(BadRecord):
+    """A record that is left out because the settings say so; it is reported and counted, and is no error."""
 
 
 class RecordProcessor:
@@ -104,12 +114,39 @@ class RecordProcessor:
         try:
             normalised = normalise(raw, self._settings.normalise)
             record, visuals = find_media(normalised.record, self._media.find, normalised.mending)
-            conversation = self._encoder.encode(record)
-            self._check_vocabulary(conversation.token_ids)
-            self._check_length(conversation.token_ids, visuals)
+            samples, changes = self._fit(record, visuals)
         except RecordError as error:
-            return BadRecord(raw.location, raw.id, error.reason.value, error.detail)
-        return [ProcessedSample(conversation, visuals, normalised.repairs, normalised.unread_keys)]
+            is_left_out = error.reason is Reason.TOO_LONG and self._settings.long_samples == "skip"
+            kind = LeftOut if is_left_out else BadRecord
+            return kind(raw.location, raw.id, error.reason.value, error.detail)
+        first = replace(samples[0], repairs=(*normalised.repairs, *changes), unread_keys=normalised.unread_keys)
+        return [first, *samples[1:]]
+
+    def _fit(self, record: Record, visuals: Visuals) -> tuple[list[ProcessedSample], tuple[str, ...]]:
+        """The samples of a record, each short enough, and what had to be done for that.
+
+        Raises:
+            RecordError: it cannot be encoded, or is too long and the settings do not change that.
+        """
+        # By identity: a piece has the record's own media.
+        visual_of = dict(zip(map(id, record.media), visuals, strict=True))
+
+        def sample_of(piece: Record) -> ProcessedSample:
+            return ProcessedSample(self._encoder.encode(piece), tuple(visual_of[id(m)] for m in piece.media))
+
+        whole = sample_of(record)
+        self._check_vocabulary(whole.conversation.token_ids)
+        too_long = self._find_too_long(whole)
+        if too_long is None:
+            return [whole], ()
+        if self._settings.long_samples not in ("cut", "split"):
+            raise RecordError(Reason.TOO_LONG, too_long)
+        fitted = fit_record(
+            record, lambda piece: self._find_too_long(sample_of(piece)) is None, self._settings.long_samples
+        )
+        if not fitted.pieces:
+            raise RecordError(Reason.TOO_LONG, f"{too_long}; no turn at its beginning fits")
+        return [sample_of(piece) for piece in fitted.pieces], fitted.repairs
 
     def _text_ids(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return token_ids[~np.isin(token_ids, self.tokenizer.placeholder_ids)]
@@ -123,12 +160,13 @@ class RecordProcessor:
             token = self.tokenizer.hf.convert_ids_to_tokens(largest)
             raise RecordError(Reason.UNKNOWN_TOKEN_ID, f"token id {largest} ({token!r}), the vocabulary has {limit}")
 
-    def _check_length(self, token_ids: npt.NDArray[np.int32], visuals: tuple[FoundImage | FoundVideo, ...]) -> None:
+    def _find_too_long(self, sample: ProcessedSample) -> str | None:
+        """How long a sample is that is longer than allowed."""
         vision, limit = self._settings.vision, self._settings.seq_length
         if vision is None or limit is None:
-            return
+            return None
+        visuals = sample.visuals
         shapes = [Frames(len(v.frames)) if isinstance(v, FoundVideo) else Picture(v.height, v.width) for v in visuals]
         visual = sum(layout.num_tokens for layout in visual_layouts(shapes, vision))
-        length = len(token_ids) - len(visuals) + visual
-        if length > limit:
-            raise RecordError(Reason.TOO_LONG, f"{length} tokens ({visual} visual), --seq-length is {limit}")
+        length = len(sample.conversation.token_ids) - len(visuals) + visual
+        return f"{length} tokens ({visual} visual), --seq-length is {limit}" if length > limit else None

@@ -22,7 +22,7 @@ from megatron_haplovl.data.hashed_files import HashedFile
 from megatron_haplovl.data.manifest import REPORT_SUFFIX
 from megatron_haplovl.data.parts_folder import PartDone, PartsFolder, write_part
 from megatron_haplovl.data.prefix_writer import PrefixWriter
-from megatron_haplovl.data.preprocess import BadRecord, RecordProcessor
+from megatron_haplovl.data.preprocess import BadRecord, LeftOut, RecordProcessor
 from megatron_haplovl.data.record_source import PartRange, RecordSource
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -59,7 +59,7 @@ class PartMaker:
                     number += 1
                     result = self._processor.process(raw)
                     if isinstance(result, BadRecord):
-                        bad += 1
+                        bad += not isinstance(result, LeftOut)
                         reasons[result.reason] += 1
                         report.write((json.dumps(asdict(result)) + "\n").encode())
                         continue
