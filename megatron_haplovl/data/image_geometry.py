@@ -65,6 +65,11 @@ class ImageLayout:
         """Visual tokens of the image: patches and newlines."""
         return self.rows * (self.cols + self.newline)
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token with a later one, which see each other under the mixed mask only."""
+        return self.num_tokens * (self.num_tokens - 1) // 2
+
     def patch_source(self) -> npt.NDArray[np.int64]:
         """Where each patch token comes from: `[num_patches]` indices into the image's `num_tiles * cells_per_side**2`
         patches, which are numbered tile by tile (row-major) and row-major within a tile."""
@@ -203,6 +208,11 @@ class VisualLayout:
     def num_tiles(self) -> int:
         """Tiles that go through the patch embedding."""
         return sum(block.num_tiles for block in self.blocks)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token with a later one of its block, which see each other under the mixed mask only."""
+        return sum(block.num_pairs for block in self.blocks)
 
 
 def tile_limit(num_visuals: int, vision: VisionConfig) -> int:

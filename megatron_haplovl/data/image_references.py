@@ -8,6 +8,8 @@ Shape letters: R references of all samples, N samples, I images.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +23,18 @@ from megatron_haplovl.data.image_geometry import (
 )
 
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class VisualCounts:
+    """What the images and videos of each sample add to it, each `[N]`."""
+
+    tokens: IntArray
+    """Patches and newlines."""
+    patches: IntArray
+    tiles: IntArray
+    pairs: IntArray
+    """Pairs of a token with a later one that see each other under the mixed mask only."""
 
 
 class ImageReferences:
@@ -56,28 +70,30 @@ class ImageReferences:
         self.visuals: IntArray = images_N + np.bincount(sample_of_video, minlength=len(lengths_N))
         """Images and videos of each sample, `[N]`."""
 
-    def count(self, sizes_I2: npt.NDArray[np.int32], vision: VisionConfig) -> tuple[IntArray, IntArray, IntArray]:
-        """Visual tokens, patch tokens and tiles of each sample, three arrays `[N]`.
+    def count(self, sizes_I2: npt.NDArray[np.int32], vision: VisionConfig) -> VisualCounts:
+        """What the images and videos of each sample become.
 
         Args:
             sizes_I2: (height, width) of all images in pixels.
             vision: how the model sees images.
         """
         limits = np.array([tile_limit(number, vision) for number in range(int(self.visuals.max(initial=0)) + 1)])
-        totals = np.zeros((3, len(self.visuals)), dtype=np.int64)
+        totals = np.zeros((4, len(self.visuals)), dtype=np.int64)
         for limit in np.unique(limits[np.unique(self.visuals)]).tolist():
             seen = vision_of_sample(int(np.flatnonzero(limits == limit)[0]), vision)
-            counts_of_images = count_image_tokens(sizes_I2, seen)
+            tokens_I, patches_I, tiles_I = count_image_tokens(sizes_I2, seen)
+            pairs_I = tokens_I * (tokens_I - 1) // 2
             samples = np.flatnonzero(limits[self.visuals] == limit)
-            for total, counts_I in zip(totals, counts_of_images, strict=True):
+            for total, counts_I in zip(totals, (tokens_I, patches_I, tiles_I, pairs_I), strict=True):
                 counts_R = np.where(self._is_image_R, counts_I[np.maximum(self._flat_R, 0)], 0)
                 total[samples] = segment_sums(counts_R, self._starts_N[samples], self._lengths_N[samples])
         for number in np.unique(self._frames).tolist():
             (layout,) = visual_layouts([Frames(number)], vision)
             videos = np.bincount(self._sample_of_video[self._frames == number], minlength=len(self.visuals))
-            for total, each in zip(totals, (layout.num_tokens, layout.num_patches, layout.num_tiles), strict=True):
+            each_of_video = (layout.num_tokens, layout.num_patches, layout.num_tiles, layout.num_pairs)
+            for total, each in zip(totals, each_of_video, strict=True):
                 total += each * videos
-        return totals[0], totals[1], totals[2]
+        return VisualCounts(*totals)
 
 
 def segment_sums(values: npt.NDArray, starts: IntArray, lengths: npt.NDArray[np.integer]) -> IntArray:

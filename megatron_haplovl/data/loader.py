@@ -16,7 +16,7 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings, build_epoch
-from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
+from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
 from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
@@ -172,12 +172,12 @@ def build_loader(
     if config.data.mock_data:
         mock_seed = settings.seed if shuffle else settings.seed + 1
         mock = MockSource(config.model.vocab_size, config.model.vision, settings.seq_length, mock_seed)
-        inputs = PlanInputs([(1.0, mock)], [], config.model.vision, settings)
+        inputs = PlanInputs([SourceShare(mock)], [], config.model.vision, settings)
         plan = PackPlan([build_epoch(*inputs.blend(), settings, 0)], cycle=shuffle)
     else:
         inputs = PlanInputs(open_sources(paths, config), open_sources(aux_paths, config), config.model.vision, settings)
-        _check_one_tokenizer([source for _, source in inputs.main + inputs.aux])
-        first_prefix = Path(inputs.main[0][1].name)
+        _check_one_tokenizer([share.source for share in inputs.main + inputs.aux])
+        first_prefix = Path(inputs.main[0].source.name)
         cache = Path(config.data.data_cache_path) if config.data.data_cache_path else first_prefix.parent / _CACHE
         plan = cached_plan(
             inputs,
@@ -189,7 +189,7 @@ def build_loader(
     _report(plan, inputs, time.monotonic() - started)
     return BatchLoader(
         plan,
-        [source for _, source in inputs.main + inputs.aux],
+        [share.source for share in inputs.main + inputs.aux],
         config,
         plan_key=inputs.key,
         steps_available=num_steps if shuffle else min(num_steps, -(-plan.num_packs // batch)),
@@ -223,7 +223,7 @@ def parse_blend(paths: tuple[str, ...]) -> list[tuple[float, str]]:
     return pairs
 
 
-def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, Source]]:
+def open_sources(paths: tuple[str, ...], config: Config) -> list[SourceShare]:
     """Open preprocessed data and check it against the model and its tokenizer.
 
     Raises:
@@ -234,7 +234,7 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
     fingerprint = None
     if config.data.tokenizer_model is not None:
         fingerprint = load_tokenizer(config.data.tokenizer_model).fingerprint
-    sources: list[tuple[float, Source]] = []
+    shares = []
     for weight, prefix in parse_blend(paths):
         source = IndexedSource(prefix)
         if fingerprint is not None and source.manifest.tokenizer_fingerprint != fingerprint:
@@ -248,8 +248,8 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[tuple[float, So
             raise ValueError(
                 f"{prefix} contains the token id {largest}, outside of --vocab-size {config.model.vocab_size}"
             )
-        sources.append((weight, source))
-    return sources
+        shares.append(SourceShare(source, weight))
+    return shares
 
 
 def _check_one_tokenizer(sources: list[Source]) -> None:

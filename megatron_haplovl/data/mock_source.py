@@ -69,6 +69,7 @@ class MockSource:
             patch_tokens=total("num_patches"),
             lm_tokens=text // 2,
             tiles=total("num_tiles"),
+            visual_pairs=total("num_pairs"),
         )
 
     def read(self, index: int) -> Sample:

@@ -5,8 +5,9 @@ seed only, not on the number of processes: every layout reads the same plan, and
 
 An epoch is made in four steps:
 
-1. Draw as many samples as the main sources hold together. Each source gives its share by weight, from an endless stream
-   of its own permutations, which goes on from epoch to epoch. Without weights every sample is drawn once.
+1. Draw as many samples as the main sources hold together. Each source gives its share by weight, or its number of
+   passes, from an endless stream of its own permutations, which goes on from epoch to epoch. A single source gives
+   every sample once.
 2. Join (stage 1, paper Sec. 4.1). Each main sample and the next auxiliary sample become one document, in random order.
    If the two are too long together, the main sample stays alone and the auxiliary one is left out this time.
 3. Pack. Best fit, the longest first, within windows of the shuffled documents.
@@ -36,11 +37,19 @@ _DRAW_MAIN, _DRAW_AUX, _ORDER, _AUX_ORDER, _SIDE, _PACK_ORDER = range(6)
 
 @dataclass(frozen=True)
 class BlendedSource:
-    """Sizes of one source's samples and its weight in a blend."""
+    """Sizes of one source's samples, and how often they are drawn: by a weight or by a number of passes."""
 
     name: str
-    weight: float
+    weight: float | None
+    """Share of the draws that the sources with a weight have together; None: `epochs` counts."""
     counts: SampleCounts
+    samples: IntArray | None = None
+    """Numbers of the samples that may be drawn, each once, in the order of an evaluation; None: all."""
+    epochs: float | None = None
+    """Passes over these samples in each epoch of the plan; None: `weight` counts."""
+
+    def __post_init__(self) -> None:
+        assert (self.weight is None) != (self.epochs is None), f"{self.name} needs either a weight or epochs"
 
 
 @dataclass(frozen=True)
@@ -136,18 +145,19 @@ def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> lis
     """
     fitting = []
     for source in sources:
-        lengths = source.counts.tokens
+        samples = np.arange(len(source.counts.tokens)) if source.samples is None else source.samples
+        lengths = source.counts.tokens[samples]
         too_long = np.flatnonzero(lengths > settings.seq_length)
         if len(too_long) and not settings.skip_long_samples:
             first = int(too_long[0])
             raise ValueError(
-                f"{source.name}: sample {first} has {int(lengths[first])} tokens, more than --seq-length "
+                f"{source.name}: sample {int(samples[first])} has {int(lengths[first])} tokens, more than --seq-length "
                 f"{settings.seq_length} ({len(too_long)} of {len(lengths)} samples are too long, the longest has "
                 f"{int(lengths.max())}); raise --seq-length or leave them out with --skip-long-samples"
             )
         if len(too_long) == len(lengths):
             raise ValueError(f"{source.name}: no sample fits into --seq-length {settings.seq_length}")
-        fitting.append(np.flatnonzero(lengths <= settings.seq_length))
+        fitting.append(samples[lengths <= settings.seq_length])
     return fitting
 
 
@@ -161,16 +171,16 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
         epoch: number of the epoch, from 0; any epoch can be planned without those before it.
 
     Raises:
-        ValueError: as :func:`fitting_samples`.
+        ValueError: as :func:`fitting_samples`, or sources that give no sample, or an auxiliary one without a weight.
     """
     fitting = fitting_samples(main + aux, settings)
     main_fitting, aux_fitting = fitting[: len(main)], fitting[len(main) :]
     sizes_of_main = [len(samples) for samples in main_fitting]
-    shares = apportion([source.weight for source in main], sum(sizes_of_main)) if settings.shuffle else sizes_of_main
+    shares = _shares_of_main(main, sizes_of_main) if settings.shuffle else sizes_of_main
     main_items = _draw(main_fitting, shares, settings, epoch, _DRAW_MAIN, _ORDER)
     items, doc_offsets, not_joined = main_items, np.arange(len(main_items) + 1), 0
     if aux:
-        shares = apportion([source.weight for source in aux], len(main_items))
+        shares = apportion(_weights_of_aux(aux), len(main_items))
         aux_items = _draw(aux_fitting, shares, settings, epoch, _DRAW_AUX, _AUX_ORDER)
         aux_items[:, 0] += len(main)
         items, doc_offsets, not_joined = _join(main_items, aux_items, main + aux, settings, epoch)
@@ -189,6 +199,36 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
 def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:
     # RandomState's sequences are frozen for ever. Generator's may change with numpy's version, and would change plans.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([settings.seed, *key])))
+
+
+def _shares_of_main(main: list[BlendedSource], sizes: list[int]) -> list[int]:
+    """Draws of each main source in an epoch; `sizes` are the numbers of samples that may be drawn."""
+    weights = [0.0 if source.weight is None else source.weight for source in main]
+    of_weighted = sum(size for source, size in zip(main, sizes, strict=True) if source.weight is not None)
+    if all(source.epochs is None for source in main):
+        return apportion(weights, of_weighted)
+    wanted = [
+        weight / sum(weights) * of_weighted if source.epochs is None else source.epochs * size
+        for source, weight, size in zip(main, weights, sizes, strict=True)
+    ]
+    if round(sum(wanted)) < 1:
+        raise ValueError(
+            f"no sample would be drawn in an epoch: {', '.join(f'{s.name} {s.epochs} times' for s in main)}; raise a "
+            "number of epochs"
+        )
+    return apportion(wanted, round(sum(wanted)))
+
+
+def _weights_of_aux(aux: list[BlendedSource]) -> list[float]:
+    weights = []
+    for source in aux:
+        if source.weight is None:
+            raise ValueError(
+                f"{source.name}: an auxiliary source is drawn as often as the main samples need it; give it a weight, "
+                "not a number of epochs"
+            )
+        weights.append(source.weight)
+    return weights
 
 
 def apportion(weights: list[float], total: int) -> list[int]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.pack_plan import BlendedSource, EpochPlan, PackPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.pack_plan import BlendedSource, EpochPlan, IntArray, PackPlan, PlanSettings, build_epoch
 from megatron_haplovl.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,35 @@ _ARRAYS = ("items", "doc_offsets", "pack_offsets", "counts")
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanInputs:
-    """The sources of a plan with their weights."""
+class SourceShare:
+    """A source, which of its samples a plan draws, and how often. See :class:`BlendedSource`."""
 
-    main: list[tuple[float, Source]]
-    aux: list[tuple[float, Source]]
+    source: Source
+    weight: float | None = 1.0
+    epochs: float | None = None
+    selection: str | None = None
+    """Says which samples `samples` are, for the plan's hash."""
+    samples: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.selection is None) == (self.samples is None)
+
+    @property
+    def key(self) -> list[Any]:
+        """All that the plan depends on."""
+        return [self.source.content_hash, self.weight, self.epochs, self.selection]
+
+    def blended(self, vision: VisionConfig) -> BlendedSource:
+        """With the sizes of all samples; reads the data once."""
+        return BlendedSource(self.source.name, self.weight, self.source.counts(vision), self.samples, self.epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanInputs:
+    """The sources of a plan with their shares."""
+
+    main: list[SourceShare]
+    aux: list[SourceShare]
     vision: VisionConfig
     settings: PlanSettings
 
@@ -41,8 +65,8 @@ class PlanInputs:
         """Hash of everything that the plan depends on."""
         parts = {
             "algorithm": _ALGORITHM,
-            "main": [(weight, source.content_hash) for weight, source in self.main],
-            "aux": [(weight, source.content_hash) for weight, source in self.aux],
+            "main": [share.key for share in self.main],
+            "aux": [share.key for share in self.aux],
             "vision": dataclasses.asdict(self.vision),
             "settings": dataclasses.asdict(self.settings),
         }
@@ -50,11 +74,7 @@ class PlanInputs:
 
     def blend(self) -> tuple[list[BlendedSource], list[BlendedSource]]:
         """The sizes of all samples; reads the data once."""
-        main, aux = (
-            [BlendedSource(source.name, weight, source.counts(self.vision)) for weight, source in group]
-            for group in (self.main, self.aux)
-        )
-        return main, aux
+        return [share.blended(self.vision) for share in self.main], [share.blended(self.vision) for share in self.aux]
 
 
 def cached_plan(

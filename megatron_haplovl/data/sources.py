@@ -59,6 +59,8 @@ class SampleCounts:
     lm_tokens: npt.NDArray[np.int64]
     tiles: npt.NDArray[np.int64]
     """Image tiles that are embedded."""
+    visual_pairs: npt.NDArray[np.int64]
+    """(query, key) pairs of the mixed mask that a causal mask would not have: those of an image with its later ones."""
 
 
 class Source(Protocol):
@@ -120,10 +122,15 @@ class IndexedSource:
         """
         references = self._references()
         visuals = references.visuals
-        tokens, patches, tiles = references.count(self._image_sizes_I2, vision)
+        visual = references.count(self._image_sizes_I2, vision)
         text = self._tokens.lengths.astype(np.int64) - visuals
         return SampleCounts(
-            tokens=text + tokens, text_tokens=text, patch_tokens=patches, lm_tokens=self._lm_tokens(), tiles=tiles
+            tokens=text + visual.tokens,
+            text_tokens=text,
+            patch_tokens=visual.patches,
+            lm_tokens=self._lm_tokens(),
+            tiles=visual.tiles,
+            visual_pairs=visual.pairs,
         )
 
     def _references(self) -> ImageReferences:

@@ -22,12 +22,15 @@ from megatron_haplovl.data.sources import SampleCounts
 SETTINGS = PlanSettings(seed=7, seq_length=128, packing=True, shuffle=True, skip_long_samples=False)
 
 
-def make_source(size: int, seed: int, weight: float = 1.0, longest: int = 100) -> BlendedSource:
+def make_source(
+    size: int, seed: int, weight: float | None = 1.0, longest: int = 100, epochs: float | None = None
+) -> BlendedSource:
     random = np.random.default_rng(seed)
     visual = random.integers(0, 2, size=size) * 16
     tokens = np.maximum(random.integers(5, longest + 1, size=size), visual + 5)
     text = tokens - visual
-    return BlendedSource(f"source{seed}", weight, SampleCounts(tokens, text, visual, text // 2, visual // 4))
+    counts = SampleCounts(tokens, text, visual, text // 2, visual // 4, visual * 7)
+    return BlendedSource(f"source{seed}", weight, counts, epochs=epochs)
 
 
 def draws(plan: EpochPlan) -> Counter[tuple[int, int]]:
@@ -84,7 +87,7 @@ def test_the_plan_is_frozen() -> None:
     """A plan must not change with the version of anything, because a run that resumes would see other data."""
     tokens = np.array([60, 12, 33, 47, 90, 21, 75, 8, 54, 110, 40, 29])
     none = np.zeros_like(tokens)
-    plan = build_epoch([BlendedSource("x", 1.0, SampleCounts(tokens, tokens, none, none, none))], [], SETTINGS, 1)
+    plan = build_epoch([BlendedSource("x", 1.0, SampleCounts(tokens, tokens, none, none, none, none))], [], SETTINGS, 1)
     assert plan.items[:, 1].tolist() == [9, 7, 3, 6, 10, 11, 5, 2, 4, 0, 8, 1]
     assert plan.pack_offsets.tolist() == [0, 2, 4, 7, 9, 12]
 
@@ -164,3 +167,32 @@ def test_best_fit() -> None:
     assert best_fit_decreasing(np.array([4, 6, 5]), 10) == [[0, 1], [2]]
     assert best_fit_decreasing(np.array([10, 10]), 10) == [[0], [1]]
     assert best_fit_decreasing(np.array([3, 3, 3, 1]), 10) == [[0, 1, 2, 3]]
+
+
+def test_passes_of_a_source() -> None:
+    """Two passes, half a pass and a weight beside each other; half a pass goes on in the next epoch."""
+    twice, half = make_source(30, 1, weight=None, epochs=2.0), make_source(40, 2, weight=None, epochs=0.5)
+    light, heavy = make_source(40, 3, weight=1.0), make_source(20, 4, weight=3.0)
+    seen: Counter[tuple[int, int]] = Counter()
+    for epoch in range(2):
+        plan = build_epoch([twice, half, light, heavy], [], SETTINGS, epoch)
+        assert Counter(plan.items[:, 0].tolist()) == {0: 60, 1: 20, 2: 15, 3: 45}
+        seen.update(draws(plan))
+    assert {key: seen[key] for key in seen if key[0] < 2} == {
+        **{(0, i): 4 for i in range(30)},
+        **{(1, i): 1 for i in range(40)},
+    }
+    with pytest.raises(ValueError, match=r"no sample would be drawn in an epoch: source5 0\.001 times"):
+        build_epoch([make_source(5, 5, weight=None, epochs=0.001)], [], SETTINGS, 0)
+    with pytest.raises(ValueError, match="source1: an auxiliary source .* give it a weight"):
+        build_epoch([light], [twice], SETTINGS, 0)
+
+
+def test_some_samples_of_a_source() -> None:
+    source = dataclasses.replace(make_source(50, 1), samples=np.array([40, 3, 17]))
+    assert draws(build_epoch([source], [], SETTINGS, 0)) == Counter({(0, 40): 1, (0, 3): 1, (0, 17): 1})
+    unpacked = dataclasses.replace(SETTINGS, shuffle=False, packing=False)
+    assert build_epoch([source], [], unpacked, 0).items[:, 1].tolist() == [40, 3, 17]
+    source.counts.tokens[[5, 17]] = 500
+    with pytest.raises(ValueError, match=r"source1: sample 17 has 500 tokens.*\(1 of 3 samples"):
+        build_epoch([source], [], SETTINGS, 0)

@@ -11,14 +11,19 @@ import pytest
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import PackPlan, PlanSettings
-from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
+from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad")
 SETTINGS = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)
 
 
 def make_inputs(seed: int = 0, weight: float = 1.0, vision: VisionConfig = VISION) -> PlanInputs:
-    return PlanInputs([(weight, MockSource(100, VISION, 64, seed, num_samples=50))], [], vision, SETTINGS)
+    return PlanInputs([SourceShare(MockSource(100, VISION, 64, seed, num_samples=50), weight)], [], vision, SETTINGS)
+
+
+def other_shares(share: SourceShare) -> list[SourceShare]:
+    first = dataclasses.replace(share, selection="first 3", samples=np.arange(3))
+    return [dataclasses.replace(share, weight=None, epochs=2.0), first, dataclasses.replace(first, selection="other")]
 
 
 def load(inputs: PlanInputs, cache: Path, min_packs: int) -> PackPlan:
@@ -31,6 +36,7 @@ def test_key_depends_on_everything() -> None:
     others = [
         make_inputs(seed=1),
         make_inputs(weight=2.0),
+        *(dataclasses.replace(base, main=[share]) for share in other_shares(base.main[0])),
         make_inputs(vision=dataclasses.replace(VISION, image_newline=True)),
         dataclasses.replace(base, main=[], aux=base.main),
         *(
@@ -44,7 +50,7 @@ def test_key_depends_on_everything() -> None:
             )
         ),
     ]
-    assert len({inputs.key for inputs in [base, *others]}) == 10
+    assert len({inputs.key for inputs in [base, *others]}) == 13
 
 
 def test_epochs_are_built_once_and_as_needed(tmp_path: Path, log_lines: list[str]) -> None:

@@ -19,7 +19,7 @@ from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
 from megatron_haplovl.data.pack_plan import COUNT_NAMES, PlanSettings
-from megatron_haplovl.data.plan_cache import PlanInputs, cached_plan
+from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
 from megatron_haplovl.data.preprocess import BadRecord
 from megatron_haplovl.data.records import Reason
 from megatron_haplovl.data.sources import IndexedSource
@@ -100,7 +100,7 @@ def test_the_report_is_the_one_that_is_shown(tmp_path: Path) -> None:
 
 def test_the_cache_is_laid_out_as_shown(prefix: str, tmp_path: Path) -> None:
     settings = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)
-    inputs = PlanInputs([(1.0, IndexedSource(prefix))], [], VisionConfig(14, 14), settings)
+    inputs = PlanInputs([SourceShare(IndexedSource(prefix))], [], VisionConfig(14, 14), settings)
     cached_plan(inputs, tmp_path, min_packs=1, is_builder=True, barrier=lambda: None)
     (epoch,) = (tmp_path / inputs.key).iterdir()
     assert epoch.name == "epoch_00000"

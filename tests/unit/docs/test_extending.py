@@ -49,8 +49,7 @@ assert trained_parts(adapt.recipe) == {"embedding", "connector"}
 record = check_record(RawRecord("line 1", {"question": "Who?", "answer": "She."}))
 assert [message.text for message in record.messages] == ["Who?", "She."]
 
-((_, whole),) = open_sources((prefix,), adapt)
-((_, first),) = open_sources((f"{prefix}@3",), adapt)
+((whole,), (first,)) = ([share.source for share in open_sources((p,), adapt)] for p in (prefix, f"{prefix}@3"))
 assert len(whole.counts(adapt.model.vision).tokens) == 24 and len(first.counts(adapt.model.vision).tokens) == 3
 assert first.content_hash != whole.content_hash and (first.read(2).token_ids == whole.read(2).token_ids).all()
 
