@@ -78,11 +78,18 @@ class Workload:
     global_batch_size: int
     """Sequences per optimizer step."""
     stage: StageSpec = FINETUNE
+    batch_unit: str = "packs"
+    """With `samples`, a step is filled up with empty sequences until all ranks have as many."""
 
     @classmethod
     def of(cls, config: Config) -> Workload:
-        """What a run's settings ask for."""
-        return cls(config.model, config.data.seq_length, config.schedule.global_batch_size, config.stage)
+        """What a run's settings ask for. With --batch-unit samples, a sequence for each sample, the most there can be."""
+        schedule = config.schedule
+        return cls(config.model, config.data.seq_length, schedule.global_batch_size, config.stage, schedule.batch_unit)
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches that a rank goes through in a step."""
+        return -(-self.global_batch_size // (layout.micro_batch_size * layout.data))
 
     @property
     def has_post_decoder(self) -> bool:
@@ -205,6 +212,8 @@ def _offload_param(_: Workload, layout: Layout) -> str | None:
 
 
 def _batch(workload: Workload, layout: Layout) -> str | None:
+    if workload.batch_unit == "samples":
+        return None
     return check_batch(workload.global_batch_size, layout.micro_batch_size, layout.data)
 
 

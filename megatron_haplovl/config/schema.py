@@ -188,7 +188,14 @@ class ScheduleConfig:
 
     train_iters: int = setting(40000, "optimizer steps")
     micro_batch_size: int = setting(1, "sequences per forward pass and rank")
-    global_batch_size: int = setting(256, "sequences per optimizer step, over all ranks")
+    global_batch_size: int = setting(256, "sequences or samples (see --batch-unit) per optimizer step, over all ranks")
+    batch_unit: str = setting(
+        "packs",
+        "what --global-batch-size counts. packs: sequences, however many samples they hold; samples: samples (in stage "
+        "1 joined ones), exactly as many in every step, in as few sequences as hold them. Then every step has as many "
+        "sequences as the step that needs most of them; those left over are empty and cost nothing",
+        choices=("packs", "samples"),
+    )
     lr_decay_style: str = setting("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
     lr_decay_iters: int | None = setting(None, "steps until --min-lr is reached (default: --train-iters)")
     lr_warmup_iters: int = setting(0, "steps of linear warm-up")

@@ -84,7 +84,7 @@ def _validate_schedule(config: Config) -> None:
     for name in ("train_iters", "micro_batch_size", "global_batch_size"):
         if getattr(schedule, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(schedule, name)}")
-    if schedule.global_batch_size % schedule.micro_batch_size:
+    if schedule.batch_unit == "packs" and schedule.global_batch_size % schedule.micro_batch_size:
         raise ValueError(
             f"--global-batch-size {schedule.global_batch_size} is not a multiple of "
             f"--micro-batch-size {schedule.micro_batch_size}"

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.data.dealing import EMPTY
 from megatron_haplovl.data.image_geometry import (
     Frames,
     ImageLayout,
@@ -23,7 +24,7 @@ from megatron_haplovl.data.image_geometry import (
     visual_layouts,
 )
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.pack_plan import PackPlan
+from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.kernels.mask import mixed_mask
 
@@ -230,18 +231,32 @@ def collate(
 
 
 class PackDataset(Dataset[Batch]):
-    """Micro-batches by lists of pack numbers. Reading is deterministic: the same numbers give the same batch."""
+    """Micro-batches by lists of pack numbers. Reading is deterministic: the same numbers give the same batch.
 
-    def __init__(self, plan: PackPlan, sources: Sequence[Source], seq_length: int, model: ModelConfig) -> None:
+    Args:
+        plan: the documents of each pack.
+        sources: where samples are read, as the plan numbers them.
+        seq_length: length of a sequence.
+        model: what the batches are for.
+        empty_length: length of the sequences of a micro-batch without any document.
+    """
+
+    def __init__(
+        self, plan: PackPlan, sources: Sequence[Source], seq_length: int, model: ModelConfig, empty_length: int
+    ) -> None:
         self._plan, self._sources = plan, sources
-        self._seq_length, self._vision, self._image_attention = seq_length, model.vision, model.image_attention
+        self._seq_length, self._empty_length = seq_length, empty_length
+        self._vision, self._image_attention = model.vision, model.image_attention
 
     def __getitem__(self, packs: Sequence[int]) -> Batch:
         documents = [self._documents(pack) for pack in packs]
-        return collate(documents, self._seq_length, self._vision, self._image_attention)
+        length = self._seq_length if any(documents) else self._empty_length
+        return collate(documents, length, self._vision, self._image_attention)
 
     def _documents(self, pack: int) -> list[Document]:
-        documents = []
+        documents: list[Document] = []
+        if pack == EMPTY:
+            return documents
         for items in self._plan.documents(pack):
             try:
                 samples = [self._sources[source].read(sample) for source, sample in items]

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
+from megatron_haplovl.data.dealing import MicroBatchNumbers, SequenceCost
 from megatron_haplovl.data.mock_source import MockSource
-from megatron_haplovl.data.pack_plan import COUNT_NAMES, PackPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
+from megatron_haplovl.data.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
 from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tokenizer import load_tokenizer
@@ -26,11 +29,10 @@ logger = logging.getLogger(__name__)
 class BatchLoader:
     """Batches of one rank, from a pack plan that all ranks share. Made by :func:`build_loader`.
 
-    Micro-batch m of step t on data-parallel rank r holds the packs
-    `t * global_batch_size + (m * dp_size + r) * micro_batch_size + j`.
+    Every step has the same packs for any number of ranks; see `dealing.py` for who gets which.
 
     Args:
-        plan: the pack plan.
+        plan: the packs of each step.
         sources: where the plan's samples are read, as it numbers them: main sources first, then auxiliary ones.
         config: batch sizes, sequence length, workers, and the model that the batches are for.
         steps_available: steps that the plan holds.
@@ -39,12 +41,12 @@ class BatchLoader:
         dp_size: number of those processes.
 
     Raises:
-        ValueError: the global batch size is not a multiple of the micro-batch size times `dp_size`.
+        ValueError: a batch is counted in packs, and its size is not a multiple of the micro-batch size times `dp_size`.
     """
 
     def __init__(
         self,
-        plan: PackPlan,
+        plan: StepPlan,
         sources: Sequence[Source],
         config: Config,
         *,
@@ -58,14 +60,17 @@ class BatchLoader:
         self.plan_key = plan_key
         """Hash of all that the order of the data depends on; equal keys give equal batches."""
         self._plan = plan
-        self._global_batch_size = config.schedule.global_batch_size
-        self._sampler = _PackNumbers(
-            steps_available, self._global_batch_size, config.schedule.micro_batch_size, dp_rank, dp_size
-        )
+        schedule = config.schedule
+        if schedule.batch_unit == "packs":
+            sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, dp_size)
+            if sentence is not None:
+                raise ValueError(sentence)
+        cost = SequenceCost.of(config)
+        self._sampler = MicroBatchNumbers(plan, steps_available, schedule.micro_batch_size, cost, dp_rank, dp_size)
         workers = config.data.num_workers
         # A generator of its own: otherwise starting to read would advance the global random state.
         self._loader = DataLoader(
-            PackDataset(plan, sources, config.data.seq_length, config.model),
+            PackDataset(plan.packs, sources, config.data.seq_length, config.model, shortest_length(config)),
             batch_size=None,
             sampler=self._sampler,
             num_workers=workers,
@@ -73,6 +78,16 @@ class BatchLoader:
             persistent_workers=workers > 0,
             generator=torch.Generator(),
         )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of this rank in a step, empty ones included."""
+        return self._sampler.per_step
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step over all ranks, empty ones included."""
+        return self._sampler.sequences
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
         """All micro-batches from a step on, to the last step that is available.
@@ -90,36 +105,26 @@ class BatchLoader:
 
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""
-        first = step * self._global_batch_size
-        return self._plan.counts(range(first, first + self._global_batch_size))
+        return self._plan.counts(step)
+
+    def counts_before(self, step: int) -> StepCounts:
+        """The same over all steps before this one; as quick for a late step as for an early one."""
+        return self._plan.counts_before(step)
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
 
 
-class _PackNumbers:
-    """Sampler: the pack numbers of each micro-batch of one rank."""
+def shortest_length(config: Config) -> int:
+    """Length of the sequences of a micro-batch without any document: the shortest that all ranks can share.
 
-    def __init__(self, steps: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise ValueError(
-                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} "
-                f"times {dp_size} data-parallel ranks"
-            )
-        assert 0 <= dp_rank < dp_size
-        self.first_step = 0
-        self._steps, self._global, self._micro = steps, global_batch_size, micro_batch_size
-        self._rank, self._size = dp_rank, dp_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self._steps):
-            for m in range(self._global // (self._micro * self._size)):
-                first = step * self._global + (m * self._size + self._rank) * self._micro
-                yield list(range(first, first + self._micro))
-
-    def __len__(self) -> int:
-        return (self._steps - self.first_step) * (self._global // (self._micro * self._size))
+    A pipeline's messages have one shape, so it takes whole sequences.
+    """
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size > 1:
+        return config.data.seq_length
+    return parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
 def build_loader(
@@ -145,8 +150,7 @@ def build_loader(
         aux_paths: auxiliary samples to join (stage 1), in the same form. Not read with mock data either.
         shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
             epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
-            last global batch is filled up with empty packs (all padding, counted nowhere), so that no sample counts
-            twice.
+            last global batch is filled up with empty packs, which are counted nowhere, so that no sample counts twice.
         barrier: waits for all processes; without it, each process builds what it does not find.
         is_builder: whether this process builds the plan; default: data-parallel rank 0, or every process if there is
             no barrier.
@@ -158,16 +162,18 @@ def build_loader(
         ValueError: a file is missing or truncated, data made with another tokenizer, token ids outside the vocabulary,
             a sample longer than the sequence, or batch sizes that do not divide.
     """
+    in_samples = config.schedule.batch_unit == "samples"
+    batch = None if in_samples else config.schedule.global_batch_size
     settings = PlanSettings(
         seed=config.run.seed,
         seq_length=config.data.seq_length,
         packing=config.data.packing,
         shuffle=shuffle,
         skip_long_samples=config.data.skip_long_samples,
+        step_samples=config.schedule.global_batch_size if in_samples else None,
     )
-    batch = config.schedule.global_batch_size
     # An evaluation reads the first epoch only.
-    needed = max(1, num_steps) * batch if shuffle else 1
+    needed_steps = max(1, num_steps) if shuffle else 1
     started = time.monotonic()
     if config.data.mock_data:
         mock_seed = settings.seed if shuffle else settings.seed + 1
@@ -182,17 +188,19 @@ def build_loader(
         plan = cached_plan(
             inputs,
             cache,
-            min_packs=needed,
+            min_packs=1 if batch is None or not shuffle else needed_steps * batch,
+            min_steps=needed_steps if in_samples else 0,
             is_builder=(dp_rank == 0 or barrier is None) if is_builder is None else is_builder,
             barrier=barrier or (lambda: None),
         )
-    _report(plan, inputs, time.monotonic() - started)
+    steps = StepPlan(plan, batch)
+    _report(steps, inputs, time.monotonic() - started)
     return BatchLoader(
-        plan,
+        steps,
         [share.source for share in inputs.main + inputs.aux],
         config,
         plan_key=inputs.key,
-        steps_available=num_steps if shuffle else min(num_steps, -(-plan.num_packs // batch)),
+        steps_available=num_steps if shuffle else min(num_steps, steps.num_steps),
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
@@ -263,14 +271,20 @@ def _check_one_tokenizer(sources: list[Source]) -> None:
             )
 
 
-def _report(plan: PackPlan, inputs: PlanInputs, seconds: float) -> None:
-    first = plan.epochs[0]
-    totals = dict(zip(COUNT_NAMES, first.counts.sum(axis=0).tolist(), strict=True))
-    fill = totals["tokens"] / (first.num_packs * inputs.settings.seq_length)
+def _report(plan: StepPlan, inputs: PlanInputs, seconds: float) -> None:
+    epochs = plan.packs.epochs
+    first, totals = epochs[0], step_counts(epochs[0].cumulative[-1])
+    fill = totals.tokens / (first.num_packs * inputs.settings.seq_length)
     logger.info(
-        f"pack plan: {totals['documents']} documents in {first.num_packs} packs per epoch ({100 * fill:.1f} % filled), "
-        f"{len(plan.epochs)} epochs planned, {seconds:.1f} s"
+        f"pack plan: {totals.documents} documents in {first.num_packs} packs per epoch ({100 * fill:.1f} % filled), "
+        f"{len(epochs)} epochs planned, {seconds:.1f} s"
     )
+    if inputs.settings.step_samples is not None:
+        mean = sum(epoch.num_packs for epoch in epochs) / plan.num_steps
+        logger.info(
+            f"pack plan: {inputs.settings.step_samples} documents per step in {mean:.1f} packs on average, "
+            f"{plan.sequences} at most"
+        )
     if first.stats["skipped_long"]:
         limit = inputs.settings.seq_length
         logger.info(f"pack plan: {first.stats['skipped_long']} samples left out, longer than {limit} tokens")

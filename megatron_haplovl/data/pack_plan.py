@@ -12,23 +12,23 @@ An epoch is made in four steps:
    If the two are too long together, the main sample stays alone and the auxiliary one is left out this time.
 3. Pack. Best fit, the longest first, within windows of the shuffled documents.
 4. Shuffle the packs.
+
+Where a batch is counted in samples, a window is the documents of a step, and its packs stay together. An epoch is then
+as many whole steps as it comes closest to; because each source's stream goes on, nothing is drawn twice or left out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.data.batch import StepCounts
+from megatron_haplovl.data.packing import gather_ranges, pack_windows, shuffle_packs
+from megatron_haplovl.data.packs import COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 IntArray = npt.NDArray[np.int64]
-
-COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens", "tokens", "documents")
-"""Columns of `EpochPlan.counts`."""
 
 _WINDOW = 8192
 # A number for each use of a random stream, so that no two streams are the same.
@@ -62,79 +62,8 @@ class PlanSettings:
     shuffle: bool
     """False: samples in order, every one once, whatever the weights (evaluation)."""
     skip_long_samples: bool
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """One epoch: packs of documents of samples.
-
-    Pack p holds the documents `pack_offsets[p] : pack_offsets[p + 1]`, document d the samples
-    `items[doc_offsets[d] : doc_offsets[d + 1]]`.
-    """
-
-    items: npt.NDArray[np.int32]
-    """`[samples, 2]`: number of the source (main sources first, then auxiliary ones) and of the sample in it."""
-    doc_offsets: IntArray
-    pack_offsets: IntArray
-    counts: IntArray
-    """`[packs, 5]`, columns as in COUNT_NAMES."""
-    stats: dict[str, int]
-    """`skipped_long`: samples left out as too long; `not_joined`: main samples that stayed alone."""
-
-    @property
-    def num_packs(self) -> int:
-        """Packed sequences in the epoch."""
-        return len(self.counts)
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        """The documents of a pack, each a list of (source, sample)."""
-        first, last = self.pack_offsets[pack], self.pack_offsets[pack + 1]
-        bounds = self.doc_offsets[first : last + 1]
-        return [
-            [(int(source), int(sample)) for source, sample in self.items[start:end]]
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-
-
-class PackPlan:
-    """Epochs one after the other; a pack has one number through all of them.
-
-    Args:
-        epochs: the planned epochs, at least one.
-        cycle: start over after the last epoch (otherwise packs behind the end are empty).
-    """
-
-    def __init__(self, epochs: list[EpochPlan], *, cycle: bool = False) -> None:
-        assert epochs
-        self.epochs = epochs
-        self._cycle = cycle
-        self._ends = np.cumsum([epoch.num_packs for epoch in epochs])
-
-    @property
-    def num_packs(self) -> int:
-        """Packs in all epochs."""
-        return int(self._ends[-1])
-
-    def _find(self, pack: int) -> tuple[EpochPlan, int] | None:
-        if self._cycle:
-            pack %= self.num_packs
-        if pack >= self.num_packs:
-            return None
-        epoch = int(np.searchsorted(self._ends, pack, side="right"))
-        return self.epochs[epoch], pack - (int(self._ends[epoch - 1]) if epoch else 0)
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        """Documents of a pack, each a list of (source, sample); none for a pack behind the end."""
-        found = self._find(pack)
-        return [] if found is None else found[0].documents(found[1])
-
-    def counts(self, packs: range) -> StepCounts:
-        """Sums over some packs."""
-        total = np.zeros(len(COUNT_NAMES), dtype=np.int64)
-        for found in map(self._find, packs):
-            if found is not None:
-                total += found[0].counts[found[1]]
-        return StepCounts(**{name: int(n) for name, n in zip(COUNT_NAMES, total, strict=True)})
+    step_samples: int | None = None
+    """Documents of a step, whose packs hold nothing else; None: packs know no steps."""
 
 
 def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
@@ -176,7 +105,7 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
     fitting = fitting_samples(main + aux, settings)
     main_fitting, aux_fitting = fitting[: len(main)], fitting[len(main) :]
     sizes_of_main = [len(samples) for samples in main_fitting]
-    shares = _shares_of_main(main, sizes_of_main) if settings.shuffle else sizes_of_main
+    shares = _shares_of_main(main, sizes_of_main, settings.step_samples) if settings.shuffle else sizes_of_main
     main_items = _draw(main_fitting, shares, settings, epoch, _DRAW_MAIN, _ORDER)
     items, doc_offsets, not_joined = main_items, np.arange(len(main_items) + 1), 0
     if aux:
@@ -185,15 +114,32 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
         aux_items[:, 0] += len(main)
         items, doc_offsets, not_joined = _join(main_items, aux_items, main + aux, settings, epoch)
 
-    sizes = _document_sizes(items, doc_offsets, main + aux)
-    lengths = sizes[:, COUNT_NAMES.index("tokens")]
-    order, pack_offsets = _pack(lengths, settings, epoch)
+    lengths = np.add.reduceat(_of_items("tokens", items, main + aux), doc_offsets[:-1])
+    order, pack_offsets, step_offsets = _pack(lengths, settings, epoch)
+    cumulative = _count_packs(items, doc_offsets, order, pack_offsets, main + aux)
+    assert int(np.diff(cumulative[:, COUNT_NAMES.index("tokens")]).max()) <= settings.seq_length
     items, doc_offsets = _take_documents(items, doc_offsets, order)
-    counts = np.add.reduceat(sizes[order], pack_offsets[:-1], axis=0)
-    assert int(counts[:, COUNT_NAMES.index("tokens")].max()) <= settings.seq_length
-    kept, known = sum(map(len, fitting)), sum(len(source.counts.tokens) for source in main + aux)
+    kept = sum(map(len, fitting))
+    known = sum(len(source.counts.tokens if source.samples is None else source.samples) for source in main + aux)
     stats = {"skipped_long": known - kept, "not_joined": not_joined}
-    return EpochPlan(items, doc_offsets, pack_offsets, counts, stats)
+    return EpochPlan(items, doc_offsets, pack_offsets, step_offsets, cumulative, stats)
+
+
+def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Order of the documents, the boundaries of the packs in it, and those of the steps in the packs."""
+    window = settings.step_samples or _WINDOW
+    if settings.packing:
+        order, pack_offsets, window_offsets = pack_windows(lengths, settings.seq_length, window)
+    else:
+        order, pack_offsets = np.arange(len(lengths)), np.arange(len(lengths) + 1)
+        window_offsets = np.append(np.arange(0, len(lengths), window), len(lengths))
+    if settings.step_samples is not None:
+        # The documents are in random order already, and a step's packs stay together.
+        return order, pack_offsets, window_offsets
+    if settings.shuffle:
+        permutation = _random(settings, _PACK_ORDER, epoch).permutation(len(pack_offsets) - 1)
+        order, pack_offsets = shuffle_packs(order, pack_offsets, permutation)
+    return order, pack_offsets, np.zeros(1, dtype=np.int64)
 
 
 def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:
@@ -201,22 +147,25 @@ def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([settings.seed, *key])))
 
 
-def _shares_of_main(main: list[BlendedSource], sizes: list[int]) -> list[int]:
+def _shares_of_main(main: list[BlendedSource], sizes: list[int], step_samples: int | None) -> list[int]:
     """Draws of each main source in an epoch; `sizes` are the numbers of samples that may be drawn."""
     weights = [0.0 if source.weight is None else source.weight for source in main]
-    of_weighted = sum(size for source, size in zip(main, sizes, strict=True) if source.weight is not None)
-    if all(source.epochs is None for source in main):
-        return apportion(weights, of_weighted)
-    wanted = [
-        weight / sum(weights) * of_weighted if source.epochs is None else source.epochs * size
-        for source, weight, size in zip(main, weights, sizes, strict=True)
-    ]
-    if round(sum(wanted)) < 1:
+    total: float = sum(size for source, size in zip(main, sizes, strict=True) if source.weight is not None)
+    if any(source.epochs is not None for source in main):
+        wanted = [
+            weight / sum(weights) * total if source.epochs is None else source.epochs * size
+            for source, weight, size in zip(main, weights, sizes, strict=True)
+        ]
+        weights, total = wanted, sum(wanted)
+    unit = step_samples or 1
+    draws = unit * round(total / unit)
+    if draws == 0 and step_samples is None:
         raise ValueError(
             f"no sample would be drawn in an epoch: {', '.join(f'{s.name} {s.epochs} times' for s in main)}; raise a "
             "number of epochs"
         )
-    return apportion(wanted, round(sum(wanted)))
+    # An epoch of less than half a step is one step all the same.
+    return apportion(weights, max(draws, unit))
 
 
 def _weights_of_aux(aux: list[BlendedSource]) -> list[float]:
@@ -276,7 +225,7 @@ def _join(
     epoch: int,
 ) -> tuple[npt.NDArray[np.int32], IntArray, int]:
     """Join main and auxiliary samples pairwise; returns items, document offsets, and how many stayed alone."""
-    joined = _lengths(main, sources) + _lengths(aux, sources) <= settings.seq_length
+    joined = _of_items("tokens", main, sources) + _of_items("tokens", aux, sources) <= settings.seq_length
     aux_first = _random(settings, _SIDE, epoch).randint(0, 2, size=len(main)).astype(bool)
     pairs = np.stack([main, aux], axis=1)  # [documents, 2, 2]
     pairs[aux_first & joined] = pairs[aux_first & joined][:, ::-1]
@@ -286,60 +235,38 @@ def _join(
     return pairs[keep], offsets, int((~joined).sum())
 
 
-def _lengths(items: npt.NDArray[np.int32], sources: list[BlendedSource]) -> IntArray:
-    lengths = np.zeros(len(items), dtype=np.int64)
-    for number, source in enumerate(sources):
-        mine = items[:, 0] == number
-        lengths[mine] = source.counts.tokens[items[mine, 1]]
-    return lengths
+def _of_items(name: str, items: npt.NDArray[np.int32], sources: list[BlendedSource]) -> IntArray:
+    """What the field `name` of SampleCounts says of each item."""
+    values: list[IntArray] = [getattr(source.counts, name) for source in sources]
+    first = np.cumsum([0, *map(len, values)])
+    of_items: IntArray = np.concatenate(values)[first[items[:, 0]] + items[:, 1]]
+    return of_items
 
 
-def _document_sizes(items: npt.NDArray[np.int32], doc_offsets: IntArray, sources: list[BlendedSource]) -> IntArray:
-    """Counts of every document, `[documents, 5]`, columns as in COUNT_NAMES."""
-    sizes = np.zeros((len(items), len(COUNT_NAMES)), dtype=np.int64)
-    for number, source in enumerate(sources):
-        mine = items[:, 0] == number
-        for column, name in enumerate(COUNT_NAMES[:-1]):
-            sizes[mine, column] = getattr(source.counts, name)[items[mine, 1]]
-    summed: IntArray = np.add.reduceat(sizes, doc_offsets[:-1], axis=0)
-    summed[:, -1] = 1
-    return summed
+def _count_packs(
+    items: npt.NDArray[np.int32],
+    doc_offsets: IntArray,
+    order: IntArray,
+    pack_offsets: IntArray,
+    sources: list[BlendedSource],
+) -> IntArray:
+    """`EpochPlan.cumulative`: documents as in `items` and `doc_offsets`, which stand in the packs in this order."""
 
+    def of_documents(name: str) -> IntArray:
+        of_items = _of_items(name, items, sources)
+        summed: IntArray = np.add.reduceat(of_items, doc_offsets[:-1])
+        return summed[order]
 
-def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray]:
-    """Order of the documents and the boundaries of the packs in it."""
-    if settings.packing:
-        packs: list[list[int]] = []
-        for start in range(0, len(lengths), _WINDOW):
-            for pack in best_fit_decreasing(lengths[start : start + _WINDOW], settings.seq_length):
-                packs.append([start + document for document in pack])
-    else:
-        packs = [[document] for document in range(len(lengths))]
-    if settings.shuffle:
-        packs = [packs[i] for i in _random(settings, _PACK_ORDER, epoch).permutation(len(packs))]
-    offsets = np.concatenate([[0], np.cumsum([len(pack) for pack in packs])]).astype(np.int64)
-    return np.array([document for pack in packs for document in pack], dtype=np.int64), offsets
-
-
-def best_fit_decreasing(lengths: IntArray, capacity: int) -> list[list[int]]:
-    """Put things into bins: the longest first, each into the fullest bin that still has room for it.
-
-    Returns:
-        The bins, each a sorted list of indices into `lengths`.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (free room, number of the bin), sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        place = bisect_left(rooms, (length, -1))
-        if place == len(rooms):
-            bins.append([i])
-            room, number = capacity, len(bins) - 1
-        else:
-            room, number = rooms.pop(place)
-            bins[number].append(i)
-        insort(rooms, (room - length, number))
-    return [sorted(content) for content in bins]
+    cumulative = np.zeros((len(pack_offsets), len(COUNT_NAMES)), dtype=np.int64)
+    lengths = of_documents("tokens")
+    for column, name in enumerate(COUNT_NAMES):
+        if name == "documents":
+            cumulative[:, column] = pack_offsets
+            continue
+        # Every token sees those before it in its document and itself, and a visual token the later ones of its image.
+        values = of_documents("visual_pairs") + lengths * (lengths + 1) // 2 if name == "pairs" else of_documents(name)
+        np.cumsum(np.add.reduceat(values, pack_offsets[:-1]), out=cumulative[1:, column])
+    return cumulative
 
 
 def _take_documents(
@@ -348,5 +275,4 @@ def _take_documents(
     """Reorder documents."""
     sizes = np.diff(doc_offsets)[order]
     new_offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    first = np.repeat(doc_offsets[:-1][order] - new_offsets[:-1], sizes)
-    return items[first + np.arange(len(items))], new_offsets
+    return items[gather_ranges(doc_offsets[:-1][order], sizes)], new_offsets

@@ -17,14 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.pack_plan import BlendedSource, EpochPlan, IntArray, PackPlan, PlanSettings, build_epoch
+from megatron_haplovl.data.pack_plan import BlendedSource, IntArray, PlanSettings, build_epoch
+from megatron_haplovl.data.packs import EpochPlan, PackPlan
 from megatron_haplovl.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
-# Rises when the same inputs would give another plan.
-_ALGORITHM = 2
-_ARRAYS = ("items", "doc_offsets", "pack_offsets", "counts")
+# Rises when the same inputs would give another plan, or other files.
+_ALGORITHM = 3
+_ARRAYS = ("items", "doc_offsets", "pack_offsets", "step_offsets", "cumulative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +78,33 @@ class PlanInputs:
         return [share.blended(self.vision) for share in self.main], [share.blended(self.vision) for share in self.aux]
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredEpoch(EpochPlan):
+    """An epoch whose arrays are maps of its files."""
+
+    folder: Path
+
+    def __reduce__(self) -> tuple[Callable[[Path], StoredEpoch], tuple[Path]]:
+        # A process that loads data maps the files itself; pickling a map would copy the whole file.
+        return load_epoch, (self.folder,)
+
+
 def cached_plan(
     inputs: PlanInputs,
     cache: Path,
     *,
-    min_packs: int,
+    min_packs: int = 1,
+    min_steps: int = 0,
     is_builder: bool,
     barrier: Callable[[], None],
 ) -> PackPlan:
-    """Load the epochs that hold at least `min_packs` packs, building those that are not in the cache.
+    """Load as many epochs as are needed, building those that are not in the cache.
 
     Args:
         inputs: what the plan depends on.
         cache: folder that holds the plans.
         min_packs: packs that will be asked for.
+        min_steps: steps that will be asked for, where a batch is counted in samples.
         is_builder: whether this process builds; the others wait in `barrier` until it has. Several builders may share a
             folder.
         barrier: called once by every process.
@@ -99,30 +113,35 @@ def cached_plan(
         ValueError: a sample is too long, or the folder cannot be written.
     """
     folder = cache / inputs.key
+
+    def are_missing(epochs: list[EpochPlan]) -> bool:
+        packs, steps = sum(epoch.num_packs for epoch in epochs), sum(epoch.num_steps for epoch in epochs)
+        return packs < min_packs or steps < min_steps
+
     if is_builder:
-        _build_missing(inputs, folder, min_packs)
+        _build_missing(inputs, folder, are_missing)
     barrier()
     epochs: list[EpochPlan] = []
-    while sum(epoch.num_packs for epoch in epochs) < min_packs:
+    while are_missing(epochs):
         path = _epoch_folder(folder, len(epochs))
         if not path.is_dir():
             raise ValueError(f"{path} was not found after building; --data-cache-path must be shared by all processes")
-        epochs.append(_load_epoch(path))
+        epochs.append(load_epoch(path))
     return PackPlan(epochs)
 
 
-def _build_missing(inputs: PlanInputs, folder: Path, min_packs: int) -> None:
-    packs, number = 0, 0
+def _build_missing(inputs: PlanInputs, folder: Path, are_missing: Callable[[list[EpochPlan]], bool]) -> None:
+    epochs: list[EpochPlan] = []
     sizes: tuple[list[BlendedSource], list[BlendedSource]] | None = None
-    while packs < min_packs:
+    while are_missing(epochs):
+        number = len(epochs)
         path = _epoch_folder(folder, number)
         if not path.is_dir():
             sizes = sizes or inputs.blend()
             plan = build_epoch(*sizes, inputs.settings, number)
             _save_epoch(plan, path)
             logger.info(f"pack plan: built epoch {number} ({plan.num_packs} packs) in {folder}")
-        packs += _load_epoch(path).num_packs
-        number += 1
+        epochs.append(load_epoch(path))
 
 
 def _epoch_folder(folder: Path, number: int) -> Path:
@@ -151,7 +170,12 @@ def _save_epoch(plan: EpochPlan, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _load_epoch(path: Path) -> EpochPlan:
+def load_epoch(path: Path) -> StoredEpoch:
+    """An epoch from its folder.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
     arrays: dict[str, npt.NDArray[Any]] = {}
     try:
         for name in _ARRAYS:
@@ -159,4 +183,4 @@ def _load_epoch(path: Path) -> EpochPlan:
         stats = json.loads((path / "stats.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the cached pack plan {path} is damaged ({error}); delete the folder to rebuild") from error
-    return EpochPlan(stats=stats, **arrays)
+    return StoredEpoch(stats=stats, folder=path, **arrays)

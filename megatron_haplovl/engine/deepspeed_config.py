@@ -13,25 +13,27 @@ _SET_BY_FLAGS = ("optimizer", "scheduler", "fp16", "pipeline", "tensorboard", "w
 """Sections of a DeepSpeed JSON for what flags do here in another way."""
 
 
-def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`.
+def deepspeed_config(config: Config, data_parallel_size: int, sequences: int | None = None) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`, whose batch sizes count sequences.
 
     Args:
         config: flags.
         data_parallel_size: ranks that hold different sequences.
+        sequences: of a step, empty ones included; None: --global-batch-size is their number.
 
     Raises:
         ValueError: the global batch does not divide, the JSON is unreadable, or it contradicts a flag.
     """
     schedule = config.schedule
+    sequences = schedule.global_batch_size if sequences is None else sequences
     per_pass = schedule.micro_batch_size * data_parallel_size
-    sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, data_parallel_size)
+    sentence = check_batch(sequences, schedule.micro_batch_size, data_parallel_size)
     if sentence is not None:
         raise ValueError(sentence)
     ours: dict[str, Any] = {
-        "train_batch_size": schedule.global_batch_size,
+        "train_batch_size": sequences,
         "train_micro_batch_size_per_gpu": schedule.micro_batch_size,
-        "gradient_accumulation_steps": schedule.global_batch_size // per_pass,
+        "gradient_accumulation_steps": sequences // per_pass,
         "gradient_clipping": config.optimizer.clip_grad,
         # DeepSpeed keeps fp32 master weights beside bf16 ones only under ZeRO. Without it, fp32 weights and bf16
         # arithmetic (autocast) give the same training.

@@ -30,6 +30,7 @@ def build_engine(
     head_inputs: HeadInputs,
     terms: tuple[LossTerm, ...],
     optimizer_groups: list[dict[str, Any]],
+    sequences: int,
 ) -> tuple[Any, DirectSteps | PipelinedSteps]:
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights, pipeline.
 
@@ -41,6 +42,7 @@ def build_engine(
         terms: the losses, and what each is divided by.
         optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group; one that is empty gets a
             placeholder.
+        sequences: of a step over all ranks, empty ones included.
 
     Returns:
         DeepSpeed's engine, and how micro-batches go through it.
@@ -50,7 +52,7 @@ def build_engine(
     """
     import deepspeed
 
-    settings = deepspeed_config(config, model.groups.data.size)
+    settings = deepspeed_config(config, model.groups.data.size, sequences)
     placeholders = _fill_empty_groups(optimizer_groups)
     offloaded = config.parallel.offload_optimizer == "cpu"
     optimizer = build_optimizer(optimizer_groups, config.optimizer, device, offloaded=offloaded)

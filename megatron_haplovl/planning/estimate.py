@@ -113,7 +113,7 @@ def estimate(
         trained=trained,
         stage=workload.stage,
     )
-    micro_batches = workload.global_batch_size // (layout.micro_batch_size * layout.data)
+    micro_batches = workload.micro_batches(layout)
     loads = layer_loads(costs, layout, cluster, bf16)
     cut = cut_layers(partition, loads, layout.pipeline, micro_batches)
     stages = [costs[first:end] for first, end in pairwise((*cut, len(costs)))]

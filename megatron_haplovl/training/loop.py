@@ -39,7 +39,7 @@ def train(run: Run) -> None:
     """
     config, last_step = run.config, run.config.schedule.train_iters
     micro_batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
-    window, consumed_tokens = _Progress(), _tokens_before(run, run.first_step)
+    window, consumed_tokens = _Progress(), run.train_data.counts_before(run.first_step).tokens
     step = run.first_step
     if step >= last_step:
         logger.info(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
@@ -108,20 +108,16 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if run.valid_data is None:
         return {}
     steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
-    number = steps * run.steps.accumulation
+    number = steps * run.valid_data.micro_batches_per_step
     micro_batches = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
     sums = run.steps.evaluate(micro_batches, number)
-    counts = _sum_counts([run.valid_data.counts(i) for i in range(steps)])
+    counts = run.valid_data.counts_before(steps)
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
     line = training_line(step, run.config.schedule.train_iters, metrics, title="validation at iteration")
     logger.info(line, extra=NO_PREFIX)
     run.sinks.record(step, metrics)
     return metrics
-
-
-def _sum_counts(counts: list[StepCounts]) -> StepCounts:
-    return StepCounts(**{name: sum(getattr(c, name) for c in counts) for name in vars(counts[0])})
 
 
 def _report(run: Run, step: int, result: StepResult, window: _Progress, consumed_tokens: int) -> None:
@@ -153,10 +149,6 @@ def _flops(run: Run, result: StepResult) -> float:
         visible_pairs=result.visible_pairs * run.groups.data.size,
         stage=stage,
     )
-
-
-def _tokens_before(run: Run, step: int) -> int:
-    return sum(run.train_data.counts(i).tokens for i in range(step))
 
 
 def _is_due(interval: int | None, step: int) -> bool:

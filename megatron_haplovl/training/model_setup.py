@@ -81,7 +81,7 @@ def cut_pipeline(config: Config, groups: ParallelGroups, device: torch.device, d
     def first_packs() -> Work | None:
         if groups.world.rank != 0:
             return None
-        number = min(schedule.global_batch_size, _PACKS_FOR_CUT)
+        number = min(data.sequences, _PACKS_FOR_CUT)
         batch = data.packs(range(number))
         return work_of_batch(batch, config.stage) * (schedule.micro_batch_size / number)
 
@@ -96,7 +96,7 @@ def cut_pipeline(config: Config, groups: ParallelGroups, device: torch.device, d
         trained=trained_parts(config.recipe),
         stage=config.stage,
         method=parallel.pipeline_partition,
-        micro_batches=schedule.global_batch_size // (schedule.micro_batch_size * groups.data.size),
+        micro_batches=data.micro_batches_per_step,
     )
     return PipelineCut(tuple(layers), first)
 

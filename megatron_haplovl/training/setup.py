@@ -93,6 +93,7 @@ def setup(config: Config, differences: str | None = None) -> Run:
         head_inputs(stage, config, model, device),
         terms,
         optimizer_groups(model, config.optimizer, config.recipe),
+        train_data.sequences,
     )
     first_step = 0
     if resumed is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,24 @@ def rows(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.tokens_BS.tolist()]
 
 
-def test_pack_numbers_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path) -> None:
-    """Micro-batch m of step t on rank r holds packs t * gbs + (m * dp_size + r) * mbs + j."""
-    expected = rows(make_loader(tiny_prefix, make_config(tmp_path, micro_batch_size=1)).micro_batches())
-    assert len(expected) == 9 * 4
+@pytest.mark.parametrize("unit", ["packs", "samples"])
+def test_packs_of_a_step_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path: Path, unit: str) -> None:
+    """One rank reads the plan in order; several read the same sequences in every step, each of them once."""
+    one = make_loader(tiny_prefix, make_config(tmp_path, micro_batch_size=1, batch_unit=unit))
+    expected = rows(one.micro_batches())
+    assert len(expected) == 9 * one.sequences and (one.sequences == 4) == (unit == "packs")
     for size, micro in ((1, 4), (1, 2), (2, 1), (2, 2), (4, 1)):
-        config = make_config(tmp_path, micro_batch_size=micro)
-        ranks = [rows(make_loader(tiny_prefix, config, dp_rank=r, dp_size=size).micro_batches()) for r in range(size)]
-        got = [
-            ranks[r][(t * (4 // micro // size) + m) * micro + j]
-            for t in range(9)
-            for m in range(4 // micro // size)
-            for r in range(size)
-            for j in range(micro)
-        ]
-        assert got == expected
+        config = make_config(tmp_path, micro_batch_size=micro, batch_unit=unit)
+        loaders = [make_loader(tiny_prefix, config, dp_rank=r, dp_size=size) for r in range(size)]
+        assert len({loader.plan_key for loader in (one, *loaders)}) == 1
+        per_rank = loaders[0].micro_batches_per_step * micro
+        ranks = [rows(loader.micro_batches()) for loader in loaders]
+        assert {len(rank) for rank in ranks} == {9 * per_rank}
+        for step in range(9):
+            wanted = Counter(filter(any, expected[step * one.sequences : (step + 1) * one.sequences]))
+            got = [row for rank in ranks for row in rank[step * per_rank : (step + 1) * per_rank] if any(row)]
+            assert Counter(got) == wanted and len(got) > 0
+            assert size > 1 or got == list(wanted.elements())
 
 
 def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> None:
@@ -213,7 +217,9 @@ def test_files_of_other_data(tiny_prefix: str, tmp_path: Path) -> None:
 
 
 def test_batch_sizes_that_do_not_divide(tiny_prefix: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--global-batch-size 4 is not a multiple of --micro-batch-size 2 times 3"):
+    with pytest.raises(
+        ValueError, match="--global-batch-size 4 is not a multiple of --micro-batch-size 2 x 3 data-parallel ranks"
+    ):
         make_loader(tiny_prefix, make_config(tmp_path), dp_size=3)
 
 

@@ -8,15 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_haplovl.data.pack_plan import (
-    COUNT_NAMES,
-    BlendedSource,
-    EpochPlan,
-    PlanSettings,
-    apportion,
-    best_fit_decreasing,
-    build_epoch,
-)
+from megatron_haplovl.data.pack_plan import BlendedSource, PlanSettings, apportion, build_epoch
+from megatron_haplovl.data.packing import best_fit_decreasing
+from megatron_haplovl.data.packs import COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 SETTINGS = PlanSettings(seed=7, seq_length=128, packing=True, shuffle=True, skip_long_samples=False)
@@ -57,6 +51,8 @@ def test_every_sample_once_and_no_pack_too_long(packing: bool, shuffle: bool) ->
             int(c.patch_tokens[samples].sum()),
             int(c.tokens[samples].sum()),
             len(samples),
+            int(c.tiles[samples].sum()),
+            sum(int(c.tokens[i]) * (int(c.tokens[i]) + 1) // 2 + int(c.visual_pairs[i]) for i in samples),
         ]
         assert plan.counts[pack].tolist() == expected
         assert 0 < expected[COUNT_NAMES.index("tokens")] <= settings.seq_length

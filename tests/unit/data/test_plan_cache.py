@@ -10,7 +10,8 @@ import pytest
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.mock_source import MockSource
-from megatron_haplovl.data.pack_plan import PackPlan, PlanSettings
+from megatron_haplovl.data.pack_plan import PlanSettings
+from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad")

@@ -1,0 +1,181 @@
+"""Planned packs as training reads them: their documents, their counts, and which of them a step takes.
+
+A pack is a packed sequence. It has one number through all epochs of a plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_haplovl.data.batch import StepCounts
+
+IntArray = npt.NDArray[np.int64]
+
+COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens", "tokens", "documents", "tiles", "pairs")
+"""Columns of what a plan counts, as in `StepCounts`; and image tiles, and (query, key) pairs of the mixed mask."""
+
+_STEP_COUNTS = [field.name for field in dataclasses.fields(StepCounts)]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch: packs of documents of samples.
+
+    Pack p holds the documents `pack_offsets[p] : pack_offsets[p + 1]`, document d the samples
+    `items[doc_offsets[d] : doc_offsets[d + 1]]`.
+    """
+
+    items: npt.NDArray[np.int32]
+    """`[samples, 2]`: number of the source (main sources first, then auxiliary ones) and of the sample in it."""
+    doc_offsets: IntArray
+    pack_offsets: IntArray
+    step_offsets: IntArray
+    """`[steps + 1]`: a step is a range of packs. Where a batch is counted in packs there are no steps in a plan."""
+    cumulative: IntArray
+    """`[packs + 1, 7]`: counts of all packs before each one, columns as in COUNT_NAMES."""
+    stats: dict[str, int]
+    """`skipped_long`: samples left out as too long; `not_joined`: main samples that stayed alone."""
+
+    @property
+    def num_packs(self) -> int:
+        """Packed sequences in the epoch."""
+        return len(self.pack_offsets) - 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in the epoch, where a batch is counted in samples."""
+        return len(self.step_offsets) - 1
+
+    @property
+    def largest_step(self) -> int:
+        """Packs of the step that has most of them."""
+        return int(np.diff(self.step_offsets).max(initial=0))
+
+    @property
+    def counts(self) -> IntArray:
+        """`[packs, 7]`, columns as in COUNT_NAMES."""
+        return np.diff(self.cumulative, axis=0)
+
+    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
+        """The documents of a pack, each a list of (source, sample)."""
+        first, last = self.pack_offsets[pack], self.pack_offsets[pack + 1]
+        bounds = self.doc_offsets[first : last + 1]
+        return [
+            [(int(source), int(sample)) for source, sample in self.items[start:end]]
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+
+class PackPlan:
+    """Epochs one after the other.
+
+    Args:
+        epochs: the planned epochs, at least one.
+        cycle: start over after the last epoch (otherwise packs behind the end are empty).
+    """
+
+    def __init__(self, epochs: list[EpochPlan], *, cycle: bool = False) -> None:
+        assert epochs
+        self.epochs = epochs
+        self.cycle = cycle
+        self._starts = np.cumsum([0, *(epoch.num_packs for epoch in epochs)])
+        self._counts_before = np.cumsum([0 * epochs[0].cumulative[-1], *(e.cumulative[-1] for e in epochs)], axis=0)
+
+    @property
+    def num_packs(self) -> int:
+        """Packs in all epochs."""
+        return int(self._starts[-1])
+
+    def start(self, epoch: int) -> int:
+        """The first pack of an epoch."""
+        return int(self._starts[epoch])
+
+    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
+        """Documents of a pack, each a list of (source, sample); none for a pack behind the end."""
+        if self.cycle:
+            pack %= self.num_packs
+        if pack >= self.num_packs:
+            return []
+        epoch = self._epoch(pack)
+        return self.epochs[epoch].documents(pack - self.start(epoch))
+
+    def cumulative(self, packs: IntArray) -> IntArray:
+        """Counts of all packs before each of some, `[len(packs), 7]`, columns as in COUNT_NAMES."""
+        rounds, packs = (
+            np.divmod(packs, self.num_packs) if self.cycle else (0 * packs, np.minimum(packs, self.num_packs))
+        )
+        found = np.stack([self._cumulative(int(pack)) for pack in packs])
+        return found + rounds[:, None] * self._counts_before[-1]
+
+    def counts(self, packs: range) -> StepCounts:
+        """Sums over packs that follow each other."""
+        before, after = self.cumulative(np.array([packs.start, packs.stop]))
+        return step_counts(after - before)
+
+    def _epoch(self, pack: int) -> int:
+        return int(np.searchsorted(self._starts, pack, side="right")) - 1
+
+    def _cumulative(self, pack: int) -> IntArray:
+        epoch = min(self._epoch(pack), len(self.epochs) - 1)
+        counts: IntArray = self._counts_before[epoch] + self.epochs[epoch].cumulative[pack - self.start(epoch)]
+        return counts
+
+
+def step_counts(total: IntArray) -> StepCounts:
+    """One row of counts, columns as in COUNT_NAMES, by name."""
+    by_name = dict(zip(COUNT_NAMES, total.tolist(), strict=True))
+    return StepCounts(**{name: by_name[name] for name in _STEP_COUNTS})
+
+
+class StepPlan:
+    """Which packs a step takes: always as many, or those that hold its samples.
+
+    Args:
+        packs: the plan.
+        packs_per_step: None: the plan's own steps, each of as many samples.
+    """
+
+    def __init__(self, packs: PackPlan, packs_per_step: int | None) -> None:
+        self.packs = packs
+        self._packs_per_step = packs_per_step
+        self._starts = np.cumsum([0, *(epoch.num_steps for epoch in packs.epochs)])
+        self.sequences = packs_per_step or max(epoch.largest_step for epoch in packs.epochs)
+        """The largest number of packs that a step has."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all epochs; the last one may be smaller than the others."""
+        if self._packs_per_step is not None:
+            return -(-self.packs.num_packs // self._packs_per_step)
+        return int(self._starts[-1])
+
+    def packs_of(self, step: int) -> range:
+        """The packs of a step."""
+        if self._packs_per_step is not None:
+            end = (step + 1) * self._packs_per_step
+            last = end if self.packs.cycle else min(end, self.packs.num_packs)
+            return range(min(step * self._packs_per_step, last), last)
+        return range(self._first_pack(step), self._first_pack(step + 1))
+
+    def _first_pack(self, step: int) -> int:
+        rounds, step = divmod(step, self.num_steps) if self.packs.cycle else (0, min(step, self.num_steps))
+        epoch = min(int(np.searchsorted(self._starts, step, side="right")), len(self.packs.epochs)) - 1
+        first = self.packs.start(epoch) + int(self.packs.epochs[epoch].step_offsets[step - int(self._starts[epoch])])
+        return rounds * self.packs.num_packs + first
+
+    def counts(self, step: int) -> StepCounts:
+        """Sums over the packs of a step."""
+        return self.packs.counts(self.packs_of(step))
+
+    def counts_before(self, step: int) -> StepCounts:
+        """Sums over all steps before this one."""
+        return self.packs.counts(range(self.packs_of(step).start))
+
+    def counts_of_packs(self, step: int) -> IntArray:
+        """`[packs, 7]`: counts of each pack of a step, columns as in COUNT_NAMES."""
+        packs = self.packs_of(step)
+        return np.diff(self.packs.cumulative(np.arange(packs.start, packs.stop + 1)), axis=0)
