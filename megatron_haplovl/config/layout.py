@@ -83,7 +83,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config) -> Workload:
-        """What a run's settings ask for. With --batch-unit samples, a sequence for each sample, the most there can be."""
+        """What a run's settings ask for. With --batch-unit samples, a sequence for each sample, which is the most."""
         schedule = config.schedule
         return cls(config.model, config.data.seq_length, schedule.global_batch_size, config.stage, schedule.batch_unit)
 

@@ -3,66 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.packs import COUNT_NAMES, IntArray, StepPlan
 
 EMPTY = -1
 """Number of a pack without documents."""
 
 
-@dataclass(frozen=True)
-class SequenceCost:
-    """What makes one sequence more costly than another of the same length, in operations of the forward pass."""
+def deal(pairs: IntArray, tiles: IntArray, ranks: int) -> IntArray:
+    """Deal the sequences of a step to ranks, so that all have about as many visible pairs and image tiles.
 
-    per_pair: float
-    """For each (query, key) pair that attends."""
-    per_tile: float
-    """For each image tile."""
-
-    @classmethod
-    def of(cls, config: Config) -> SequenceCost:
-        """The model's own widths. Two products of the heads' width for a pair, in every block; for a tile its patches'
-        embedding and, where a vision teacher looks on, the teacher's blocks."""
-        model, vision = config.model, config.model.vision
-        decoders = (model.pre,) if config.stage.has_teachers else (model.pre, model.post)
-        per_pair = sum(4.0 * decoder.num_layers * decoder.hidden_size for decoder in decoders)
-        width, ffn = model.pre.hidden_size, model.pre.ffn_hidden_size
-        per_patch = 6.0 * vision.patch_size**2 * width
-        if config.stage.has_teachers:
-            # It has the pre-decoder's shape, and no backward pass, which is twice the forward pass.
-            per_patch += model.pre.num_layers * (8.0 * width**2 + 4.0 * width * ffn) / 3
-        return cls(per_pair, per_patch * vision.cells_per_tile)
-
-    def of_packs(self, counts: IntArray) -> npt.NDArray[np.float64]:
-        """Costs of packs, from their rows of counts (columns as in COUNT_NAMES)."""
-        pairs, tiles = counts[:, COUNT_NAMES.index("pairs")], counts[:, COUNT_NAMES.index("tiles")]
-        costs: npt.NDArray[np.float64] = self.per_pair * pairs + self.per_tile * tiles
-        return costs
-
-
-def deal(costs: npt.NDArray[np.float64], ranks: int) -> npt.NDArray[np.int64]:
-    """Deal sequences to ranks, the most costly first; all ranks get one of about the same cost at the same time.
+    The pairs are the work of attention, which is what sequences of one length differ by; the tiles are decoded on the
+    host, and seen by stage 1's teacher.
 
     Args:
-        costs: of each sequence; their number is a multiple of `ranks`.
+        pairs: (query, key) pairs of each sequence; their number is a multiple of `ranks`.
+        tiles: image tiles of each sequence.
         ranks: how many there are.
 
     Returns:
-        `[sequences / ranks, ranks]`: the sequences of each rank from top to bottom. Of the sequences of a row, the
-        rank that has least so far gets the most costly one.
+        `[sequences / ranks, ranks]`: the sequences of each rank from top to bottom. The sequences of a row have about
+        as many pairs each.
     """
-    rows = np.argsort(-costs, kind="stable").reshape(-1, ranks)
-    so_far = np.zeros(ranks)
-    dealt = np.empty_like(rows)
+    sizes_R2 = np.stack([pairs / max(1.0, pairs.mean()), tiles / max(1.0, tiles.mean())], axis=1)
+    rows = np.argsort(-pairs, kind="stable").reshape(-1, ranks)
+    dealt, surplus_R2 = np.empty_like(rows), np.zeros((ranks, 2))
     for row, target in zip(rows, dealt, strict=True):
-        receivers = np.argsort(so_far, kind="stable")
-        target[receivers] = row
-        so_far[receivers] += costs[row]
+        off_mean_R2 = sizes_R2[row] - sizes_R2[row].mean(axis=0)
+        taken = np.zeros(ranks, dtype=np.bool_)
+        # The most unusual sequence first, each to the rank whose sum of squared surpluses grows least.
+        for place in np.argsort(-(off_mean_R2**2).sum(axis=1), kind="stable"):
+            growth = np.where(taken, np.inf, surplus_R2 @ off_mean_R2[place])
+            rank = int(np.argmin(growth))
+            taken[rank], target[rank] = True, row[place]
+        surplus_R2 += sizes_R2[target] - sizes_R2[row].mean(axis=0)
     return dealt
 
 
@@ -76,21 +52,18 @@ class MicroBatchNumbers:
         plan: the packs of each step.
         steps: number of steps.
         micro_batch_size: sequences of a micro-batch.
-        cost: what sequences are dealt by.
         dp_rank: this process's place among those that read different data.
         dp_size: number of those processes.
     """
 
-    def __init__(
-        self, plan: StepPlan, steps: int, micro_batch_size: int, cost: SequenceCost, dp_rank: int, dp_size: int
-    ) -> None:
+    def __init__(self, plan: StepPlan, steps: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
         assert 0 <= dp_rank < dp_size
         self.first_step = 0
         self.per_step = -(-plan.sequences // (micro_batch_size * dp_size))
         """Micro-batches of this rank in a step."""
         self.sequences = self.per_step * micro_batch_size * dp_size
         """Sequences of a step over all ranks, empty ones included."""
-        self._plan, self._steps, self._micro, self._cost = plan, steps, micro_batch_size, cost
+        self._plan, self._steps, self._micro = plan, steps, micro_batch_size
         self._rank, self._size = dp_rank, dp_size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -107,8 +80,8 @@ class MicroBatchNumbers:
         real = self._plan.packs_of(step)
         packs[: len(real)] = real
         if self._size > 1:
-            costs = np.zeros(len(packs))
-            # Padding sees itself, so even a small pack comes before an empty one.
-            costs[: len(real)] = self._cost.of_packs(self._plan.counts_of_packs(step))
-            packs = packs[deal(costs, self._size)[:, self._rank]]
+            counts = np.zeros((len(packs), len(COUNT_NAMES)), dtype=np.int64)
+            counts[: len(real)] = self._plan.counts_of_packs(step)
+            pairs, tiles = counts[:, COUNT_NAMES.index("pairs")], counts[:, COUNT_NAMES.index("tiles")]
+            packs = packs[deal(pairs, tiles, self._size)[:, self._rank]]
         return packs.tolist()

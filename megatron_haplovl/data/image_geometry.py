@@ -260,24 +260,3 @@ def visual_layouts(visuals: Sequence[Picture | Frames], vision: VisionConfig) ->
             frame = image_layout(vision.image_size, vision.image_size, vision_of_frames(vision))
             layouts.append(VisualLayout((frame,) * visual.number, vision.image_newline))
     return layouts
-
-
-def count_image_tokens(
-    sizes_I2: npt.NDArray[np.int32], vision: VisionConfig
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Visual tokens, patch tokens and tiles of many images.
-
-    Args:
-        sizes_I2: (height, width) in pixels.
-        vision: tile and patch size and the way to treat the shape; `max_tiles` for each of the images.
-
-    Returns:
-        Three arrays `[I]`: visual tokens, patch tokens, and tiles.
-    """
-    # One number for each size: sorting numbers is an order of magnitude faster than sorting rows.
-    wide_I2 = np.asarray(sizes_I2, dtype=np.int64).reshape(-1, 2)
-    unique, inverse = np.unique(wide_I2[:, 0] << 32 | wide_I2[:, 1], return_inverse=True)
-    layouts = [image_layout(int(size >> 32), int(size & 0xFFFFFFFF), vision) for size in unique]
-    counts = np.array([(layout.num_tokens, layout.num_patches, layout.num_tiles) for layout in layouts], dtype=np.int64)
-    tokens, patches, tiles = counts.reshape(-1, 3)[inverse.reshape(-1)].T
-    return tokens, patches, tiles

@@ -14,13 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.image_geometry import (
-    Frames,
-    count_image_tokens,
-    tile_limit,
-    vision_of_sample,
-    visual_layouts,
-)
+from megatron_haplovl.data.image_counts import count_image_tokens
+from megatron_haplovl.data.image_geometry import Frames, tile_limit, vision_of_sample, visual_layouts
 
 IntArray = npt.NDArray[np.int64]
 
@@ -82,7 +77,7 @@ class ImageReferences:
         for limit in np.unique(limits[np.unique(self.visuals)]).tolist():
             seen = vision_of_sample(int(np.flatnonzero(limits == limit)[0]), vision)
             tokens_I, patches_I, tiles_I = count_image_tokens(sizes_I2, seen)
-            pairs_I = tokens_I * (tokens_I - 1) // 2
+            pairs_I = tokens_I.astype(np.int64) * (tokens_I - 1) // 2
             samples = np.flatnonzero(limits[self.visuals] == limit)
             for total, counts_I in zip(totals, (tokens_I, patches_I, tiles_I, pairs_I), strict=True):
                 counts_R = np.where(self._is_image_R, counts_I[np.maximum(self._flat_R, 0)], 0)

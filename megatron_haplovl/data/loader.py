@@ -15,7 +15,7 @@ from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
-from megatron_haplovl.data.dealing import MicroBatchNumbers, SequenceCost
+from megatron_haplovl.data.dealing import MicroBatchNumbers
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
 from megatron_haplovl.data.packs import PackPlan, StepPlan, step_counts
@@ -65,8 +65,7 @@ class BatchLoader:
             sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, dp_size)
             if sentence is not None:
                 raise ValueError(sentence)
-        cost = SequenceCost.of(config)
-        self._sampler = MicroBatchNumbers(plan, steps_available, schedule.micro_batch_size, cost, dp_rank, dp_size)
+        self._sampler = MicroBatchNumbers(plan, steps_available, schedule.micro_batch_size, dp_rank, dp_size)
         workers = config.data.num_workers
         # A generator of its own: otherwise starting to read would advance the global random state.
         self._loader = DataLoader(

@@ -99,10 +99,18 @@ class IndexedSource:
         self._images = IndexedDataset(prefix + names.IMAGES)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
         self._image_sizes_I2 = _load(prefix, names.IMAGE_SIZES, np.int32, (len(self._images), 2))
-        if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
-            raise ValueError(f"{prefix}: tokens and loss mask have different lengths; preprocess again")
+        if len(self._tokens) != len(self._loss_mask):
+            raise ValueError(f"{prefix}: {len(self._tokens)} samples have {len(self._loss_mask)} loss masks; {_AGAIN}")
         if len(self._image_refs) != len(self._tokens):
-            raise ValueError(f"{prefix}: the image files belong to other data than the tokens; preprocess again")
+            raise ValueError(f"{prefix}: the image files belong to other data than the tokens; {_AGAIN}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each data loading process maps the file itself; pickling a map would copy all of it.
+        return {name: value for name, value in vars(self).items() if name != "_image_sizes_I2"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._image_sizes_I2 = _load(self._prefix, names.IMAGE_SIZES, np.int32, (len(self._images), 2))
 
     @property
     def name(self) -> str:
@@ -118,8 +126,10 @@ class IndexedSource:
         """Sizes of all samples.
 
         Raises:
-            ValueError: a sample refers to an image that does not exist.
+            ValueError: a sample refers to an image that does not exist, or its loss mask has another length.
         """
+        if not np.array_equal(self._tokens.lengths, self._loss_mask.lengths):
+            raise ValueError(f"{self._prefix}: tokens and loss mask have different lengths; {_AGAIN}")
         references = self._references()
         visuals = references.visuals
         visual = references.count(self._image_sizes_I2, vision)
@@ -137,7 +147,7 @@ class IndexedSource:
         try:
             return ImageReferences(self._image_refs.flat(), self._image_refs.lengths, len(self._image_sizes_I2))
         except ValueError as error:
-            raise ValueError(f"{self._prefix}: {error}; preprocess again") from error
+            raise ValueError(f"{self._prefix}: {error}; {_AGAIN}") from error
 
     def _lm_tokens(self) -> npt.NDArray[np.int64]:
         if self.manifest.format_version >= 2:
@@ -155,9 +165,14 @@ class IndexedSource:
         """One sample, its images still encoded.
 
         Raises:
-            ValueError: the sample's image references do not fit its tokens.
+            ValueError: the sample's loss mask or image references do not fit its tokens.
         """
-        token_ids = self._tokens[index]
+        token_ids, loss_mask = self._tokens[index], self._loss_mask[index]
+        if len(loss_mask) != len(token_ids):
+            raise ValueError(
+                f"{self._prefix}: sample {index} has {len(token_ids)} tokens and a loss mask of {len(loss_mask)}; "
+                f"{_AGAIN}"
+            )
         is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
         visuals: list[EncodedImage | EncodedVideo] = []
         remaining = iter(self._image_refs[index].tolist())
@@ -172,7 +187,7 @@ class IndexedSource:
                 f"{self._prefix}: sample {index} has {len(is_video)} image and video marks that do not fit its "
                 f"{len(visuals)} images and videos"
             )
-        return Sample(token_ids, self._loss_mask[index], is_visual, tuple(visuals))
+        return Sample(token_ids, loss_mask, is_visual, tuple(visuals))
 
     def _image(self, number: int) -> EncodedImage:
         height, width = self._image_sizes_I2[number].tolist()
@@ -180,6 +195,7 @@ class IndexedSource:
 
 
 _BLOCK = 65536
+_AGAIN = "preprocess again"
 
 
 def _load(prefix: str, suffix: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.image_geometry import count_image_tokens, fit_within, grid_pinpoints, image_layout
+from megatron_haplovl.data.image_counts import count_image_tokens
+from megatron_haplovl.data.image_geometry import fit_within, grid_pinpoints, image_layout
 
 SMALL = VisionConfig(patch_size=8, image_size=32, image_aspect_ratio="anyres", max_tiles=4, image_newline=True)
 
@@ -109,15 +110,27 @@ def test_fit_keeps_the_shape_and_rounds_up() -> None:
     assert fit_within(1000, 1, 64, 64) == (64, 1)
 
 
-def test_counts_of_many_images() -> None:
-    sizes = np.random.default_rng(1).integers(1, 200, size=(50, 2)).astype(np.int32)
-    sizes = np.concatenate([sizes, sizes[::-1]])
-    tokens, patches, tiles = count_image_tokens(sizes, SMALL)
-    layouts = [image_layout(int(h), int(w), SMALL) for h, w in sizes]
+@pytest.mark.parametrize(
+    "vision",
+    [
+        SMALL,
+        VisionConfig(image_aspect_ratio="anyres", max_tiles=4, image_newline=True),
+        VisionConfig(image_aspect_ratio="anyres", max_tiles=9),
+        VisionConfig(image_aspect_ratio="pad", image_newline=True),
+    ],
+    ids=["small", "4 tiles", "9 tiles", "pad"],
+)
+def test_counts_of_many_images(vision: VisionConfig) -> None:
+    random = np.random.default_rng(1)
+    # Usual sizes, those whose cells come out as a whole number, and slivers.
+    sizes = [random.integers(1, 1500, (2000, 2)), 14 * random.integers(1, 80, (500, 2))]
+    sizes_I2 = np.concatenate([*sizes, np.exp(random.uniform(0, 11, (500, 2)))]).astype(np.int32)
+    tokens, patches, tiles = count_image_tokens(sizes_I2, vision)
+    layouts = [image_layout(int(h), int(w), vision) for h, w in sizes_I2]
     assert tokens.tolist() == [layout.num_tokens for layout in layouts]
     assert patches.tolist() == [layout.num_patches for layout in layouts]
     assert tiles.tolist() == [layout.num_tiles for layout in layouts]
-    assert count_image_tokens(np.zeros((0, 2), np.int32), SMALL)[0].shape == (0,)
+    assert count_image_tokens(np.zeros((0, 2), np.int32), vision)[0].shape == (0,)
 
 
 def test_no_image() -> None:
