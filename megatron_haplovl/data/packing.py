@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-
-# Bins of a window are numbered below this.
-_BIN_BITS = 32
 
 
 def pack_windows(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, IntArray, IntArray]:
@@ -28,11 +24,10 @@ def pack_windows(lengths: IntArray, capacity: int, window: int) -> tuple[IntArra
     """
     orders, sizes, bins_of_window = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], [0]
     for start in range(0, len(lengths), window):
-        bins = best_fit_decreasing(lengths[start : start + window], capacity)
-        # Arrays at once: lists of numbers would take ten times the memory.
-        orders.append(start + np.fromiter(chain.from_iterable(bins), dtype=np.int64))
-        sizes.append(np.fromiter(map(len, bins), dtype=np.int64))
-        bins_of_window.append(len(bins))
+        bin_of = best_fit_decreasing(lengths[start : start + window], capacity)
+        orders.append(start + np.argsort(bin_of, kind="stable"))
+        sizes.append(np.bincount(bin_of))
+        bins_of_window.append(len(sizes[-1]))
     return np.concatenate(orders), np.cumsum(np.concatenate(sizes)), np.cumsum(bins_of_window)
 
 
@@ -58,22 +53,27 @@ def gather_ranges(starts: IntArray, sizes: IntArray) -> IntArray:
     return np.repeat(starts - (ends - sizes), sizes) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def best_fit_decreasing(lengths: IntArray, capacity: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: IntArray, capacity: int) -> IntArray:
     """Put things into bins: the longest first, each into the fullest bin that still has room for it.
 
     Returns:
-        The bins, each a sorted list of indices into `lengths`.
+        The number of each thing's bin. Bins are numbered as they are opened.
     """
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # Free room and number of each bin as one number, sorted.
+    # Free room and number of a bin are one number, so that a sorted list of such numbers is all there is to keep.
+    bits = len(lengths).bit_length()
     order = np.argsort(-lengths, kind="stable")
-    for i, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        place = bisect_left(rooms, length << _BIN_BITS)
+    full, opened = capacity << bits, 0
+    rooms: list[int] = []
+    chosen: list[int] = []
+    for length in (lengths[order] << bits).tolist():
+        place = bisect_left(rooms, length)
         if place == len(rooms):
-            rest = (capacity << _BIN_BITS) + len(bins)
-            bins.append([i])
+            room = full + opened
+            opened += 1
         else:
-            rest = rooms.pop(place)
-            bins[rest & ((1 << _BIN_BITS) - 1)].append(i)
-        insort(rooms, rest - (length << _BIN_BITS))
-    return [sorted(content) for content in bins]
+            room = rooms.pop(place)
+        chosen.append(room)
+        insort(rooms, room - length)
+    bin_of = np.empty(len(lengths), dtype=np.int64)
+    bin_of[order] = np.array(chosen, dtype=np.int64) & ((1 << bits) - 1)
+    return bin_of
