@@ -92,6 +92,10 @@ class TileRule:
     max_tiles: int | None = None
     image_token_budget: int | None = None
 
+    def words(self) -> str:
+        """For messages."""
+        return " and ".join(f"{name} {value}" for name, value in vars(self).items() if value is not None)
+
 
 @dataclass(frozen=True)
 class MixtureSource:

@@ -26,6 +26,7 @@ from megatron_haplovl.data.image_geometry import (
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
 from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
+from megatron_haplovl.data.tile_rule import narrowed
 from megatron_haplovl.kernels.mask import mixed_mask
 
 IntArray = npt.NDArray[np.int64]
@@ -114,6 +115,7 @@ def lay_out_document(
 
 def _see(sample: Sample, vision: VisionConfig) -> list[tuple[tuple[EncodedImage, ...], VisualLayout, VisionConfig]]:
     """For each image or video of a sample: the images of its blocks, its layout, and how its images become tiles."""
+    vision = narrowed(vision, sample.tiles)
     shapes = [
         Frames(len(v.frames)) if isinstance(v, EncodedVideo) else Picture(v.height, v.width) for v in sample.visuals
     ]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
 from megatron_haplovl.data.records import Image, RawRecord, Reason, RecordError, Video, check_record, resolve_image
+from megatron_haplovl.data.sample_hash import sample_hash
 from megatron_haplovl.data.tokenizer import load_tokenizer
 
 
@@ -289,14 +290,6 @@ class PrefixWriter:
         for suffix in (*names.DATA_SUFFIXES, names.MANIFEST_SUFFIX):
             os.replace(self._part(suffix), f"{self._prefix}{suffix}")
         return manifest
-
-
-def sample_hash(token_ids: npt.NDArray[np.int32], digests: Iterable[bytes]) -> int:
-    """64 bits of what a sample holds, wherever it stands: its tokens and the SHA-256 digests of its images."""
-    hashed = hashlib.sha256(token_ids.astype("<i4").tobytes())
-    for digest in digests:
-        hashed.update(digest)
-    return int.from_bytes(hashed.digest()[:8], "little")
 
 
 def _file_entry(path: Path) -> FileEntry:
