@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from megatron_haplovl.commands.preprocess_mixture import add_mixture_arguments, check_words, preprocess_mixture
 from megatron_haplovl.config.cli import add_settings, build_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.validate import validate_model
@@ -41,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="LLaVA records, .json or .jsonl")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="LLaVA records, .json or .jsonl")
     parser.add_argument("--image-folder", metavar="FOLDER", help="folder that the records' image paths start from")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="names of the files to write")
+    parser.add_argument("--output-prefix", metavar="PREFIX", help="names of the files to write")
     parser.add_argument(
         "--tokenizer-model",
         required=True,
@@ -52,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--chat-template",
-        required=True,
         metavar="NAME",
         help=f"{', '.join(TEMPLATE_NAMES)}, or a .jinja file with {{%% generation %%}} marks",
     )
@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seq-length", type=int, metavar="N", help="longest sample, visual tokens included (default: from --model)"
     )
     add_settings(parser, VisionConfig, ("model", "vision"))
+    add_mixture_arguments(parser)
     return parser
 
 
@@ -189,9 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 1 if records cannot be used, 2 if input, tokenizer or template cannot be used at all.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    check_words(parser, args)
     try:
-        return preprocess(args)
+        return preprocess(args) if args.data_config is None else preprocess_mixture(parser, words, preprocess)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -109,12 +109,15 @@ def _sources(file: str, node: Located, *, onevision: bool) -> tuple[MixtureSourc
 
 def _stem(file: str, row: Mapping[str, Located], item: Located) -> str:
     """What a source is called after: its name, its prefix, or its first file of records (no ending, no wildcard)."""
-    for key in ("name", "path", "json_path", "input"):
-        if key in row:
-            text = re.sub(r"[${}]", "", _texts(file, row[key])[0])
-            parts = [part for part in text.split("/") if not re.search(r"[*?\[]", part)]
-            return "/".join(parts) if key in ("name", "path") else re.sub(r"\.[A-Za-z][a-z0-9.]*$", "", "/".join(parts))
-    raise ValueError(f"{file}, line {item.line}: a source needs path (preprocessed data), input (records), or both")
+    if not {"path", "input", "json_path"} & row.keys():
+        raise ValueError(f"{file}, line {item.line}: a source needs path (preprocessed data), input (records), or both")
+    key = next(key for key in ("name", "path", "json_path", "input") if key in row)
+    text = re.sub(r"[${}]", "", _texts(file, row[key])[0])
+    stem = "/".join(part for part in text.split("/") if not re.search(r"[*?\[]", part))
+    stem = stem if key in ("name", "path") else re.sub(r"\.[A-Za-z][A-Za-z0-9.]*$", "", stem)
+    if not stem.strip("/"):
+        raise ValueError(f"{file}, line {item.line}: {text!r} gives the source no name; add one")
+    return stem
 
 
 def _distinct_stems(paths: list[str]) -> list[str]:
@@ -132,10 +135,11 @@ def _source(file: str, row: Mapping[str, Located], line: int, stem: str) -> Mixt
         return read(file, row[key]) if key in row else None
 
     sampling = row.get("sampling", row.get("sampling_strategy"))
+    name = optional("name", _text) or stem
     source = MixtureSource(
         where=f"{file}, line {line}",
-        name=optional("name", _text) or stem,
-        path=optional("path", _text) or f"${{{PREPROCESSED}}}/{stem}",
+        name=name,
+        path=optional("path", _text) or f"${{{PREPROCESSED}}}/{name}",
         input=_texts(file, row["input"]) if "input" in row else _texts(file, row.get("json_path")),
         image_folder=optional("image_folder", _text),
         template=optional("template", _text),
@@ -229,4 +233,4 @@ def _positive(file: str, node: Located) -> float:
 def _shown(node: Located) -> str:
     if isinstance(node.value, (dict, list)):
         return "a mapping" if isinstance(node.value, dict) else "a list"
-    return repr(node.value)
+    return "nothing" if node.value is None else repr(node.value)
