@@ -161,6 +161,10 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_and_words_that_are_no_variables(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="absent.yaml: cannot be read"):
         read_mixture(str(tmp_path / "absent.yaml"), (), {})
-    for given, message in ((("A",), "--data-var 'A' is not"), (("1=2",), "'1=2' is not"), (("A=1", "A=2"), "A is given")):
+    for given, message in (
+        (("A",), "--data-var 'A' is not"),
+        (("1=2",), "'1=2' is not"),
+        (("A=1", "A=2"), "A is given"),
+    ):
         with pytest.raises(ValueError, match=message):
             read("train: [{path: a}]\n", tmp_path, *given)
