@@ -41,6 +41,8 @@ setup(
         "jinja2>=3.1",
         "pyyaml>=6.0.1",
         "tqdm>=4.60",
+        "pyarrow>=17",
+        "zstandard>=0.22",
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],

@@ -131,17 +131,13 @@ def tiny_llava_dataset(tmp_path: Path) -> LlavaDataset:
 @pytest.fixture(scope="session")
 def tiny_prefix(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> str:
     """The same records preprocessed with the llama3 template; do not write to it."""
-    from megatron_haplovl.data.preprocess import PrefixWriter, ProcessedSample, ProcessorSettings, RecordProcessor
-    from megatron_haplovl.data.records import read_records
+    from megatron_haplovl.data.prefix_writer import write_prefix
+    from megatron_haplovl.data.preprocess import ProcessorSettings
+    from megatron_haplovl.data.readers.inputs import read
 
     folder = tmp_path_factory.mktemp("prefix")
     dataset = make_llava_dataset(folder)
-    processor = RecordProcessor(ProcessorSettings(str(tiny_spm_model), "llama3", str(dataset.image_folder)))
+    settings = ProcessorSettings(str(tiny_spm_model), "llama3", (str(dataset.image_folder),))
     prefix = str(folder / "train")
-    with PrefixWriter(prefix) as writer:
-        for raw in read_records(dataset.json)[1]:
-            sample = processor.process(raw)
-            assert isinstance(sample, ProcessedSample), sample
-            writer.add(sample, processor.tokenizer.placeholder_ids)
-        writer.finish(processor, {})
+    write_prefix(prefix, read([dataset.json]), settings)
     return prefix

@@ -12,7 +12,9 @@ import torch
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.records import Image, Record, check_record, read_records
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.readers.inputs import read
+from megatron_haplovl.data.records import Image, Record
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,12 @@ class CaptionedImage:
 
 
 def load_records(path: Path) -> list[Record]:
-    """All records of a LLaVA JSON or JSONL file.
+    """All records of a file.
 
     Raises:
         ValueError: a record that cannot be used.
     """
-    _, raw = read_records(path)
-    return [check_record(record) for record in raw]
+    return [normalise(raw, NormaliseOptions()).record for raw in read([path])]
 
 
 def load_captions(path: Path, image_folder: Path) -> list[CaptionedImage]:

@@ -5,124 +5,40 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from megatron_haplovl.commands.preprocess_mixture import add_mixture_arguments, check_words, preprocess_mixture
-from megatron_haplovl.config.cli import add_settings, build_config
-from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.config.validate import validate_model
-from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
-from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS
-from megatron_haplovl.data.manifest import REPORT_SUFFIX, Manifest
-from megatron_haplovl.data.preprocess import BadRecord, PrefixWriter, ProcessorSettings, RecordProcessor
-from megatron_haplovl.data.preprocess_workers import process_in_order
-from megatron_haplovl.data.records import read_records
+from megatron_haplovl import __version__
+from megatron_haplovl.commands.preprocess_arguments import build_parser, settings_from
+from megatron_haplovl.commands.preprocess_mixture import check_words, preprocess_mixture
+from megatron_haplovl.data.manifest import FORMAT_VERSION, REPORT_SUFFIX, Manifest
+from megatron_haplovl.data.parts_folder import PartsFolder, open_parts
+from megatron_haplovl.data.preprocess import ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocess_run import Outcome, run, without_threads
+from megatron_haplovl.data.preprocess_schedule import all_spans, share_of
+from megatron_haplovl.data.preprocess_workers import WorkerGoneError
+from megatron_haplovl.data.record_source import RecordSource
 
-_DESCRIPTION = r"""Turn LLaVA records and an image folder into indexed files for training.
+UNUSABLE_RECORDS, UNUSABLE_INPUT, WORKER_GONE, CANNOT_WRITE = 1, 2, 70, 74
+"""Exit statuses. A signal ends the program with 128 and its number: 130 for SIGINT, 143 for SIGTERM."""
 
-    %(prog)s --input train.json --image-folder images --output-prefix data/train \
-        --tokenizer-model vicuna-7b --chat-template vicuna_v1 --workers 8
-
-writes data/train.bin, .idx, _loss_mask.*, _images.*, _image_refs.*, _image_sizes.npy and .manifest.json, which
-`--data-path data/train` reads. Records that cannot be used are listed with a reason in data/train.report.jsonl.
-"""
+_NAMED_AT_MOST = 12  # repairs and keys in the summary; the manifest has all of them
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of the tool."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--input", type=Path, metavar="FILE", help="LLaVA records, .json or .jsonl")
-    parser.add_argument("--image-folder", metavar="FOLDER", help="folder that the records' image paths start from")
-    parser.add_argument("--output-prefix", metavar="PREFIX", help="names of the files to write")
-    parser.add_argument(
-        "--tokenizer-model",
-        required=True,
-        metavar="PATH",
-        help="Hugging Face tokenizer folder, or a sentencepiece .model",
-    )
-    parser.add_argument(
-        "--chat-template",
-        metavar="NAME",
-        help=f"{', '.join(TEMPLATE_NAMES)}, or a .jinja file with {{%% generation %%}} marks",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes (default: %(default)s); the files do not depend on it",
-    )
-    parser.add_argument(
-        "--skip-bad-records",
-        action="store_true",
-        help="leave out records that cannot be used (otherwise nothing is written if there is one)",
-    )
-    parser.add_argument(
-        "--max-image-pixels",
-        type=int,
-        default=DEFAULT_MAX_PIXELS,
-        metavar="N",
-        help="larger images are taken for decompression bombs (default: %(default)s)",
-    )
-    checks = parser.add_argument_group(
-        "checks against a model", "find unusable records now instead of at the start of the training"
-    )
-    checks.add_argument(
-        "--vocab-size", type=int, metavar="N", help="report token ids that are not below this (default: from --model)"
-    )
-    checks.add_argument("--model", choices=sorted(MODELS), help="report samples that are too long for this model")
-    checks.add_argument(
-        "--seq-length", type=int, metavar="N", help="longest sample, visual tokens included (default: from --model)"
-    )
-    add_settings(parser, VisionConfig, ("model", "vision"))
-    add_mixture_arguments(parser)
-    return parser
+class Stopped(BaseException):  # noqa: N818 - like KeyboardInterrupt, it is no error
+    """A signal asks the program to end."""
 
-
-def settings_from(args: argparse.Namespace) -> ProcessorSettings:
-    """Combine the flags.
-
-    Raises:
-        ValueError: flags that contradict each other.
-    """
-    if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {args.workers}")
-    if not 0 < args.max_image_pixels <= HIGHEST_MAX_PIXELS:
-        raise ValueError(f"--max-image-pixels must be 1 to {HIGHEST_MAX_PIXELS}, got {args.max_image_pixels}")
-    settings = ProcessorSettings(
-        tokenizer_model=args.tokenizer_model,
-        chat_template=args.chat_template,
-        image_folder=args.image_folder,
-        max_image_pixels=args.max_image_pixels,
-        vocab_size=args.vocab_size,
-    )
-    overrides: dict[tuple[str, ...], Any] = {
-        tuple(name.split(".")): value for name, value in vars(args).items() if name.startswith("model.")
-    }
-    if args.model is None:
-        if overrides or args.seq_length is not None:
-            raise ValueError("--seq-length and the image flags check the length of samples and need --model")
-        return settings
-    if args.seq_length is not None:
-        overrides["data", "seq_length"] = args.seq_length
-    if args.vocab_size is not None:
-        overrides["model", "vocab_size"] = args.vocab_size
-    config = build_config("finetune", args.model, overrides)
-    validate_model(config.model)
-    return dataclasses.replace(
-        settings, vocab_size=config.model.vocab_size, vision=config.model.vision, seq_length=config.data.seq_length
-    )
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def preprocess(args: argparse.Namespace) -> int:
@@ -130,44 +46,88 @@ def preprocess(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: the input, the tokenizer or the template cannot be used at all.
+        OSError: something cannot be written.
+        WorkerGoneError: a worker process has ended.
     """
     started = time.monotonic()
     settings = settings_from(args)
+    without_threads()
+    source = RecordSource(args.input, args.records_per_part)
     processor = RecordProcessor(settings)
-    total, records = read_records(args.input)
-    report_path = Path(f"{args.output_prefix}{REPORT_SUFFIX}")
-    report_path.parent.mkdir(parents=True, exist_ok=True)
-    bad: list[BadRecord] = []
+    prefix = args.output_prefix if args.part is None else args.part.prefix(args.output_prefix)
     tqdm.monitor_interval = 0  # no thread beside the processes
     interval = 0.5 if sys.stderr.isatty() else 10.0
-    with PrefixWriter(args.output_prefix) as writer:
-        results = process_in_order(records, processor, settings, args.workers)
-        for result in tqdm(results, total=total, unit=" records", mininterval=interval, file=sys.stderr):
-            if isinstance(result, BadRecord):
-                bad.append(result)
-            else:
-                writer.add(result, processor.tokenizer.placeholder_ids)
-        _write_report(bad, report_path)
-        reasons = Counter(record.reason for record in bad)
-        if bad:
-            print(f"{len(bad)} of {total} records cannot be used; see {report_path}", file=sys.stderr)
-            for reason, count in reasons.most_common():
-                print(f"  {reason}: {count}", file=sys.stderr)
-        if bad and not args.skip_bad_records:
-            print("Nothing was written. Repair these records, or skip them with --skip-bad-records.", file=sys.stderr)
-            return 1
-        if writer.num_samples == 0:
-            raise ValueError(f"{args.input} has no usable record")
-        manifest = writer.finish(processor, dict(reasons))
-    _print_summary(manifest, args.output_prefix, time.monotonic() - started)
+    with open_parts(prefix, bound_to(settings, processor, source, args)) as (folder, said):
+        if said is not None:
+            print(said, file=sys.stderr)
+        _say_what_is_there(folder, source)
+        spans = all_spans(source) if args.part is None else share_of(source, args.part.index, args.part.total)
+        with tqdm(unit=" records", mininterval=interval, file=sys.stderr) as bar:
+            outcome = run(
+                processor,
+                source,
+                spans,
+                folder,
+                prefix,
+                workers=args.workers,
+                skip_bad_records=args.skip_bad_records,
+                may_be_empty=args.part is not None,
+                progress=lambda done: bar.update(done.records),
+            )
+        _print_bad(outcome, prefix)
+        if outcome.manifest is None and outcome.bad and not args.skip_bad_records:
+            print(
+                "Nothing was written. Repair these records, or skip them with --skip-bad-records. "
+                f"What has been done is kept in {folder.path}, and the next run goes on from it.",
+                file=sys.stderr,
+            )
+            return UNUSABLE_RECORDS
+        if outcome.manifest is None:
+            folder.discard()
+            raise ValueError(f"{', '.join(args.input)} has no usable record")
+    _print_summary(outcome.manifest, prefix, time.monotonic() - started)
     return 0
 
 
-def _write_report(bad: list[BadRecord], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in bad]
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)
+def bound_to(
+    settings: ProcessorSettings, processor: RecordProcessor, source: RecordSource, args: argparse.Namespace
+) -> dict[str, Any]:
+    """All that parts depend on. `--workers` and `--skip-bad-records` change none of them; images are not looked at."""
+    values = dataclasses.asdict(settings)
+    del values["tokenizer_model"], values["chat_template"]  # their contents count, in `origin`
+    for name in ("image_folders", "image_roots"):
+        values[name] = [str(Path(folder).resolve()) for folder in values[name]]
+    values["normalise"] = {name: sorted(names) for name, names in values["normalise"].items()}
+    return {
+        "program": f"{__version__}, format {FORMAT_VERSION}",
+        "inputs": source.states(),
+        "records_per_part": args.records_per_part,
+        "part": None if args.part is None else dataclasses.asdict(args.part),
+        **dataclasses.asdict(processor.origin),
+        **values,
+    }
+
+
+def _say_what_is_there(folder: PartsFolder, source: RecordSource) -> None:
+    there = len(folder.finished())
+    if not there:
+        return
+    ends = folder.ends()
+    if ends is not None:
+        total = f" of {sum(ends.values())}"
+    elif any(source.is_stream(file) for file in range(len(source.files))):
+        total = ""
+    else:
+        total = f" of {sum(source.count_parts(file) for file in range(len(source.files)))}"
+    print(f"continuing: {there}{total} parts are there, in {folder.path}", file=sys.stderr)
+
+
+def _print_bad(outcome: Outcome, prefix: str) -> None:
+    if not outcome.bad:
+        return
+    print(f"{outcome.bad} of {outcome.records} records cannot be used; see {prefix}{REPORT_SUFFIX}", file=sys.stderr)
+    for reason, count in sorted(outcome.reasons.items(), key=lambda item: (-item[1], item[0])):
+        print(f"  {reason}: {count}", file=sys.stderr)
 
 
 def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
@@ -178,26 +138,79 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
     print(f"  tokens       {counts.tokens} (an image counted as one), {counts.loss_tokens} of them trained")
     megabytes = counts.image_bytes / 1e6
     print(f"  images       {counts.images} distinct ({megabytes:.1f} MB), used {counts.image_references} times")
+    if counts.videos:
+        print(f"  videos       {counts.videos}, of {manifest.num_frames} frames each or fewer")
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
+    for title, counter in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
+        most = sorted(counter.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in most[:_NAMED_AT_MOST])
+        more = f" and {len(most) - _NAMED_AT_MOST} more" if len(most) > _NAMED_AT_MOST else ""
+        print(f"  {title:<12} {named or 'nothing'}{more}")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # A second signal must not interrupt the cleaning up.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        The exit status: 1 if records cannot be used, 2 if input, tokenizer or template cannot be used at all.
+        The exit status: 1 if records cannot be used; 2 if input, tokenizer or template cannot be used at all; 70 if a
+        worker process was killed; 74 if something cannot be written; 130 and 143 after SIGINT and SIGTERM.
     """
     parser = build_parser()
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
     check_words(parser, args)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return preprocess(args) if args.data_config is None else preprocess_mixture(parser, words, preprocess)
+        if args.data_config is None:
+            return _preprocess_in_one_sentence(parser.prog, args)
+        return preprocess_mixture(parser, words, partial(_preprocess_in_one_sentence, parser.prog))
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return UNUSABLE_INPUT
+    except Stopped as stop:
+        # Between two sources of a mixture.
+        print(f"{parser.prog}: stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+        return 128 + stop.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _preprocess_in_one_sentence(program: str, args: argparse.Namespace) -> int:
+    """As :func:`preprocess`; whatever ends it is said in one sentence."""
+    try:
+        return preprocess(args)
+    except ValueError as error:
+        message, status, goes_on = str(error), UNUSABLE_INPUT, False
+    except WorkerGoneError as error:
+        message, status, goes_on = str(error), WORKER_GONE, True
+    except OSError as error:
+        message, status, goes_on = f"{error.filename or args.output_prefix}: {error.strerror}", CANNOT_WRITE, True
+    except Stopped as stop:
+        message, status, goes_on = f"stopped by {signal.Signals(stop.number).name}", 128 + stop.number, True
+    if goes_on:
+        message += what_is_kept(args)
+    print(f"{program}: {'error: ' if status != 128 + signal.SIGINT else ''}{message}", file=sys.stderr)
+    return status
+
+
+def what_is_kept(args: argparse.Namespace) -> str:
+    """The end of a sentence, for a run that did not come to its end."""
+    prefix = args.output_prefix if args.part is None else args.part.prefix(args.output_prefix)
+    folder = PartsFolder(Path(f"{prefix}.parts"))
+    parts = len(folder.names())
+    if not parts:
+        return "; nothing was written"
+    return f"; {parts} parts are kept in {folder.path}, and the same command goes on from them"
 
 
 if __name__ == "__main__":

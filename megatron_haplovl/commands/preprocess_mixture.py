@@ -63,11 +63,11 @@ def preprocess_mixture(
     Args:
         parser: of a single source.
         words: of the command line, --data-config among them.
-        run: preprocesses a single source and returns the exit status.
+        run: preprocesses a single source and returns the exit status, whatever happens.
 
     Returns:
-        0 if all of them are there; otherwise the first other status. A source that cannot be used does not keep the
-        others from their turn.
+        0 if all of them are there; otherwise the first other status. A source that cannot be used (1, 2) does not keep
+        the others from their turn; whatever else ends one ends all.
 
     Raises:
         ValueError: the mixture cannot be read, or a source of it lacks a setting.
@@ -76,11 +76,7 @@ def preprocess_mixture(
     add_mixture_arguments(own)
     given, common = own.parse_known_args(list(words))
     mixture = read_mixture(given.data_config, given.data_var, os.environ)
-    jobs = {
-        source.name: parser.parse_args([*common, *words_of(source, mixture)])
-        for source in _once(mixture)
-        if source.input
-    }
+    jobs = {source.name: _job(parser, common, source, mixture) for source in _once(mixture) if source.input}
     for name, args in jobs.items():
         if args.chat_template is None:
             raise ValueError(f"{mixture.file}: {name} has no template; add one, or give --chat-template for all")
@@ -91,7 +87,7 @@ def preprocess_mixture(
             print(f"{name}: {args.output_prefix} is up to date ({reason})")
             continue
         print(f"{name}: {shlex.join(map(str, _paths(args.input)))} -> {args.output_prefix}")
-        status = _run_one(parser.prog, args, run)
+        status = run(args)
         if status not in (0, 1, 2):
             return status
         if status:
@@ -103,6 +99,16 @@ def preprocess_mixture(
     return next(iter(failed.values()), 0)
 
 
+def _job(
+    parser: argparse.ArgumentParser, common: Sequence[str], source: MixtureSource, mixture: Mixture
+) -> argparse.Namespace:
+    args = parser.parse_args([*common, *words_of(source, mixture)])
+    if source.image_folder is not None:
+        # Otherwise those of the command line would be searched, too.
+        args.image_folder = [mixture.fill(source.image_folder, source)]
+    return args
+
+
 def words_of(source: MixtureSource, mixture: Mixture) -> list[str]:
     """What a source says of its preprocessing, as words of a command line.
 
@@ -112,7 +118,6 @@ def words_of(source: MixtureSource, mixture: Mixture) -> list[str]:
     words = ["--input", *(mixture.fill(path, source) for path in source.input)]
     words += ["--output-prefix", mixture.prefix(source)]
     for flag, value in (
-        ("--image-folder", source.image_folder),
         ("--chat-template", source.template),
         ("--repairs", source.repairs),
         ("--num-frames", source.num_frames),
@@ -138,20 +143,13 @@ def _once(mixture: Mixture) -> list[MixtureSource]:
     return list(found.values())
 
 
-def _run_one(program: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
-    try:
-        return run(args)
-    except ValueError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-
-
 def _why_up_to_date(args: argparse.Namespace) -> str | None:
     """Why the files of a prefix need not be made again, or None."""
-    if not Path(args.output_prefix + MANIFEST_SUFFIX).exists():
+    prefix = args.output_prefix if args.part is None else args.part.prefix(args.output_prefix)
+    if not Path(prefix + MANIFEST_SUFFIX).exists():
         return None
     try:
-        manifest = read_manifest(args.output_prefix)
+        manifest = read_manifest(prefix)
     except ValueError:
         return None
     template = load_chat_template(args.chat_template)
@@ -165,15 +163,21 @@ def _why_up_to_date(args: argparse.Namespace) -> str | None:
 
 
 def _record_path(args: argparse.Namespace) -> Path:
-    return Path(args.output_prefix + RECORD_SUFFIX)
+    prefix = args.output_prefix if args.part is None else args.part.prefix(args.output_prefix)
+    return Path(prefix + RECORD_SUFFIX)
 
 
 def _made_from(args: argparse.Namespace) -> dict[str, Any]:
     """All that a source's files are made of, images left out, in JSON's types."""
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(args.input)}
     settings = {name: value for name, value in vars(args).items() if name not in _ASIDE}
-    made_from: dict[str, Any] = json.loads(json.dumps({"files": files, "settings": settings}, default=str))
+    made_from: dict[str, Any] = json.loads(json.dumps({"files": files, "settings": settings}, default=_plain))
     return made_from
+
+
+def _plain(value: Any) -> Any:
+    # The order of a set is another in every process.
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _paths(given: Any) -> list[str]:

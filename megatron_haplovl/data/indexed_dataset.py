@@ -22,6 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_haplovl.data.hashed_files import HashedFile
+from megatron_haplovl.data.manifest import FileEntry
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<QBQQ")
@@ -36,6 +39,7 @@ _DTYPES: dict[int, Any] = {
     7: np.float32,
     8: np.uint16,
 }
+_BLOCK = 1 << 24  # bytes that are hashed at once
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -53,14 +57,21 @@ class IndexedDatasetWriter:
     """Writes PREFIX.bin as sequences arrive, and PREFIX.idx at the end. A context manager.
 
     Leaving the `with` block through an exception leaves no index, so a half-written pair cannot be read.
+
+    Args:
+        prefix: path without `.bin` and `.idx`.
+        dtype: type of the numbers.
+        is_hashed: without it, the entry of the `.bin` file has no checksum.
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, *, is_hashed: bool = True) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         assert self._dtype in _CODES, f"{self._dtype} is not a number type of the format"
         self._lengths: list[int] = []
-        self._file: BinaryIO = bin_path(prefix).open("wb")
+        self._blocks: list[npt.NDArray[np.int32]] = []
+        self._file = HashedFile(bin_path(prefix), is_hashed=is_hashed)
+        self._entries: tuple[FileEntry, FileEntry] | None = None
 
     def add(self, sequence: npt.ArrayLike) -> None:
         """Append one sequence (one-dimensional, possibly empty)."""
@@ -69,27 +80,55 @@ class IndexedDatasetWriter:
         self._file.write(array.tobytes())
         self._lengths.append(len(array))
 
+    def extend(self, flat: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
+        """Append many sequences that stand one behind the other in `flat`."""
+        assert flat.dtype == self._dtype and flat.ndim == 1 and int(lengths.sum(dtype=np.int64)) == len(flat)
+        view = np.ascontiguousarray(flat).view(np.uint8).data
+        for start in range(0, len(view), _BLOCK):
+            self._file.write(view[start : start + _BLOCK])
+        self._add_lengths(lengths)
+
+    def copy(self, source: BinaryIO, start: int, lengths: npt.NDArray[np.int32]) -> None:
+        """Append many sequences that stand one behind the other in a file, from byte `start` on, without reading them.
+
+        Raises:
+            ValueError: the file is too short.
+        """
+        self._file.copy(source, start, int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize)
+        self._add_lengths(lengths)
+
+    def _add_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
+        self._blocks += [np.array(self._lengths, dtype=np.int32), lengths.astype(np.int32)]
+        self._lengths = []
+
+    @property
+    def entries(self) -> tuple[FileEntry, FileEntry]:
+        """Sizes and checksums of `.bin` and `.idx`, when both are complete."""
+        assert self._entries is not None
+        return self._entries
+
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._file.__exit__(kind, error, traceback)
         if kind is None:
-            self._write_index()
+            self._entries = self._file.entry, self._write_index()
 
-    def _write_index(self) -> None:
-        count = len(self._lengths)
-        lengths = np.array(self._lengths, dtype="<i4")
+    def _write_index(self) -> FileEntry:
+        lengths = np.concatenate([*self._blocks, np.array(self._lengths, dtype=np.int32)]).astype("<i4")
+        count = len(lengths)
         pointers = np.zeros(count, dtype="<i8")
         np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        with idx_path(self._prefix).open("wb") as index:
+        with HashedFile(idx_path(self._prefix)) as index:
             index.write(_MAGIC)
             index.write(_HEADER.pack(_VERSION, _CODES[self._dtype], count, count + 1))
             index.write(lengths.tobytes())
             index.write(pointers.tobytes())
             index.write(np.arange(count + 1, dtype="<i8").tobytes())
+        return index.entry
 
 
 class IndexedDataset:

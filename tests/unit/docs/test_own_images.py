@@ -16,7 +16,8 @@ from transformers import CLIPVisionConfig, Qwen2Config
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config
-from megatron_haplovl.data.records import check_record, read_records
+from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.readers.inputs import read
 from megatron_haplovl.evaluation.questions import load_questions
 from tests.unit.test_documented_commands import Command, check
 
@@ -76,13 +77,15 @@ def test_the_script_makes_records_and_questions(tmp_path: Path) -> None:
         csv.writer(file).writerows([("image", "question", "answer"), *rows])
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    counts = {path.stem: read_records(path)[0] for path in (tmp_path / "my").glob("*.json")}
+    counts = {path.stem: len(list(read([path]))) for path in (tmp_path / "my").glob("*.json")}
     assert counts == {"captions": 17, "instructions": 36, "texts": 34} | {
         "heldout_captions": 2,
         "heldout_instructions": 4,
         "heldout_texts": 4,
     }
-    records = [check_record(raw) for path in (tmp_path / "my").glob("*.json") for raw in read_records(path)[1]]
+    records = [
+        normalise(raw, NormaliseOptions()).record for path in (tmp_path / "my").glob("*.json") for raw in read([path])
+    ]
     assert sum(len(record.media) for record in records) == 59
     trained = {r["image"] for r in json.loads((tmp_path / "my" / "instructions.json").read_text())}
     questions = load_questions(tmp_path / "my" / "questions.jsonl", tmp_path / "my" / "images")
