@@ -150,7 +150,7 @@ def measure_starts(folder: Path, samples: int) -> list[dict[str, Any]]:
         f"{prefix}{names.SAMPLE_LM_TOKENS}",
     ]
     records = []
-    for unit, last in (("packs", 0), ("samples", 0), ("packs", RESUMED_STEP), ("samples", RESUMED_STEP)):
+    for unit, last in (("packs", 0), ("samples", 0), ("samples", RESUMED_STEP)):
         for start in ("first", "later"):
             command = [sys.executable, "-c", _START, str(prefix), unit, str(last)]
             output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=_ROOT).stdout

@@ -166,6 +166,12 @@ COMPILED_LAYOUTS = ("DP 4, ZeRO 0", "DP 4, ZeRO 1", "DP 4, ZeRO 2")
 # Those that also run with the blocks of a released checkpoint: gated in the pre-decoder, biased everywhere.
 RELEASED_LAYOUTS = ("TP 2 + SP x DP 2, ZeRO 1", "TP 2 x PP 2, ZeRO 0")
 RELEASED_BLOCKS = {"model__pre__gated_mlp": True, "model__post__qkv_bias": True, "model__post__linear_bias": True}
+# Those that also run with a batch counted in samples: an odd number of them, so that some micro-batches are empty.
+SAMPLES_LAYOUTS = (
+    *("DP 4, ZeRO 2", "full, DP 4, ZeRO 3", "TP 2 + SP x DP 2, ZeRO 1", "TP 2 + SP x CP 2, ZeRO 1"),
+    *("CP 2 x DP 2, ZeRO 3", "PP 2 x DP 2, ZeRO 1", "CP 2 x PP 2, ZeRO 1, micro-batch 2"),
+)
+IN_SAMPLES = {"schedule__batch_unit": "samples", "schedule__global_batch_size": 7}
 # (kind of cut, recipe) -> --pipeline-partition. Stage 1 has one decoder, and ends without a norm.
 CUTS = {
     ("a cut of each kind", "full"): "pre_decoder.1,connector,post_decoder.1",
@@ -184,17 +190,20 @@ def parallel_config(case: str, adamw: str) -> Config:
     """A tiny run with one --adamw-implementation.
 
     Args:
-        case: see :func:`parallel_case`; before the layout there may be "bf16 ", "compiled " or "released ".
+        case: see :func:`parallel_case`; before the layout there may be "bf16 ", "compiled ", "released " or "samples ".
         adamw: the implementation.
     """
     recipe, _, layout = case.partition(": ")
-    name = layout.removeprefix("bf16 ").removeprefix("compiled ").removeprefix("released ")
+    name = layout
+    for kind in ("bf16 ", "compiled ", "released ", "samples "):
+        name = name.removeprefix(kind)
     values = {**PARALLEL_LAYOUTS, **LARGE_LAYOUTS}[name]
     settings: dict[str, Any] = {f"parallel__{key}": value for key, value in values.items() if key != "micro_batch_size"}
     settings["schedule__micro_batch_size"] = values.get("micro_batch_size", 1)
     settings |= {"precision__bf16": layout.startswith("bf16 "), "precision__compile": layout.startswith("compiled ")}
     settings["optimizer__adamw_implementation"] = adamw
     settings |= RELEASED_BLOCKS if layout.startswith("released ") else {}
+    settings |= IN_SAMPLES if layout.startswith("samples ") else {}
     kind = settings.get("parallel__pipeline_partition", "auto")
     settings["parallel__pipeline_partition"] = CUTS.get((kind, recipe), kind)
     return config(recipe, **SHARED_HEADS, **settings)
