@@ -21,7 +21,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"haplovl-{command} = megatron_haplovl.commands.{command}:main"
-            for command in ("preprocess", "convert", "evaluate", "generate", "plan")
+            for command in ("preprocess", "merge", "convert", "evaluate", "generate", "plan")
         ]
     },
     python_requires=">=3.11",
@@ -46,10 +46,12 @@ setup(
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],
+        "video": ["av>=14"],
         "tracking": ["tensorboard", "wandb"],
         "test": [
             "pytest>=8",
             "megatron-core>=0.16",
+            "av>=14",
             "tensorboard",
             "matplotlib>=3.8",
             "setuptools>=77",

@@ -26,11 +26,12 @@ from megatron_haplovl.data.preprocess_run import Outcome, run, without_threads
 from megatron_haplovl.data.preprocess_schedule import all_spans, share_of
 from megatron_haplovl.data.preprocess_workers import WorkerGoneError
 from megatron_haplovl.data.record_source import RecordSource
+from megatron_haplovl.data.repairs import REPAIRS
 
 UNUSABLE_RECORDS, UNUSABLE_INPUT, WORKER_GONE, CANNOT_WRITE = 1, 2, 70, 74
 """Exit statuses. A signal ends the program with 128 and its number: 130 for SIGINT, 143 for SIGTERM."""
 
-_NAMED_AT_MOST = 12  # repairs and keys in the summary; the manifest has all of them
+_NAMED_AT_MOST = 12  # keys in the summary; the manifest has all of them
 
 
 class Stopped(BaseException):  # noqa: N818 - like KeyboardInterrupt, it is no error
@@ -60,7 +61,8 @@ def preprocess(args: argparse.Namespace) -> int:
     with open_parts(prefix, bound_to(settings, processor, source, args)) as (folder, said):
         if said is not None:
             print(said, file=sys.stderr)
-        _say_what_is_there(folder, source)
+        finished = folder.finished()
+        _say_what_is_there(len(finished), folder, source)
         spans = all_spans(source) if args.part is None else share_of(source, args.part.index, args.part.total)
         with tqdm(unit=" records", mininterval=interval, file=sys.stderr) as bar:
             outcome = run(
@@ -68,6 +70,7 @@ def preprocess(args: argparse.Namespace) -> int:
                 source,
                 spans,
                 folder,
+                finished,
                 prefix,
                 workers=args.workers,
                 skip_bad_records=args.skip_bad_records,
@@ -108,8 +111,7 @@ def bound_to(
     }
 
 
-def _say_what_is_there(folder: PartsFolder, source: RecordSource) -> None:
-    there = len(folder.finished())
+def _say_what_is_there(there: int, folder: PartsFolder, source: RecordSource) -> None:
     if not there:
         return
     ends = folder.ends()
@@ -142,11 +144,12 @@ def _print_summary(manifest: Manifest, prefix: str, seconds: float) -> None:
         print(f"  videos       {counts.videos}, of {manifest.num_frames} frames each or fewer")
     print(f"  text only    {counts.text_only_samples} samples")
     print(f"  longest      {counts.longest_sample} tokens; largest token id {counts.largest_token_id}")
-    for title, counter in (("repaired", manifest.repairs), ("not read", manifest.unread_keys)):
-        most = sorted(counter.items(), key=lambda item: -item[1])
-        named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in most[:_NAMED_AT_MOST])
-        more = f" and {len(most) - _NAMED_AT_MOST} more" if len(most) > _NAMED_AT_MOST else ""
-        print(f"  {title:<12} {named or 'nothing'}{more}")
+    for name, count in manifest.repairs.items():
+        print(f"  repaired     {name} {count}: {REPAIRS[name]}")
+    unread = sorted(manifest.unread_keys.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{json.dumps(name)[1:-1]} {count}" for name, count in unread[:_NAMED_AT_MOST])
+    more = f" and {len(unread) - _NAMED_AT_MOST} more" if len(unread) > _NAMED_AT_MOST else ""
+    print(f"  not read     {named or 'nothing'}{more}")
     print(f"  files        {prefix}{{{','.join(manifest.files)}}}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_haplovl.data.manifest import REPORT_SUFFIX, read_manifest
+from megatron_haplovl.data.manifest import IMAGES, REPORT_SUFFIX, read_manifest
 
 _SETTINGS, _ENDS, _LOCK, _PART, _JOINED = "settings.json", "ends.json", "lock", "part", "joined"
 
@@ -64,11 +65,10 @@ class PartsFolder:
         aside.mkdir()
         try:
             yield aside / _PART
-            for path in aside.iterdir():
-                _sync(path)
-            _sync(aside)
+            # After a power failure a name may stand for bytes that were never written. The other files are compared
+            # with their checksums before they are used again; the images are too large for that.
+            _sync(aside / f"{_PART}{IMAGES}.bin")
             os.rename(aside, self.path / name)
-            _sync(self.path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -77,14 +77,16 @@ class PartsFolder:
         return sorted(path.name for path in self.path.glob("*-*/") if not path.name.startswith("making-"))
 
     def finished(self) -> dict[str, PartDone]:
-        """Parts that are there, by name. What is not complete, by damage or in the middle of being removed, goes."""
+        """Parts that are there, by name. What is damaged, or was being removed when a run ended, goes.
+
+        All files but the images are read and compared with their checksums.
+        """
         found: dict[str, PartDone] = {}
         for name in self.names():
             prefix = self.prefix(name)
             try:
                 done = PartDone(**json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
-                read_manifest(prefix)
-                is_complete = done.name == name and Path(prefix + REPORT_SUFFIX).is_file()
+                is_complete = done.name == name and Path(prefix + REPORT_SUFFIX).is_file() and _is_sound(prefix)
             except (OSError, ValueError, TypeError):
                 is_complete = False
             if is_complete:
@@ -161,18 +163,18 @@ def open_parts(prefix: str, settings: Mapping[str, Any]) -> Iterator[tuple[Parts
 
 def _begin_anew(folder: PartsFolder, before: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-    finished = folder.finished()
-    if finished and folder.ends() is None:
+    parts = folder.names()
+    if parts and folder.ends() is None:
         raise ValueError(
-            f"{folder.path} holds {len(finished)} parts of a run that was not finished and had other settings; "
+            f"{folder.path} holds {len(parts)} parts of a run that was not finished and had other settings; "
             f"{_difference(other[0], before, settings)}; give the same settings again, or remove the folder"
         )
-    for name in finished:
+    for name in parts:
         folder.remove(name)
     (folder.path / _ENDS).unlink(missing_ok=True)
-    if not finished:
+    if not parts:
         return None
-    return f"beginning anew: {folder.path} held {len(finished)} parts with other settings ({', '.join(other)})"
+    return f"beginning anew: {folder.path} held {len(parts)} parts with other settings ({', '.join(other)})"
 
 
 def _difference(key: str, before: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -196,6 +198,12 @@ def _write(path: Path, value: Any) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _is_sound(prefix: str) -> bool:
+    files = read_manifest(prefix).files
+    del files[f"{IMAGES}.bin"]
+    return all(hashlib.sha256(Path(prefix + s).read_bytes()).hexdigest() == e.sha256 for s, e in files.items())
 
 
 def _sync(path: Path) -> None:

@@ -35,6 +35,7 @@ def run(
     source: RecordSource,
     spans: list[Span],
     folder: PartsFolder,
+    finished: dict[str, PartDone],
     prefix: str,
     *,
     workers: int,
@@ -51,6 +52,7 @@ def run(
         source: the records.
         spans: which of them.
         folder: the parts.
+        finished: those that are there.
         prefix: the prefix to write.
         workers: number of processes; 1 is this one.
         skip_bad_records: leave out records that cannot be used. Without it, parts that have some are made again,
@@ -63,11 +65,10 @@ def run(
         OSError: something cannot be written.
         WorkerGoneError: a worker process has ended.
     """
-    finished = folder.finished()
     if not skip_bad_records:
         for name in [name for name, done in finished.items() if done.bad]:
             folder.remove(name)
-            del finished[name]
+        finished = {name: done for name, done in finished.items() if not done.bad}
     for done in finished.values():
         progress(done)
     schedule = Schedule(source, spans, finished, folder.ends())

@@ -21,7 +21,6 @@ class Reason(str, Enum):
     EMPTY_ANSWER = "empty_answer"
     IMAGE_COUNT = "image_mark_count_mismatch"
     MARK_BEHIND_TEXT = "mark_behind_text"
-    VIDEO = "video_not_supported"
     RESERVED_TOKEN = "reserved_token_in_text"
     TEMPLATE = "template_error"
     NOTHING_TO_TRAIN = "nothing_to_train"
@@ -144,13 +143,13 @@ class RawRecord:
 
 
 def resolve_image(relative: str, folder: Path, roots: Sequence[Path] = (), *, may_be_folder: bool = False) -> Path:
-    """Find an image inside the image folder.
+    """Find an image or a video inside the image folder.
 
     Args:
         relative: path as the record gives it.
         folder: the image folder, itself already resolved.
         roots: further folders, already resolved, into which links inside the image folder may lead.
-        may_be_folder: whether a folder (of frames) is meant as well as a file.
+        may_be_folder: whether it is a video, which may be a folder of frames as well as a file.
 
     Raises:
         RecordError: the path is absolute, climbs out of the folder through `..`, leads by a link to where no root is,

@@ -11,7 +11,7 @@ REPAIRS = {
     "drop_trailing_question": "a question behind the last answer is left out",
     "join_turns": "turns of one side that follow each other become one, with a line break between them",
     "mark_to_front": "a question's only image or video comes before its text",
-    "add_missing_mark": "images and videos without any mark come before the first question",
+    "add_missing_mark": "what `image`, `images`, `video` or `videos` gives and no mark names comes before the first question",
     "drop_missing_image": "an image of a document that is not there is left out",
     "sample_id": "`sample_id` or `question_id` serves as `id`",
     "literal_mark": "a mark at the edge of a question stays text where the record has no image or video",

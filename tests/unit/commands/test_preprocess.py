@@ -15,9 +15,11 @@ import pytest
 from megatron_haplovl.commands.preprocess import build_parser, preprocess
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
-from megatron_haplovl.data.sources import IndexedSource
+from megatron_haplovl.data.sources import EncodedVideo, IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
-from tests.conftest import LlavaDataset, train_sentencepiece
+from megatron_haplovl.data.video import FrameSettings, encoded_frames
+from tests.conftest import LlavaDataset, train_sentencepiece, write_image
+from tests.unit.data.test_video import make_video
 
 
 def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> int:
@@ -229,3 +231,41 @@ def test_template_that_needs_tokens_the_tokenizer_lacks(tiny_llava_dataset: Llav
     model = train_sentencepiece(tmp_path, control_symbols=[])
     with pytest.raises(ValueError, match=r"writes '<\|im_end\|>', which the tokenizer does not know"):
         run(tiny_llava_dataset, model, tmp_path / "out" / "x", "--chat-template=chatml")
+
+
+def test_videos_become_frames(tiny_spm_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a file and from a folder, used twice, beside an image; the same for any number of workers."""
+    pytest.importorskip("av")
+    folder = tmp_path / "media"
+    for number in (1, 2, 10):
+        write_image(folder / "frames" / f"{number}.png", 8, 8, seed=number)
+    make_video(folder / "a.mp4")
+    records = [
+        {
+            "video": medium,
+            "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "It."}],
+        }
+        for medium in ("a.mp4", "frames", "a.mp4")
+    ]
+    records.append({**records[0], "video": "absent.mp4"})
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    dataset = LlavaDataset(path, folder, [])
+    one, two = tmp_path / "one" / "x", tmp_path / "two" / "x"
+    flags = ("--num-frames=5", "--skip-bad-records", "--records-per-part=1")
+    assert run(dataset, tiny_spm_model, one, *flags) == run(dataset, tiny_spm_model, two, *flags, "--workers=2") == 0
+    assert files_of(one) == files_of(two)
+    assert [line["reason"] for line in report_of(one)] == ["missing_image"]
+    manifest = read_manifest(str(one))
+    assert (manifest.num_frames, manifest.counts.videos, manifest.counts.images) == (5, 3, 5 + 3)
+    assert manifest.counts.image_references == 13
+    source = IndexedSource(str(one))
+    first, second, third = (source.read(i).visuals[0] for i in range(3))
+    assert isinstance(first, EncodedVideo) and isinstance(second, EncodedVideo) and first == third
+    assert [frame.data for frame in second.frames] == [
+        (folder / "frames" / f"{number}.png").read_bytes() for number in (1, 2, 10)
+    ]
+    assert [frame.data for frame in first.frames] == [
+        frame.data for frame in encoded_frames(folder / "a.mp4", FrameSettings(5), 10**6)
+    ]
+    assert "videos       3, of 5 frames each or fewer" in capsys.readouterr().out

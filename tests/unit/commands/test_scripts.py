@@ -12,6 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 SCRIPTS = {
     "tools/preprocess_data.py": "commands.preprocess",
+    "tools/merge_data.py": "commands.merge",
     "tools/convert_checkpoint.py": "commands.convert",
     "tools/evaluate.py": "commands.evaluate",
     "tools/generate.py": "commands.generate",
