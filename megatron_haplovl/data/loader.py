@@ -264,9 +264,9 @@ def open_source(prefix: str, config: Config) -> IndexedSource:
     Raises:
         ValueError: see :func:`build_loader`.
     """
-    source, fingerprint = IndexedSource(prefix), None
-    if config.data.tokenizer_model is not None:
-        fingerprint = _fingerprint(config.data.tokenizer_model)
+    source = IndexedSource(prefix)
+    model = config.data.tokenizer_model
+    fingerprint = None if model is None else _fingerprint(model)
     if fingerprint is not None and source.manifest.tokenizer_fingerprint != fingerprint:
         raise ValueError(
             f"{prefix} was preprocessed with another tokenizer (fingerprint "
