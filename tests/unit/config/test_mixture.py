@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.mixture import Mixture, TileRule, parse_sampling, parse_split
 from megatron_haplovl.config.mixture_file import read_mixture
 
@@ -168,3 +169,28 @@ def test_a_file_that_is_not_there_and_words_that_are_no_variables(tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             read("train: [{path: a}]\n", tmp_path, *given)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data-config m.yaml --data-path a", "--data-config m.yaml names all sources; leave out --data-path"),
+        ("--data-config m.yaml --valid-data-path a", "--data-config m.yaml names all sources"),
+        ("--data-config m.yaml --mock-data", "--mock-data reads no files; leave out --data-config"),
+        ("--mock-data --split 9,1", "--mock-data reads no files; leave out --data-config and --split"),
+        ("--data-path a --data-var A=1", "--data-var is for the paths of --data-config"),
+        ("--data-path a --split 9", "the split '9' is not"),
+        ("--data-path a --split 9,1 --valid-data-path b", "--split and --valid-data-path both say"),
+        ("--data-path a --eval-interval 5", "--eval-interval needs --valid-data-path, --split or --data-config"),
+        ("--seed 1", "nothing to train on: give --data-path PREFIX"),
+    ],
+)
+def test_flags_that_contradict_each_other(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args("finetune", argv=["--model", "haplovl-debug", *words.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--data-config m.yaml --split 9,1 --eval-interval 5", "--data-path a --split 9,1"])
+def test_flags_that_go_together(words: str) -> None:
+    assert parse_args("finetune", argv=["--model", "haplovl-debug", *words.split()]).data.split == "9,1"
