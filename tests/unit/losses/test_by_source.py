@@ -1,7 +1,7 @@
 """Losses by source against plain torch in fp64, each source's tokens by themselves; and the totals stay as they are.
 
-Planted once to see it fail: the sources of the text tokens for the patches, one chunk's losses written over another's,
-the feature loss of the current tokens, -1 counted as the last source.
+Planted once to see it fail: the patches' losses in another order, one chunk's losses written over another's, the
+current-token losses as feature losses.
 """
 
 from __future__ import annotations

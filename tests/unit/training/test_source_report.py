@@ -73,7 +73,8 @@ def test_sources_are_described(tiny_prefix, tmp_path) -> None:
     assert describe_sources(sources.train, data, 2).splitlines() == [
         "sources of 84 samples in 2 steps:",
         "  train: 6 samples of 24, 42.86 % of those read, 6.00 epochs",
-        "  x: 24 samples, 57.14 % of those read, 2.00 epochs, max_tiles 2: fewer tiles than an export makes of such images",
+        "  x: 24 samples, 57.14 % of those read, 2.00 epochs, max_tiles 2: fewer tiles than an export makes of such "
+        "images",
     ]
 
 
