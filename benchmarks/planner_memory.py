@@ -79,7 +79,7 @@ def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int, unt
                 patch_source=layout.patch_source(),
                 patch_target=layout.patch_offsets(),
                 newline_target=layout.newline_offsets(),
-                tiles=[random.standard_normal((1, 3, size, size), dtype=np.float32)],
+                tiles=[random.integers(0, 256, (1, 3, size, size), dtype=np.uint8)],
                 source=np.zeros(total, dtype=np.int32),
             )
         )

@@ -68,7 +68,7 @@ def documents() -> list[Document]:
                 patch_source=layout.patch_source(),
                 patch_target=layout.patch_offsets(),
                 newline_target=layout.newline_offsets(),
-                tiles=[random.standard_normal((1, 3, size, size), dtype=np.float32)],
+                tiles=[random.integers(0, 256, (1, 3, size, size), dtype=np.uint8)],
                 source=np.zeros(total, dtype=np.int32),
             )
         )
@@ -182,7 +182,7 @@ def baseline(dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     optimizer = MasterWeights(model)
     made = documents()
     batch = collate([[d] for d in made], max(len(d.tokens) for d in made), CONFIG.vision).to(device)
-    tiles = batch.tiles_TCHW.to(dtype)
+    tiles = batch.pixels_TCHW().to(dtype)
 
     def step() -> None:
         model(tiles, batch).backward()

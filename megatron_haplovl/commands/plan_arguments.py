@@ -11,7 +11,7 @@ from megatron_haplovl.config.files import read_settings
 from megatron_haplovl.config.schema import Config, ModelConfig, RecipeConfig
 from megatron_haplovl.config.stages import FINETUNE, RECIPES
 from megatron_haplovl.config.validate import validate_freezing, validate_model
-from megatron_haplovl.data.image_geometry import image_layout
+from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.planning.machine import Cluster, DataSheet
 from megatron_haplovl.planning.work import Work, work_of_sequence
 
@@ -117,13 +117,26 @@ def _add_layouts(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data", "A sequence is packed with equal documents of this kind.")
-    data.add_argument("--images-per-document", type=int, default=1, metavar="N", help="(default: 1)")
+    data.add_argument(
+        "--images-per-document",
+        type=int,
+        default=1,
+        metavar="N",
+        help="several have fewer tiles each than one, as in training (default: 1)",
+    )
     data.add_argument(
         "--image-pixels",
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="size of each image (default: one tile; with any resolution two by two)",
+        help="size of each image (default: one tile; with any resolution two by two tiles)",
+    )
+    data.add_argument(
+        "--video-frames",
+        type=int,
+        default=0,
+        metavar="N",
+        help="frames of a video beside the images (default: no video)",
     )
     data.add_argument("--text-tokens", type=int, default=256, metavar="N", help="text tokens (default: 256)")
     data.add_argument(
@@ -162,6 +175,9 @@ def config_from(arguments: argparse.Namespace) -> tuple[str, Config]:
     ):
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
+    for name in ("images_per_document", "video_frames"):
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
     for name in (
         "peak_tflops",
         "efficiency",
@@ -187,14 +203,14 @@ def sequence_from(arguments: argparse.Namespace, config: Config) -> Work:
     vision = config.model.vision
     side = vision.image_size * (2 if vision.image_aspect_ratio == "anyres" and vision.max_tiles >= 4 else 1)
     height, width = arguments.image_pixels or (side, side)
-    image = image_layout(height, width, vision)
+    visuals: list[Picture | Frames] = [Picture(height, width)] * arguments.images_per_document
+    if arguments.video_frames:
+        visuals.append(Frames(arguments.video_frames))
     return work_of_sequence(
         config.data.seq_length,
-        images=[image.num_tokens] * arguments.images_per_document,
+        visuals=visual_layouts(visuals, vision),
         text=arguments.text_tokens,
         trained=arguments.text_tokens if config.stage.has_teachers else arguments.trained_tokens,
-        newlines=image.num_tokens - image.num_patches,
-        cells_per_tile=vision.cells_per_tile,
         image_attention=config.model.image_attention,
     )
 

@@ -67,6 +67,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "haplovl-7b": ModelConfig(vocab_size=32000, vision=_FIXED_336, pre=_CLIP_VIT_L, post=_VICUNA_7B),
     "haplovl-8b": _HAPLOVL_8B,
+    # The same model goes on: how many tiles an image has beside others is a rule for each sample, of every model.
     "haplovl-8b-mi": _HAPLOVL_8B,
     "haplovl-7b-pro": ModelConfig(vocab_size=152064, vision=_any_resolution(6), pre=_CLIP_VIT_L, post=_QWEN25_7B),
 }

@@ -7,6 +7,7 @@ from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
+from megatron_haplovl.config.vision import VisionConfig
 
 
 def validate(config: Config) -> None:
@@ -35,6 +36,7 @@ def validate_model(model: ModelConfig) -> None:
         raise ValueError(f"--image-size {vision.image_size} is not a multiple of --patch-size {vision.patch_size}")
     if vision.image_aspect_ratio == "anyres" and vision.max_tiles < 2:
         raise ValueError(f"--image-aspect-ratio anyres needs --max-tiles of at least 2, got {vision.max_tiles}")
+    _check_image_token_budget(vision)
     for name, decoder in (("pre", pre), ("post", post)):
         if decoder.hidden_size % decoder.num_attention_heads:
             raise ValueError(
@@ -51,6 +53,22 @@ def validate_model(model: ModelConfig) -> None:
         raise ValueError(
             f"--post-num-attention-heads {post.num_attention_heads} is not a multiple of "
             f"--post-num-key-value-heads {post.num_key_value_heads}"
+        )
+
+
+def _check_image_token_budget(vision: VisionConfig) -> None:
+    budget = vision.image_token_budget
+    if budget is None:
+        return
+    if vision.image_aspect_ratio != "anyres":
+        raise ValueError(
+            f"--image-token-budget {budget} shares tiles out among several images, and with --image-aspect-ratio "
+            f"{vision.image_aspect_ratio} every image has one; leave it out, or use anyres"
+        )
+    if budget < vision.cells_per_tile:
+        raise ValueError(
+            f"--image-token-budget {budget} is less than the {vision.cells_per_tile} patches of one tile, which every "
+            "image has at least; raise it, or leave it out for one tile each"
         )
 
 

@@ -185,6 +185,7 @@ def haplo_config(
         "image_aspect_ratio": f"anyres_max_{vision.max_tiles}" if anyres else vision.image_aspect_ratio,
         "image_grid_pinpoints": [list(pinpoint) for pinpoint in grid_pinpoints(vision)] if anyres else None,
         "image_newline": vision.image_newline,
+        "image_token_budget": vision.image_token_budget,
         "image_attention": model.image_attention,
         "image_token_index": image_token_id,
         "video_token_index": video_token_id,

@@ -108,6 +108,8 @@ def _described_vision(config: HaploConfig, vision: VisionConfig, where: Path) ->
         image_aspect_ratio=post.image_aspect_ratio if anyres is None else "anyres",
         max_tiles=vision.max_tiles if anyres is None else int(anyres[1]),
         image_newline=post.image_newline,
+        # The authors' folders do not say, and one tile for each is no property of the weights.
+        image_token_budget=vision.image_token_budget if post.image_token_budget is None else post.image_token_budget,
     )
     if anyres is not None:
         ours = sorted(list(pinpoint) for pinpoint in grid_pinpoints(described))

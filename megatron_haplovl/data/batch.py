@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
+
 IGNORE_INDEX = -100
 """Label of a position that is not trained (torch's cross-entropy convention)."""
 
@@ -48,7 +50,7 @@ class Batch:
     kv_end_BS: torch.Tensor
     """int32, one past the last visible key: i + 1 for text, the image's end for an image token."""
     tiles_TCHW: torch.Tensor
-    """float32 normalised pixels, in the order in which the images appear. T may be 0."""
+    """uint8 pixels, in the order in which the images appear; `pixels_TCHW` normalises them. T may be 0."""
     patch_source_P: torch.Tensor
     """int64 index into the T * cells_per_tile patches of `tiles_TCHW` (tile by tile, row-major in a tile)."""
     patch_target_P: torch.Tensor
@@ -73,6 +75,20 @@ class Batch:
             if isinstance(value, torch.Tensor) and name not in ("kv_start_BS", "kv_end_BS")
         }
         return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while other work goes on."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
+    def pixels_TCHW(self) -> torch.Tensor:
+        """float32 `(tile / 255 - mean) / std`, on a CPU bit for bit as `image_processing.normalise`."""
+        device = self.tiles_TCHW.device
+        # Tensors, because a GPU multiplies by the reciprocal of a number, and copied so that nobody waits.
+        mean, std = (torch.tensor(v).view(3, 1, 1).to(device, non_blocking=True) for v in (CLIP_MEAN, CLIP_STD))
+        return self.tiles_TCHW.float().mul_(1 / 255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)

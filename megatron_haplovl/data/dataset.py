@@ -23,7 +23,7 @@ from megatron_haplovl.data.image_geometry import (
     vision_of_sample,
     visual_layouts,
 )
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+from megatron_haplovl.data.image_processing import cut_tiles, decode_image
 from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.data.tile_rule import narrowed
@@ -53,7 +53,7 @@ class Document:
     """`[p]`, position of each patch's token in the document."""
     newline_target: IntArray
     """`[m]`, position of each newline's token in the document."""
-    tiles: list[npt.NDArray[np.float32]]
+    tiles: list[npt.NDArray[np.uint8]]
     """One `[tiles of the image, 3, H, W]` array per image or frame."""
     source: npt.NDArray[np.int32]
     """`[n]`, number of the source that each token is from."""
@@ -132,15 +132,15 @@ def _trained(sample: Sample) -> npt.NDArray[np.bool_]:
     return trained
 
 
-def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) -> npt.NDArray[np.float32]:
+def _read_tiles(image: EncodedImage, layout: ImageLayout, vision: VisionConfig) -> npt.NDArray[np.uint8]:
     # Preprocessing has decoded the image already and recorded its size, which is the limit here.
-    decoded = decode_image(image.data, max_pixels=image.height * image.width)
+    decoded = decode_image(image.data, max_pixels=image.height * image.width, upright=image.upright)
     if (decoded.height, decoded.width) != (image.height, image.width):
         raise ValueError(
             f"a stored image has {decoded.height} x {decoded.width} pixels where {image.height} x {image.width} were "
             "recorded; preprocess again"
         )
-    tiles = image_to_tiles(decoded, vision)
+    tiles = cut_tiles(decoded, vision)
     assert len(tiles) == layout.num_tiles
     return tiles
 
@@ -149,7 +149,7 @@ class _VisualTokens:
     """Tiles and the places of their tokens, put together part by part: images of a document, documents of a batch."""
 
     def __init__(self, cells_per_tile: int) -> None:
-        self.tiles: list[npt.NDArray[np.float32]] = []
+        self.tiles: list[npt.NDArray[np.uint8]] = []
         self._cells_per_tile, self._patches = cells_per_tile, 0
         empty = np.zeros(0, dtype=np.int64)
         self._sources, self._targets, self._newlines = [empty], [empty], [empty]
@@ -160,7 +160,7 @@ class _VisualTokens:
         source: IntArray,
         target: IntArray,
         newline: IntArray,
-        tiles: Sequence[npt.NDArray[np.float32]],
+        tiles: Sequence[npt.NDArray[np.uint8]],
     ) -> None:
         """Add a part, whose tokens are counted from `start` and whose patches from its own first tile."""
         self._sources.append(self._patches + source)
@@ -226,7 +226,7 @@ def collate(
             )
             start = end
     patch_source_P, patch_target_P, newline_target_N = map(torch.from_numpy, visual.indices())
-    no_tile = np.zeros((0, 3, vision.image_size, vision.image_size), dtype=np.float32)
+    no_tile = np.zeros((0, 3, vision.image_size, vision.image_size), dtype=np.uint8)
     kv_vectors = torch.from_numpy(kv_start_BS), torch.from_numpy(kv_end_BS)
     return Batch(
         tokens_BS=torch.from_numpy(tokens_BS),

@@ -134,7 +134,7 @@ def image_layout(height: int, width: int, vision: VisionConfig) -> ImageLayout:
     """Lay out an image of `height` x `width` pixels.
 
     Args:
-        height: pixels, of the image as stored (no EXIF rotation is applied).
+        height: pixels, of the upright image.
         width: pixels.
         vision: tile and patch size and the way to treat the shape.
 

@@ -8,7 +8,9 @@ Shape letters: R references of all samples, N samples, I images.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +91,28 @@ class ImageReferences:
             for total, each in zip(totals, each_of_video, strict=True):
                 total += each * videos
         return VisualCounts(*totals)
+
+
+def split_references(references: Iterable[int], num_images: int) -> list[int | list[int]]:
+    """The visuals of one sample: the number of an image, or the list of the numbers of a video's frames.
+
+    Args:
+        references: the sample's sequence.
+        num_images: images that there are.
+
+    Raises:
+        ValueError: as :class:`ImageReferences`.
+    """
+    visuals: list[int | list[int]] = []
+    remaining = iter(references)
+    for reference in remaining:
+        numbers = [reference] if reference >= 0 else list(islice(remaining, -reference))
+        if reference < 0 and (len(numbers) < -reference or min(numbers) < 0):
+            raise ValueError("a sample refers to a video with more frames than follow")
+        if max(numbers) >= num_images:
+            raise ValueError(f"a sample refers to image {max(numbers)}, but there are {num_images}")
+        visuals.append(numbers if reference < 0 else reference)
+    return visuals
 
 
 def segment_sums(values: npt.NDArray, starts: IntArray, lengths: npt.NDArray[np.integer]) -> IntArray:

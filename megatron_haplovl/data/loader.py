@@ -83,6 +83,8 @@ class BatchLoader:
             num_workers=workers,
             collate_fn=_unchanged,
             persistent_workers=workers > 0,
+            prefetch_factor=_PREFETCH if workers else None,
+            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
             generator=torch.Generator(),
         )
 
@@ -122,6 +124,10 @@ class BatchLoader:
         """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
         packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
         return counts_by_source(self._plan.packs, packs, len(self.source_names))
+
+
+_PREFETCH = 4
+"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """Random samples, for a run without any files.
 
-Shape letters beside those of `data/batch.py`: K kinds of mock image.
+Text alone, an image, several images and videos are all among them, so that such a run takes every path.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.image_geometry import Picture, VisualLayout, visual_layouts
-from megatron_haplovl.data.sources import EncodedImage, Sample, SampleCounts
+from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, SampleCounts
+
+_MOST_FRAMES = 4
 
 
 class MockSource:
-    """Random conversations: every fourth without an image, every fourth with two if they fit, the others with one.
+    """Random conversations. Of five, one is text alone; the others have an image, two images, a video, an image and a
+    video. What does not fit is left out from the end; a video has up to four frames, as many as fit.
 
     Args:
         vocab_size: token ids are below this.
@@ -36,8 +39,8 @@ class MockSource:
         self._seed, self._num_samples = seed, num_samples
         # One tile of the model's own size, a wide and a tall image.
         side = vision.image_size
-        self._kinds = (Picture(side, side), Picture(side // 2, side), Picture(side, side // 2))
-        smallest = max(self._layouts([kind])[0].num_tokens for kind in range(len(self._kinds))) + self._SHORTEST_TEXT
+        self._shapes = (Picture(side, side), Picture(side // 2, side), Picture(side, side // 2))
+        smallest = max(self._num_tokens([shape]) for shape in self._shapes) + self._SHORTEST_TEXT
         if seq_length < smallest:
             raise ValueError(
                 f"--mock-data needs --seq-length of at least {smallest} with these images, not {seq_length}"
@@ -63,7 +66,7 @@ class MockSource:
         assert vision == self._vision
         outlines = [self._outline(i) for i in range(self._num_samples)]
         text = np.array([length for length, _ in outlines], dtype=np.int64)
-        layouts = [self._layouts(kinds) for _, kinds in outlines]
+        layouts = [visual_layouts(visuals, vision) for _, visuals in outlines]
 
         def total(name: str) -> npt.NDArray[np.int64]:
             return np.array([sum(getattr(layout, name) for layout in row) for row in layouts], dtype=np.int64)
@@ -78,35 +81,43 @@ class MockSource:
         )
 
     def read(self, index: int) -> Sample:
-        """Random text whose second half is the answer, behind the images."""
-        length, kinds = self._outline(index)
+        """Random text whose second half is the answer, behind the images and videos."""
+        length, visuals = self._outline(index)
         random = np.random.default_rng([self._seed, index, 1])
-        total = length + len(kinds)
+        total = length + len(visuals)
         token_ids = random.integers(0, self._vocab_size, size=total, dtype=np.int32)
         is_visual = np.zeros(total, dtype=np.bool_)
-        is_visual[1 : 1 + len(kinds)] = True
+        is_visual[1 : 1 + len(visuals)] = True
         loss_mask = (np.arange(total) >= total - length // 2).astype(np.uint8)
-        images = tuple(self._image(random, self._kinds[kind]) for kind in kinds)
-        return Sample(token_ids, loss_mask, is_visual, images)
+        return Sample(token_ids, loss_mask, is_visual, tuple(self._visual(random, visual) for visual in visuals))
 
-    def _outline(self, index: int) -> tuple[int, list[int]]:
-        """Text tokens of a sample and the kinds of its images."""
+    def _outline(self, index: int) -> tuple[int, list[Picture | Frames]]:
+        """Text tokens of a sample, and its images and videos."""
         random = np.random.default_rng([self._seed, index, 0])
-        kinds = random.integers(0, len(self._kinds), size=(0, 1, 2, 1)[index % 4]).tolist()
+        kinds = ("", "image", "image image", "video", "image video")[index % 5].split()
+        visuals: list[Picture | Frames] = [
+            Frames(_MOST_FRAMES) if kind == "video" else self._shapes[int(random.integers(len(self._shapes)))]
+            for kind in kinds
+        ]
         room = self._seq_length - self._SHORTEST_TEXT
-        while (visual := self._num_tokens(kinds)) > room:
-            kinds = kinds[:-1]
-        longest = min(64, self._seq_length - visual)
-        return int(random.integers(self._SHORTEST_TEXT, longest + 1)), kinds
+        while self._num_tokens(visuals) > room:
+            last = visuals.pop()
+            if isinstance(last, Frames) and last.number > 1:
+                visuals.append(Frames(last.number - 1))
+        longest = min(64, self._seq_length - self._num_tokens(visuals))
+        return int(random.integers(self._SHORTEST_TEXT, longest + 1)), visuals
 
-    def _layouts(self, kinds: list[int]) -> list[VisualLayout]:
-        return visual_layouts([self._kinds[kind] for kind in kinds], self._vision)
+    def _num_tokens(self, visuals: list[Picture | Frames]) -> int:
+        return sum(layout.num_tokens for layout in visual_layouts(visuals, self._vision))
 
-    def _num_tokens(self, kinds: list[int]) -> int:
-        return sum(layout.num_tokens for layout in self._layouts(kinds))
+    def _visual(self, random: np.random.Generator, visual: Picture | Frames) -> EncodedImage | EncodedVideo:
+        if isinstance(visual, Picture):
+            return _image(random, visual)
+        shapes = random.integers(len(self._shapes), size=visual.number).tolist()
+        return EncodedVideo(tuple(_image(random, self._shapes[shape]) for shape in shapes))
 
-    @staticmethod
-    def _image(random: np.random.Generator, kind: Picture) -> EncodedImage:
-        # A PPM file: the simplest encoding there is.
-        pixels = random.integers(0, 256, size=(kind.height, kind.width, 3), dtype=np.uint8)
-        return EncodedImage(b"P6 %d %d 255\n" % (kind.width, kind.height) + pixels.tobytes(), kind.height, kind.width)
+
+def _image(random: np.random.Generator, shape: Picture) -> EncodedImage:
+    # A PPM file: the simplest encoding there is.
+    pixels = random.integers(0, 256, size=(shape.height, shape.width, 3), dtype=np.uint8)
+    return EncodedImage(b"P6 %d %d 255\n" % (shape.width, shape.height) + pixels.tobytes(), shape.height, shape.width)

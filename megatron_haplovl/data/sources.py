@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from megatron_haplovl.config.mixture import TileRule
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.image_references import ImageReferences, segment_sums
+from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
 from megatron_haplovl.data.sample_hash import sample_hash
@@ -27,6 +26,8 @@ class EncodedImage:
     data: bytes
     height: int
     width: int
+    upright: bool = True
+    """False where the size is that of the picture as stored, before its EXIF orientation; it is trained as it lies."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,14 @@ class IndexedSource:
                 f"{_AGAIN}"
             )
         is_visual = np.isin(token_ids, (self.manifest.image_token_id, self.manifest.video_token_id))
-        visuals: list[EncodedImage | EncodedVideo] = []
-        remaining = iter(self._image_refs[index].tolist())
-        for reference in remaining:
-            if reference < 0:
-                visuals.append(EncodedVideo(tuple(self._image(frame) for frame in islice(remaining, -reference))))
-            else:
-                visuals.append(self._image(reference))
+        try:
+            references = split_references(self._image_refs[index].tolist(), len(self._images))
+        except ValueError as error:
+            raise ValueError(f"{self._prefix}: sample {index}: {error}; preprocess again") from error
+        visuals = [
+            EncodedVideo(tuple(map(self._image, reference))) if isinstance(reference, list) else self._image(reference)
+            for reference in references
+        ]
         is_video = token_ids[is_visual] == self.manifest.video_token_id
         if is_video.tolist() != [isinstance(visual, EncodedVideo) for visual in visuals]:
             raise ValueError(
@@ -219,7 +221,7 @@ class IndexedSource:
 
     def _image(self, number: int) -> EncodedImage:
         height, width = self._image_sizes_I2[number].tolist()
-        return EncodedImage(self._images[number].tobytes(), height, width)
+        return EncodedImage(self._images[number].tobytes(), height, width, upright=self.manifest.format_version >= 2)
 
 
 _BLOCK = 65536

@@ -56,6 +56,10 @@ class HaploDecoderConfig:
     image_attention: str = "bidirectional"
     """`causal`: trained without the mixed mask; the authors' package does not know this key."""
 
+    image_token_budget: int | None = None
+    """For any resolution: patches that several images of a text share evenly; None gives each of them one tile. The
+    authors' package does not know this key."""
+
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_geometry import grid_pinpoints, vision_of_frames, vision_of_sample
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, image_to_tiles
+from megatron_haplovl.hf.image_inputs_haplo import as_picture
 
 
 class HaploImageProcessor(BaseImageProcessor):
@@ -106,7 +107,7 @@ class HaploImageProcessor(BaseImageProcessor):
 
     def preprocess(
         self,
-        images: Image.Image | Sequence[Image.Image],
+        images: Any,
         return_tensors: str | None = None,
         *,
         visuals_in_sample: int = 1,
@@ -115,14 +116,15 @@ class HaploImageProcessor(BaseImageProcessor):
         """Cut images into tiles.
 
         Args:
-            images: one image or several, each looked at by itself.
+            images: one image or several, each looked at by itself: pictures of Pillow's, uint8 arrays, paths,
+                addresses (`image_inputs_haplo.as_picture`).
             visuals_in_sample: images and videos of the text that each of them belongs to. Several of them have fewer
                 tiles each than one alone.
             return_tensors: "pt", "np" or None.
 
         Returns:
             `pixel_values` [T, 3, height, width], the tiles of all images one after the other, and `image_sizes` [N, 2],
-            the original (height, width).
+            the (height, width) of the upright originals.
 
         Raises:
             ValueError: an argument that this class does not know, or something that is not an image.
@@ -132,9 +134,7 @@ class HaploImageProcessor(BaseImageProcessor):
         tiles = [image_to_tiles(image, vision) for image in images]
         return self._features(tiles, [(image.height, image.width) for image in images], return_tensors)
 
-    def preprocess_frames(
-        self, frames: Sequence[Image.Image], return_tensors: str | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def preprocess_frames(self, frames: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Resize the frames of a video to one tile each; same result as :meth:`preprocess`."""
         frames = self._as_images(frames, kwargs)
         tiles = [image_to_tiles(frame, vision_of_frames(self.vision)) for frame in frames]
@@ -144,18 +144,18 @@ class HaploImageProcessor(BaseImageProcessor):
         data = {"pixel_values": np.concatenate(tiles), "image_sizes": np.array(sizes, dtype=np.int64)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Pictures of paths, addresses or anything else that :meth:`preprocess` takes, nested as they are given."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(one) for one in image_url_or_urls]
+        return as_picture(image_url_or_urls)
+
     @staticmethod
     def _as_images(images: Any, unknown: dict[str, Any]) -> list[Image.Image]:
         if unknown:
             raise ValueError(f"unknown arguments: {', '.join(sorted(unknown))}")
-        images = [images] if isinstance(images, (Image.Image, np.ndarray)) else list(images)
+        one = isinstance(images, (Image.Image, str)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        images = [images] if one else list(images)
         if not images:
             raise ValueError("no images given")
-        converted = []
-        for image in images:
-            if isinstance(image, np.ndarray):
-                image = Image.fromarray(image)
-            if not isinstance(image, Image.Image):
-                raise ValueError(f"expected a PIL image or an array [height, width, 3], got {type(image).__name__}")
-            converted.append(image.convert("RGB"))
-        return converted
+        return [as_picture(image) for image in images]

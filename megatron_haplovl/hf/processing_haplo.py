@@ -178,7 +178,10 @@ class HaploProcessor(ProcessorMixin):
     def _video_blocks(self, frames: Sequence[Image.Image], tiles: list[torch.Tensor]) -> list[_IntArray]:
         """The visual sources of a video: one block for each frame, and a newline at the end, a block of its own."""
         first = self._patches_before(tiles)
-        features = self.image_processor.preprocess_frames(frames, return_tensors="pt")
+        if isinstance(frames, str):
+            raise ValueError(f"a video is its frames in order (images, or arrays [height, width, 3]), not {frames!r}")
+        # An array [frames, height, width, 3] is one, too.
+        features = self.image_processor.preprocess_frames(list(frames), return_tensors="pt")
         tiles.append(features["pixel_values"])
         cells = self.num_image_tokens
         blocks = [np.arange(first + i * cells, first + (i + 1) * cells) for i in range(len(features["pixel_values"]))]
@@ -254,7 +257,9 @@ def _distribute(given: Any, marks: list[int], what: str, *, depth: int) -> list[
 
 
 def _nesting(value: Any) -> int:
-    """How many lists deep the first item lies."""
+    """How many lists deep an image lies. An array [N, height, width, 3] is a list of images."""
+    if isinstance(value, np.ndarray):
+        return max(value.ndim - 3, 0)
     if not isinstance(value, (list, tuple)):
         return 0
     return 1 + max((_nesting(item) for item in value), default=0)

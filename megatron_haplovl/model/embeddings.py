@@ -54,20 +54,19 @@ class MultimodalEmbedding(nn.Module):
 
     def _embed_patches(self, batch: Batch) -> torch.Tensor:
         """Embeddings [P, D] of the patches that became tokens; a tile's cells have the same positions in every tile."""
-        patches_PF = cut_patches(batch.tiles_TCHW.to(self.patch.weight.dtype), self.patch_size).index_select(
-            0, batch.patch_source_P
-        )
+        pixels_TCHW = batch.pixels_TCHW().to(self.patch.weight.dtype)
+        patches_PF = cut_patches(pixels_TCHW, self.patch_size).index_select(0, batch.patch_source_P)
         cell_P = batch.patch_source_P % self.position.shape[0]
         return self.patch(patches_PF) + self.position.index_select(0, cell_P)
 
 
-def cut_patches(tiles_TCHW: torch.Tensor, patch_size: int) -> torch.Tensor:
+def cut_patches(pixels_TCHW: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut tiles into flattened windows, in the memory order of a convolution's weight (channel, row, column).
 
     Returns:
         [T * (H / k) * (W / k), C * k * k], tile by tile and row-major in a tile.
     """
-    t, c, h, w = tiles_TCHW.shape
+    t, c, h, w = pixels_TCHW.shape
     rows, columns = h // patch_size, w // patch_size
-    cut = tiles_TCHW.reshape(t, c, rows, patch_size, columns, patch_size)
+    cut = pixels_TCHW.reshape(t, c, rows, patch_size, columns, patch_size)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(t * rows * columns, c * patch_size * patch_size)

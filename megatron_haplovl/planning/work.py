@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_haplovl.config.stages import StageSpec
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.data.image_geometry import VisualLayout
 
 
 @dataclass(frozen=True)
@@ -46,42 +47,39 @@ def work_of_batch(batch: Batch, stage: StageSpec) -> Work:
 def work_of_sequence(
     seq_length: int,
     *,
-    images: Sequence[int],
+    visuals: Sequence[VisualLayout],
     text: int,
     trained: int,
-    newlines: int,
-    cells_per_tile: int,
     image_attention: str = "bidirectional",
 ) -> Work:
     """A packed sequence of as many equal documents as fit, the rest padding.
 
     Args:
         seq_length: positions.
-        images: visual tokens of each image of a document, newlines included.
+        visuals: the images and videos of a document.
         text: text tokens of a document.
         trained: text tokens with logits.
-        newlines: newline tokens of each image.
-        cells_per_tile: patches of a tile.
         image_attention: as in the model's configuration.
 
     Raises:
         ValueError: a document is longer than the sequence, or trains more tokens than it has.
     """
-    length = text + sum(images)
+    length = text + sum(visual.num_tokens for visual in visuals)
     if not 0 < length <= seq_length:
         raise ValueError(f"a document of {length} tokens does not fit a sequence of {seq_length}")
     if not 0 <= trained <= text:
         raise ValueError(f"{trained} trained tokens of {text} text tokens")
     pairs = length * (length + 1) / 2
     if image_attention == "bidirectional":
-        pairs += sum(n * (n - 1) / 2 for n in images)  # An image's tokens see its later ones, too.
-    patches = sum(n - newlines for n in images)
+        # The tokens of an image or of a frame see its later ones, too.
+        blocks = [block.num_tokens for visual in visuals for block in visual.blocks]
+        pairs += sum(n * (n - 1) / 2 for n in blocks)
     documents = seq_length // length
     padding = seq_length - documents * length
     return Work(
         tokens=seq_length,
         pairs=documents * pairs + padding,
-        patches=documents * patches,
-        tiles=documents * patches / cells_per_tile,
+        patches=documents * sum(visual.num_patches for visual in visuals),
+        tiles=documents * sum(visual.num_tiles for visual in visuals),
         head_tokens=documents * trained,
     )

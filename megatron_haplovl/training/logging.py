@@ -141,7 +141,7 @@ def training_line(step: int, last_step: int, columns: Mapping[str, float | int],
 
 
 def _format(name: str, value: float) -> str:
-    if name == "elapsed time per iteration (ms)":
+    if name in ("elapsed time per iteration (ms)", "loader wait (ms)"):
         return f"{value:.1f}"
     if name in ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm"):
         return f"{value:.3f}"

@@ -27,8 +27,24 @@ class _Progress:
 
     steps: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds of these that this rank spent waiting for batches."""
     tokens: int = 0
     flops: float = 0.0
+
+
+class _TimedBatches(Iterator[Batch]):
+    """Micro-batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - started
+        return batch
 
 
 def train(run: Run) -> None:
@@ -39,7 +55,7 @@ def train(run: Run) -> None:
         OSError: the last checkpoint could not be saved.
     """
     config, last_step = run.config, run.config.schedule.train_iters
-    micro_batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
+    micro_batches = _TimedBatches(run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(()))
     window, consumed_tokens = _Progress(), run.train_data.counts_before(run.first_step).tokens
     by_source = SourceLosses(run.train_data.source_names, run.terms, run.device)
     consumed = run.train_data.counts_by_source(range(run.first_step))
@@ -49,12 +65,13 @@ def train(run: Run) -> None:
     if step < last_step and step == 0:
         evaluate(run, step)
     while step < last_step:
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), micro_batches.waited
         result = train_step(run, step, micro_batches)
         step += 1
         consumed_tokens += result.counts.tokens
         window.steps += 1
         window.seconds += time.perf_counter() - started
+        window.waited += micro_batches.waited - waited
         window.tokens += result.counts.tokens
         window.flops += _flops(run, result)
         counts_of_sources = run.train_data.counts_by_source(range(step - 1, step))
@@ -147,6 +164,7 @@ def _report(
         "consumed samples": step * batch_size,
         "consumed tokens": consumed_tokens,
         "elapsed time per iteration (ms)": 1000.0 * window.seconds / window.steps,
+        "loader wait (ms)": 1000.0 * window.waited / window.steps,
         "learning rate": learning_rate(run.config, step - 1),
         "global batch size": batch_size,
         **result.losses,

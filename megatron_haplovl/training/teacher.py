@@ -51,16 +51,17 @@ class VisionTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Features [P, D] of the batch's patches, in their order; every tile is one image to the teacher."""
-        if batch.tiles_TCHW.shape[0] == 0:
-            return batch.tiles_TCHW.new_zeros(0, self.width)
-        features_TSD = self.tower(self._its_colours(batch.tiles_TCHW).to(self.tower.dtype)).last_hidden_state
+        pixels_TCHW = batch.pixels_TCHW()
+        if pixels_TCHW.shape[0] == 0:
+            return pixels_TCHW.new_zeros(0, self.width)
+        features_TSD = self.tower(self._its_colours(pixels_TCHW).to(self.tower.dtype)).last_hidden_state
         return features_TSD[:, self._leading :].flatten(0, 1).index_select(0, batch.patch_source_P)
 
-    def _its_colours(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
+    def _its_colours(self, pixels_TCHW: torch.Tensor) -> torch.Tensor:
         """The same pixels, normalised as the teacher wants them."""
         if all(change == (1.0, 0.0) for change in self._colour_change):
-            return tiles_TCHW
-        channels = [tiles_TCHW[:, i] * scale + shift for i, (scale, shift) in enumerate(self._colour_change)]
+            return pixels_TCHW
+        channels = [pixels_TCHW[:, i] * scale + shift for i, (scale, shift) in enumerate(self._colour_change)]
         return torch.stack(channels, dim=1)
 
 

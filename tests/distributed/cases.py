@@ -27,9 +27,9 @@ TINY: dict[tuple[str, ...], Any] = {
     ("model", "post", "num_attention_heads"): 6,
     ("model", "post", "num_key_value_heads"): 2,
     ("data", "mock_data"): True,
-    # This seed and length put several documents and images into some sequences, and a text-only sequence on one rank
-    # beside images on the other; `test_zero.py` asserts that.
-    ("run", "seed"): 16,
+    # This seed and length put every kind of document into the first step (text, an image, several images, a video, an
+    # image and a video), and a text-only sequence on one rank beside images on the other; `test_zero.py` asserts that.
+    ("run", "seed"): 128,
     ("data", "seq_length"): 96,
     ("data", "num_workers"): 0,
     ("schedule", "train_iters"): STEPS,

@@ -1,6 +1,6 @@
 """Tensor, sequence, pipeline and context parallelism with ZeRO and offload against one plain torch process.
 
-The reference is `reference.py`, on data with several packed documents, several images, any-resolution images,
+The reference is `reference.py`, on data with several packed documents, several images, videos, any-resolution images,
 text-only samples and a rank without images: losses, gradient norms, every first gradient, weights after two steps.
 
 Each of these was planted once, and made at least six of the cases fail: norm gradients of a sharded sequence not

@@ -64,7 +64,14 @@ CASES_OF_4_RANKS = [
         {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2},
     ),
 ]
-TIMES = {"time", "elapsed time per iteration (ms)", "samples per second", "tokens per gpu per second (tgs)", "TFLOPs"}
+TIMES = {
+    "time",
+    "elapsed time per iteration (ms)",
+    "loader wait (ms)",
+    "samples per second",
+    "tokens per gpu per second (tgs)",
+    "TFLOPs",
+}
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,35 @@ def test_the_reference_sees_several_documents_images_and_tiles():
     assert batch.tiles_TCHW.shape[0] > 2 * c.schedule.global_batch_size and batch.newline_target_N.numel() > 0
 
 
+def test_the_first_step_has_every_kind_of_document():
+    """Every layout is run on these batches, so all of them train on images and videos in every combination."""
+    found = set(documents_of(next(whole_batches(config("full")))))
+    assert {(), ("image",), ("image", "image"), ("video of 4",), ("image", "video of 4")} <= found
+
+
+def documents_of(batch: Batch) -> list[tuple[str, ...]]:
+    """Images and videos of each document, read off the mask: a frame is a block without newlines."""
+    newlines = set(batch.newline_target_N.tolist())
+    documents = []
+    for row, (starts, ends) in enumerate(zip(batch.kv_start_BS.tolist(), batch.kv_end_BS.tolist(), strict=True)):
+        visual = (~batch.text_mask_BS[row]).tolist()
+        for first in sorted(set(starts)):
+            length = starts.count(first)
+            visuals, frames, position = [], 0, first
+            while position < first + length:
+                end = ends[position]
+                lines = sum(row * len(starts) + p in newlines for p in range(position, end))
+                if visual[position] and lines == 0:
+                    frames += 1
+                elif visual[position]:
+                    visuals.append(f"video of {frames}" if frames else "image")
+                    frames = 0
+                position = end
+            assert frames == 0 or length == 1  # Padding is neither text nor a frame.
+            documents += [tuple(visuals)] if length > 1 else []
+    return documents
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp32_equals_one_plain_process(distributed, serial, recipe, zero_stage):

@@ -53,20 +53,8 @@ def run(command: str, *, fails: bool = False) -> str:
     return result.stdout
 
 
-@dataclass(frozen=True)
-class Chain:
-    """What every command printed, and the folder that everything is in."""
-
-    folder: Path
-    output: dict[str, str]
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Chain:
-    """Preprocess, stage 1, align, full, export, generate, evaluate."""
-    folder = tmp_path_factory.mktemp("end_to_end")
-    dataset = make_llava_dataset(folder)
-    vocab_size = load_tokenizer(str(tiny_spm_model)).vocab_size
+def save_teachers(folder: Path, vocab_size: int) -> None:
+    """A random CLIP and a random Llama that fit SIZES, in `folder`/clip and `folder`/llama."""
     torch.manual_seed(0)
     CLIPVisionModel(
         CLIPVisionConfig(
@@ -90,6 +78,23 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     ).save_pretrained(folder / "llama")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What every command printed, and the folder that everything is in."""
+
+    folder: Path
+    output: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Chain:
+    """Preprocess, stage 1, align, full, export, generate, evaluate."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    dataset = make_llava_dataset(folder)
+    vocab_size = load_tokenizer(str(tiny_spm_model)).vocab_size
+    save_teachers(folder, vocab_size)
     questions = [
         {"question_id": i, "image": f"a/{i}.png", "text": "What color is it?", "answer": "red", "type": "color"}
         for i in range(3)

@@ -59,6 +59,25 @@ def test_named_layouts_are_refused_with_every_reason(capsys: pytest.CaptureFixtu
     assert "would cross nodes of 8 GPUs" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "patches"),
+    [
+        # Two documents of 2,352 + 256 tokens fit. Several images have one tile each: two documents of 3 x 600 + 256.
+        ((), 2 * 2304),
+        (("--images-per-document", "3"), 2 * 3 * 576),
+        (("--images-per-document", "2", "--image-token-budget", "4608"), 2 * 2304),
+        # One document of 4,609 + 256 tokens, or with an image of one tile of 5,465.
+        (("--images-per-document", "0", "--video-frames", "8"), 8 * 576),
+        (("--images-per-document", "1", "--video-frames", "8"), 9 * 576),
+    ],
+)
+def test_documents_have_the_tiles_of_training(
+    words: tuple[str, ...], patches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1", "--zero-stage", "1")
+    assert f"a sequence has {patches:,} patches," in plan(capsys, *SMALL, *layout, *words)[1]
+
+
 def test_ranks_that_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     status, out = plan(
         capsys,
@@ -111,6 +130,9 @@ def test_offload_is_tried_where_it_is_named(tmp_path: Path, capsys: pytest.Captu
     [
         (("--gpus", "0"), "--gpus must be at least 1, got 0"),
         (("--gpus", "8", "--text-tokens", "100000"), "does not fit a sequence of 6144"),
+        (("--gpus", "8", "--video-frames", "11"), "a document of 7193 tokens does not fit a sequence of 6144"),
+        (("--gpus", "8", "--images-per-document", "-1"), "--images-per-document must be at least 0, got -1"),
+        (("--gpus", "8", "--video-frames", "-1"), "--video-frames must be at least 0, got -1"),
         (("--gpus", "8", "--trained-tokens", "1000"), "1000 trained tokens of 256 text tokens"),
         (("--gpus", "8", "--post-num-attention-heads", "30"), "--post-hidden-size 4096 is not a multiple"),
         (("--gpus", "8", "--efficiency", "0"), "--efficiency must be above 0"),

@@ -83,6 +83,11 @@ def test_the_launchers_local_rank_is_accepted():
         ([*MOCK, "--exit-interval", "3"], "so it needs --save"),
         ([*MOCK, "--eval-interval", "3"], "--eval-interval needs --valid-data-path"),
         ([*MOCK, "--lr-decay-style", "constant", "--min-lr", "1e-6"], "never decays"),
+        ([*MOCK, "--image-token-budget", "64"], "with --image-aspect-ratio resize every image has one; leave it out"),
+        (
+            [*MOCK, "--image-aspect-ratio", "anyres", "--image-token-budget", "15"],
+            "--image-token-budget 15 is less than the 16 patches of one tile",
+        ),
         ([*MOCK, "--teacher-layer", "-2"], "--teacher-layer is for stage 1"),
         ([*MOCK, "--ctp-loss-weight", "0.5"], "--ctp-loss-weight is for stage 1 only"),
         ([*MOCK, "--tensor-model-parallel-size", "2"], "--post-num-attention-heads 5 is not a multiple of"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_haplovl.config.presets import MODELS
+from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS
 from megatron_haplovl.config.validate import validate_model
+from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
 from megatron_haplovl.model.haplovl import HaploVL
 
 # CLIP-ViT-L block: 4 (1024^2 + 1024) attention, 1024 x 4096 + 4096 and 4096 x 1024 + 1024 MLP, 4 x 1024 norms.
@@ -65,6 +66,20 @@ def test_total_of_the_8b_model():
 
 def test_multi_image_model_continues_from_the_8b_model():
     assert MODELS["haplovl-8b-mi"] == MODELS["haplovl-8b"]
+
+
+def test_the_multi_image_context_holds_ten_images_or_a_video_of_ten_frames():
+    """The figures at the head of its recipe: an image of several has one tile, and so has a frame."""
+    vision, length = MODELS["haplovl-8b-mi"].vision, SEQ_LENGTHS["haplovl-8b-mi"]
+
+    def tokens(*visuals):
+        return sum(layout.num_tokens for layout in visual_layouts(visuals, vision))
+
+    image = Picture(672, 672)
+    assert (tokens(image), tokens(image, image)) == (2352, 2 * 600)
+    assert tokens(*[image] * 10) < length < tokens(*[image] * 11)
+    assert tokens(Frames(10)) < length < tokens(Frames(11))
+    assert (length - tokens(Frames(8)), 9728 - tokens(Frames(16))) == (1535, 511)
 
 
 @pytest.mark.parametrize("preset", MODELS)

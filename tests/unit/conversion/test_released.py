@@ -23,6 +23,7 @@ from megatron_haplovl.conversion.released import open_released
 from megatron_haplovl.conversion.verify import compare_logits
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_haplovl.hf import HaploProcessor
 from tests.fixtures.tiny_haplo import random_haplovl, save_training_checkpoint, tiny_model, train_tokenizer
 
 _PLAIN = tiny_model(text_embedding="folded")
@@ -38,6 +39,9 @@ _MODELS: dict[str, ModelConfig] = {
     "scaled RoPE": dataclasses.replace(_PLAIN, post=dataclasses.replace(_PLAIN.post, rope_scaling=_LLAMA3)),
     "divided RoPE": dataclasses.replace(
         _PLAIN, post=dataclasses.replace(_PLAIN.post, rope_scaling=RopeScalingConfig("linear", 4.0))
+    ),
+    "a budget of patches": dataclasses.replace(
+        _PLAIN, vision=dataclasses.replace(_PLAIN.vision, image_token_budget=13)
     ),
     "padded to one tile": dataclasses.replace(
         _PLAIN, vision=VisionConfig(patch_size=4, image_size=8, image_aspect_ratio="pad", image_newline=False)
@@ -189,6 +193,7 @@ def test_rotary_buffers_are_skipped_and_other_tensors_refused(
         ("base_config", "num_hidden_layers", 3, "give --post-num-layers 3"),
         ("base_config", "rope_theta", 1e6, "give --post-rope-theta 1000000.0"),
         ("base_config", "image_newline", False, "give --no-image-newline"),
+        ("base_config", "image_token_budget", 16, "give --image-token-budget 16"),
         ("base_config", "image_aspect_ratio", "anyres_max_6", "image_grid_pinpoints are not all grids of at most 6"),
         ("base_config", "hidden_act", "gelu", "base_config's hidden_act is 'gelu'; the model supports 'silu' only"),
         (
@@ -219,6 +224,18 @@ def test_another_model(
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
         open_released(folder, _PLAIN)
+
+
+def test_a_budget_of_patches_survives(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """From the training's settings to the processor and back; and a folder without one may go on with one."""
+    model = _MODELS["a budget of patches"]
+    _, folder = _released(tmp_path, model, tokenizer)
+    processor = HaploProcessor.from_pretrained(folder)
+    assert processor.image_processor.vision == model.vision
+    assert open_released(folder, model)[1] == model
+    _, without = _released(tmp_path / "without", _PLAIN, tokenizer)
+    assert HaploProcessor.from_pretrained(without).image_processor.vision == _PLAIN.vision
+    assert open_released(without, model)[1] == model
 
 
 def test_no_released_folder(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.dataset import Document, collate, lay_out_document
 from megatron_haplovl.data.image_geometry import image_layout
-from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD, cut_tiles, decode_image, normalise
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
+from tests.fixtures.pictures import in_mode, saved
 
 VISIONS = [
     VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad", image_newline=False),
@@ -34,7 +36,7 @@ def packs_of(source: MockSource) -> list[list[list[Sample]]]:
 
 def with_video(source: MockSource) -> Sample:
     """Text, a video of two frames, an image, text that is trained."""
-    first, second, third = (read.visuals[0] for read in map(source.read, (1, 3, 5)))
+    first, second, third = (read.visuals[0] for read in map(source.read, (1, 2, 4)))
     assert isinstance(first, EncodedImage) and isinstance(second, EncodedImage)
     return Sample(
         np.array([5, 99, 98, 6, 7], np.int32),
@@ -63,7 +65,7 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
     allowed = torch.zeros(len(packs), SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool)
     patches: list[tuple[int, int]] = []
     newlines: list[int] = []
-    tiles: list[npt.NDArray[np.float32]] = []
+    tiles: list[npt.NDArray[np.uint8]] = []
     for row, pack in enumerate(packs):
         # One entry per position: (document, image or None, token or None, trained)
         places: list[tuple[int, int | None, int | None, bool]] = []
@@ -91,7 +93,7 @@ def test_against_a_token_by_token_reference(vision: VisionConfig) -> None:
                                 newlines.append(row * SEQ_LENGTH + len(places))
                                 places.append((number, image_number, None, False))
                         assert len(places) - first == layout.num_tokens
-                        tiles.append(image_to_tiles(decode_image(image.data), seen))
+                        tiles.append(cut_tiles(decode_image(image.data), seen))
                         image_number += 1
                     if isinstance(visual, EncodedVideo) and vision.image_newline:
                         newlines.append(row * SEQ_LENGTH + len(places))
@@ -210,16 +212,69 @@ def test_mock_counts_are_those_of_its_samples() -> None:
     for vision in VISIONS:
         source = MockSource(100, vision, 60, seed=3, num_samples=40)
         counts = source.counts(vision)
-        numbers = []
+        kinds = []
         for i in range(40):
             document: Document = lay_out_document([source.read(i)], vision)
             assert len(document.tokens) <= 60
-            numbers.append(len(source.read(i).visuals))
+            kinds.append(tuple(type(visual).__name__ for visual in source.read(i).visuals))
             assert counts.tokens[i] == len(document.tokens)
             assert counts.text_tokens[i] == document.is_text.sum()
             assert counts.patch_tokens[i] == len(document.patch_source)
             assert counts.tiles[i] == sum(map(len, document.tiles))
             assert counts.lm_tokens[i] == (document.labels != IGNORE_INDEX).sum()
-        assert set(numbers) == {0, 1, 2}
-    with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least"):
-        MockSource(100, VISIONS[0], 6, seed=0)
+        image, video = "EncodedImage", "EncodedVideo"
+        assert set(kinds) == {(), (image,), (image, image), (video,), (image, video)}
+    # Four patches and four words: no second image, and no second frame.
+    short = MockSource(100, VISIONS[0], 8, seed=3, num_samples=5)
+    assert short.counts(VISIONS[0]).tiles.tolist() == [0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="--mock-data needs --seq-length of at least 8"):
+        MockSource(100, VISIONS[0], 7, seed=0)
+
+
+def test_normalising_in_the_batch_is_the_formula_bit_for_bit() -> None:
+    vision = VISIONS[0]
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    _, batch = make_batch(vision)
+    pixels = dataclasses.replace(batch, tiles_TCHW=torch.from_numpy(levels)).pixels_TCHW()
+    mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    expected = (levels.astype(np.float32) * np.float32(1 / 255) - mean) / std
+    assert pixels.dtype == torch.float32 and np.array_equal(pixels.numpy(), expected)
+    assert np.array_equal(normalise(levels), expected)
+    assert batch.tiles_TCHW.dtype == torch.uint8 and batch.to("cpu").tiles_TCHW.dtype == torch.uint8
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning needs a GPU, so it is only seen who is asked for it."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    _, batch = make_batch(VISIONS[0])
+    copy = batch.pin_memory()
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(pinned) == len(tensors) > 5 and all(a is b for a, b in zip(pinned, tensors, strict=True))
+    assert copy.visible_pairs == batch.visible_pairs and copy.tiles_TCHW is not batch.tiles_TCHW
+    assert torch.equal(copy.tiles_TCHW, batch.tiles_TCHW)
+
+
+def test_pictures_are_upright_unless_they_were_recorded_as_stored() -> None:
+    """Prefixes of format 1 recorded the stored size."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(in_mode("RGB"), "PNG", exif=exif)
+    vision = dataclasses.replace(VISIONS[0], image_aspect_ratio="resize")
+
+    def tiles(height: int, width: int, *, upright: bool) -> npt.NDArray[np.uint8]:
+        image = EncodedImage(data, height, width, upright=upright)
+        ids, mask = np.array([5, 6], np.int32), np.ones(2, np.uint8)
+        return lay_out_document([Sample(ids, mask, np.array([False, True]), (image,))], vision).tiles[0]
+
+    stored = cut_tiles(in_mode("RGB"), vision)
+    assert np.array_equal(tiles(10, 14, upright=False), stored)
+    turned = cut_tiles(in_mode("RGB").transpose(Image.Transpose.ROTATE_270), vision)
+    assert np.array_equal(tiles(14, 10, upright=True), turned) and not np.array_equal(turned, stored)
+    with pytest.raises(ValueError, match="has 14 x 10 pixels where 10 x 14 were recorded; preprocess again"):
+        tiles(10, 14, upright=True)

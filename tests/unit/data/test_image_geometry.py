@@ -11,42 +11,9 @@ import pytest
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_counts import count_image_tokens
 from megatron_haplovl.data.image_geometry import fit_within, grid_pinpoints, image_layout
+from tests.fixtures.visual_rule import Token, tokens_of_image
 
 SMALL = VisionConfig(patch_size=8, image_size=32, image_aspect_ratio="anyres", max_tiles=4, image_newline=True)
-
-
-def reference_tokens(height: int, width: int, vision: VisionConfig) -> list[tuple[int, int, int] | str]:
-    """Every token of an image: (tile, row in the tile, column in the tile), or "newline"."""
-    side, size = vision.image_size // vision.patch_size, vision.image_size
-    best: tuple[int, int] | None = None
-    best_kept, best_waste = 0, 0
-    for rows in range(1, vision.max_tiles + 1):
-        for cols in range(1, vision.max_tiles + 1):
-            if rows * cols > vision.max_tiles:
-                continue
-            scale = min(cols * size / width, rows * size / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            waste = rows * cols * size * size - kept
-            if best is None or kept > best_kept or (kept == best_kept and waste < best_waste):
-                best, best_kept, best_waste = (rows, cols), kept, waste
-    assert best is not None
-    grid = [
-        [(r // side * best[1] + c // side, r % side, c % side) for c in range(best[1] * side)]
-        for r in range(best[0] * side)
-    ]
-    grid_rows, grid_cols = len(grid), len(grid[0])
-    if width / height > grid_cols / grid_rows:
-        cut = (grid_rows - max(1, int(round(height * (grid_cols / width), 7)))) // 2
-        grid = grid[cut : grid_rows - cut]
-    else:
-        cut = (grid_cols - max(1, int(round(width * (grid_rows / height), 7)))) // 2
-        grid = [row[cut : grid_cols - cut] for row in grid]
-    tokens: list[tuple[int, int, int] | str] = []
-    for row in grid:
-        tokens.extend(row)
-        if vision.image_newline:
-            tokens.append("newline")
-    return tokens
 
 
 @pytest.mark.parametrize("newline", [True, False])
@@ -57,9 +24,9 @@ def test_anyres_against_the_reference(newline: bool) -> None:
     sizes += [(int(h), int(w)) for h, w in random.integers(1, 300, size=(150, 2))]
     for height, width in sizes:
         layout = image_layout(height, width, vision)
-        expected = reference_tokens(height, width, vision)
+        expected = tokens_of_image(height, width, vision, vision.max_tiles)
         assert layout.num_tokens == len(expected) > 0
-        tokens: list[tuple[int, int, int] | str] = [""] * len(expected)
+        tokens: list[Token] = [""] * len(expected)
         for target, source in zip(layout.patch_offsets(), layout.patch_source(), strict=True):
             tile, cell = divmod(int(source), vision.cells_per_tile)
             tokens[target] = (tile, *divmod(cell, vision.cells_per_side))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from megatron_haplovl.data.image_processing import (
     DecompressionBombError,
     TruncatedImageError,
     UndecodableImageError,
+    cut_tiles,
     decode_image,
     image_to_tiles,
 )
@@ -120,3 +124,45 @@ def test_decompression_bomb() -> None:
     header[18:26] = (60000).to_bytes(4, "little") * 2
     with pytest.raises(DecompressionBombError):
         decode_image(bytes(header), max_pixels=HIGHEST_MAX_PIXELS)
+
+
+@pytest.mark.parametrize("size", [(40, 3000), (3000, 40), (9, 2999), (2999, 8), (700, 3000), (2500, 611)])
+def test_a_padded_strip_is_the_padded_square(size: tuple[int, int]) -> None:
+    """The squares of these are too large to be made, but not too large to compare with."""
+    vision = VisionConfig(patch_size=14, image_size=336, image_aspect_ratio="pad")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    side = max(size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - size[1]) // 2, (side - size[0]) // 2))
+    expected = np.asarray(square.resize((336, 336), Image.Resampling.BICUBIC)).astype(int)
+    found = cut_tiles(image, vision)[0].transpose(1, 2, 0)
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 0.05 and (expected != [122, 116, 104]).any()
+
+
+MEMORY = """
+import resource, sys
+from PIL import Image, ImageCms
+from megatron_haplovl.config.vision import VisionConfig
+from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
+
+shapes = [(1, 1), (1, 100000), (100000, 1), (2, 50000), (50000, 2), (10, 60000), (60000, 10), (65000, 30)]
+files = []
+for height, width in shapes:
+    Image.new("RGB", (width, height)).save(path := f"{sys.argv[1]}/{height}.png")
+    files.append(open(path, "rb").read())
+for i, data in enumerate(files):
+    for ratio in ("resize", "pad", "anyres"):
+        vision = VisionConfig(patch_size=14, image_size=336, image_aspect_ratio=ratio, max_tiles=6)
+        assert image_to_tiles(decode_image(data), vision).shape[1:] == (3, 336, 336)
+    if i == 0:  # Everything is loaded now; from here on, 48 MB more must do.
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 48 * 2**20, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its size from /proc")
+def test_no_shape_costs_memory_out_of_proportion(tmp_path: Path) -> None:
+    """The largest of these has 2 million pixels: 8 MB in Pillow's form."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, ScheduleConfig
+from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend
+from megatron_haplovl.data.sources import EncodedImage, IndexedSource
 from tests.conftest import train_sentencepiece
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="anyres", max_tiles=4, image_newline=True)
@@ -234,3 +235,27 @@ def test_blend() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parse_blend(paths)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_only_prefixes_of_format_2_hold_sizes_of_upright_pictures(
+    tiny_prefix: str, tmp_path: Path, version: int
+) -> None:
+    for path in Path(tiny_prefix).parent.glob("train*"):
+        shutil.copy(path, tmp_path / path.name)
+    manifest = tmp_path / "train.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', f'"format_version": {version}'))
+    (image,) = IndexedSource(str(tmp_path / "train")).read(0).visuals
+    assert isinstance(image, EncodedImage) and image.upright == (version == 2)
+
+
+def test_batches_are_pinned_where_there_is_a_gpu(
+    tiny_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpu, device, pinned in ((True, "auto", True), (True, "cpu", False), (False, "auto", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        config = dataclasses.replace(make_config(tmp_path, num_workers=1), run=RunConfig(device=device))
+        loader = make_loader(tiny_prefix, config)._loader
+        assert loader.pin_memory == pinned
+        assert loader.prefetch_factor == 4
+    assert make_loader(tiny_prefix, make_config(tmp_path))._loader.prefetch_factor is None

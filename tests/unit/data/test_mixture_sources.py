@@ -1,7 +1,7 @@
 """The sources of a run: shares, sides of the split, tile rules, and what the batches hold of each.
 
-Planted once to see it fail: the split of main sources only, the rule of tiles not in the plan's hash, a rule that allows
-more, samples of joined documents under one source, the counts of items in another order.
+Planted once to see it fail: the split of main sources only, the rule of tiles not in the plan's hash, a rule that
+allows more, samples of joined documents under one source, the counts of items in another order.
 """
 
 from __future__ import annotations

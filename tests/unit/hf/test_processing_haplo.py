@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.hf import HaploImageProcessor, HaploProcessor
 from megatron_haplovl.hf.modeling_haplo import NEWLINE, TEXT
-from tests.fixtures.tiny_haplo import noise_image, train_tokenizer
+from tests.fixtures.tiny_haplo import chat_inputs, noise_image, train_tokenizer
 
 _SIZE = {"height": 8, "width": 8}
 
@@ -66,6 +67,24 @@ def test_video_frames_are_blocks_of_their_own(tokenizer_path: Path) -> None:
     assert both["visual_source"].max() == 4 + 11
 
 
+@pytest.mark.parametrize("form", ["images", "arrays", "array"])
+def test_chat_messages_hold_videos(tokenizer_path: Path, form: str) -> None:
+    """In every form that a video may have; the template writes a mark where the message has the video."""
+    processor = _processor(tokenizer_path)
+    processor.chat_template = load_chat_template("vicuna_v1").source
+    frames, image = [noise_image(20, 30, seed) for seed in range(3)], noise_image(9, 17, seed=3)
+    arrays = [np.asarray(frame) for frame in frames]
+    video = {"images": frames, "arrays": arrays, "array": np.stack(arrays)}[form]
+    first = [{"type": "video", "video": video}, {"type": "image", "image": image}, {"type": "text", "text": "what"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": first}]
+    found = chat_inputs(processor, messages, add_generation_prompt=True)
+    text = str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    assert text.index("<video>") < text.index("<image>") < text.index("what")
+    expected = processor(text=text, images=image, videos=frames)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_a_row_as_a_whole(tokenizer_path: Path, side: str) -> None:
     processor = _processor(tokenizer_path)
@@ -110,6 +129,9 @@ def test_images_may_be_given_flat(tokenizer_path: Path) -> None:
         ({"text": ["<image>", "<image>"], "images": [noise_image(8, 8)]}, "1 images were given for 2 image marks"),
         ({"text": ["<image>"] * 2, "images": [[noise_image(8, 8)]] * 3}, "images for 3 texts were given"),
         ({"text": "<video>"}, "text 0 has 1 video marks"),
+        ({"text": "<video>", "videos": [[]]}, "no images given"),
+        ({"text": "<video>", "videos": "clip.mp4"}, "a video is its frames in order .* not 'clip.mp4'"),
+        ({"text": "<video>", "videos": [["0.png"]]}, "got str"),
         ({"images": noise_image(8, 8)}, "text is needed"),
         ({"text": "red", "shiny": True}, "unknown arguments: shiny"),
         ({"text": "red", "audio": [1]}, "audio"),

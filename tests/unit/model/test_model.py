@@ -61,7 +61,7 @@ def make_batch(documents, seq_length, seed=0):
                 source += [4 * len(tiles) + i for i in range(4)]
                 target += [here, here + 1, here + 3, here + 4]
                 newline += [here + 2, here + 5]
-                tiles.append(torch.randn(3, 8, 8, generator=generator))
+                tiles.append(torch.randint(256, (3, 8, 8), generator=generator).byte())
         length = len(tokens) - first
         positions += range(length)
         start += [first] * length
@@ -81,7 +81,7 @@ def make_batch(documents, seq_length, seed=0):
         position_ids_BS=torch.tensor([positions]),
         kv_start_BS=torch.tensor([start], dtype=torch.int32),
         kv_end_BS=torch.tensor([end], dtype=torch.int32),
-        tiles_TCHW=torch.stack(tiles) if tiles else torch.zeros(0, 3, 8, 8),
+        tiles_TCHW=torch.stack(tiles) if tiles else torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
         patch_source_P=torch.tensor(source, dtype=torch.int64),
         patch_target_P=torch.tensor(target, dtype=torch.int64),
         newline_target_N=torch.tensor(newline, dtype=torch.int64),
@@ -146,7 +146,7 @@ def test_embedding_places_patches_positions_and_newlines():
     embedding.pre_norm = torch.nn.Identity()
     x = embedding(batch)[0]
     text = embedding.text_projector(embedding.text(batch.tokens_BS[0]))
-    patches = torch.nn.functional.conv2d(batch.tiles_TCHW, embedding.patch.weight.view(16, 3, 4, 4), stride=4)
+    patches = torch.nn.functional.conv2d(batch.pixels_TCHW(), embedding.patch.weight.view(16, 3, 4, 4), stride=4)
     patches = patches.flatten(2)[0].T + embedding.position
     expected = torch.stack(
         [text[0], patches[0], patches[1], embedding.image_newline, patches[2], patches[3], embedding.image_newline]
@@ -167,7 +167,7 @@ def test_mixed_mask_through_the_whole_model():
         hidden = model.hidden_states(dataclasses.replace(batch, tokens_BS=tokens))[0]
         assert ((hidden != base).any(dim=1).nonzero().squeeze(1)).tolist() == list(reached)
     tiles = batch.tiles_TCHW.clone()
-    tiles[1, :, 7, 7] += 1.0  # last patch of the second image
+    tiles[1, :, 7, 7] += 90  # last patch of the second image
     hidden = model.hidden_states(dataclasses.replace(batch, tiles_TCHW=tiles))[0]
     assert ((hidden != base).any(dim=1).nonzero().squeeze(1)).tolist() == list(range(8, 14))
 
@@ -178,7 +178,7 @@ def test_images_may_be_as_causal_as_text():
     batch = make_batch([["t", "I", "t"]], 10)
     base = model.hidden_states(batch)[0]
     tiles = batch.tiles_TCHW.clone()
-    tiles[0, :, 0, 7] += 1.0  # second patch of the image's first row, at position 2 of 0-7
+    tiles[0, :, 0, 7] += 90  # second patch of the image's first row, at position 2 of 0-7
     hidden = model.hidden_states(dataclasses.replace(batch, tiles_TCHW=tiles))[0]
     assert ((hidden != base).any(dim=1).nonzero().squeeze(1)).tolist() == list(range(2, 8))
 

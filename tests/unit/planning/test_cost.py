@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,9 @@ from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig, PostDecoderConfig, PreDecoderConfig
 from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
 from megatron_haplovl.config.vision import VisionConfig
+from megatron_haplovl.data.dataset import collate, lay_out_document
+from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 from megatron_haplovl.kernels.mask import MixedMask
 from megatron_haplovl.losses.language_modeling import next_token_loss
 from megatron_haplovl.model.block import Block
@@ -273,17 +277,35 @@ def test_work_of_a_batch() -> None:
 def test_work_of_a_sequence_is_that_of_a_packed_batch() -> None:
     batch = make_batch(SMALL, (30, 30, 30), 170)
     expected = work_of_batch(batch, PRETRAIN)
-    work = work_of_sequence(170, images=[20], text=30, trained=30, newlines=4, cells_per_tile=16)
+    image = visual_layouts([Picture(16, 16)], SMALL.vision)
+    work = work_of_sequence(170, visuals=image, text=30, trained=30)
     assert work == expected
-    causal = work_of_sequence(
-        170, images=[20], text=30, trained=30, newlines=4, cells_per_tile=16, image_attention="causal"
-    )
+    causal = work_of_sequence(170, visuals=image, text=30, trained=30, image_attention="causal")
     causal_model = dataclasses.replace(SMALL, image_attention="causal")
     assert causal == work_of_batch(make_batch(causal_model, (30, 30, 30), 170), PRETRAIN) and causal.pairs < work.pairs
     with pytest.raises(ValueError, match="a document of 200 tokens does not fit a sequence of 170"):
-        work_of_sequence(170, images=[100], text=100, trained=1, newlines=0, cells_per_tile=16)
+        work_of_sequence(170, visuals=image * 5, text=100, trained=1)
     with pytest.raises(ValueError, match="31 trained tokens of 30 text tokens"):
-        work_of_sequence(170, images=[20], text=30, trained=31, newlines=4, cells_per_tile=16)
+        work_of_sequence(170, visuals=image, text=30, trained=31)
+
+
+@pytest.mark.parametrize("budget", [None, 128])
+@pytest.mark.parametrize("seq_length", [700, 1500])
+def test_work_of_several_images_and_a_video_is_that_of_a_packed_batch(budget: int | None, seq_length: int) -> None:
+    """Mock documents of any resolution, whose images lose rows and columns of their tiles."""
+    vision = dataclasses.replace(SMALL.vision, image_aspect_ratio="anyres", max_tiles=4, image_token_budget=budget)
+    sizes = ((30, 41), (64, 20))
+    images = tuple(EncodedImage(b"P6 %d %d 255\n" % (w, h) + bytes(3 * h * w), h, w) for h, w in sizes)
+    text = np.full(8, 5, np.int32)
+    sample = Sample(
+        text, (np.arange(8) > 5).astype(np.uint8), np.arange(8) < 3, (*images, EncodedVideo(images[:1] * 7))
+    )
+    layouts = visual_layouts([*(Picture(*size) for size in sizes), Frames(7)], vision)
+    work = work_of_sequence(seq_length, visuals=layouts, text=5, trained=2)
+    document = lay_out_document([sample], vision)
+    packed = collate([[document] * (seq_length // len(document.tokens))], seq_length, vision)
+    assert work == work_of_batch(packed, FINETUNE)
+    assert work.tiles * vision.cells_per_tile > work.patches > 0
 
 
 # --- What several ranks share -----------------------------------------------------------------------------------------
@@ -291,7 +313,9 @@ def test_work_of_a_sequence_is_that_of_a_packed_batch() -> None:
 
 def block_of(layout: Layout, recompute: str = "none") -> LayerCost:
     """A post-decoder block of haplovl-8b on one rank, 4,096 tokens."""
-    work = work_of_sequence(4096, images=[576], text=448, trained=100, newlines=0, cells_per_tile=576)
+    work = work_of_sequence(
+        4096, visuals=visual_layouts([Picture(336, 336)], MODELS["haplovl-7b"].vision), text=448, trained=100
+    )
     layers = layer_costs(
         MODELS["haplovl-8b"],
         work,

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSche
 from megatron_haplovl.config.layout import Layout, Workload
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.stages import FINETUNE
+from megatron_haplovl.data.image_geometry import Picture, visual_layouts
 from megatron_haplovl.planning.cost import layer_costs
 from megatron_haplovl.planning.cost_units import Precision, Speeds
 from megatron_haplovl.planning.estimate import Estimate, estimate, pipeline_seconds
@@ -20,7 +21,7 @@ from megatron_haplovl.planning.work import work_of_sequence
 
 TRAINED = frozenset({"embedding", "pre_decoder", "connector", "post_decoder"})
 MODEL = MODELS["haplovl-8b"]
-WORK = work_of_sequence(6144, images=[2352], text=256, trained=128, newlines=48, cells_per_tile=576)
+WORK = work_of_sequence(6144, visuals=visual_layouts([Picture(672, 672)], MODEL.vision), text=256, trained=128)
 WORKLOAD = Workload(MODEL, seq_length=6144, global_batch_size=128)
 CLUSTER = Cluster(
     gpus=64,

@@ -13,6 +13,7 @@ from megatron_haplovl.config.layout import Layout, Workload
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.stages import FINETUNE, PRETRAIN, StageSpec
+from megatron_haplovl.data.image_geometry import Picture, visual_layouts
 from megatron_haplovl.planning.cost import layer_costs
 from megatron_haplovl.planning.cost_units import Precision, Speeds
 from megatron_haplovl.planning.engine_memory import gradient_traffic
@@ -25,7 +26,7 @@ from megatron_haplovl.planning.work import Work, work_of_sequence
 STAGE2 = frozenset({"embedding", "pre_decoder", "connector", "post_decoder"})
 STAGE1 = frozenset({"embedding", "pre_decoder", "distillation"})
 MODEL = MODELS["haplovl-8b"]
-WORK = work_of_sequence(6144, images=[2352], text=256, trained=128, newlines=48, cells_per_tile=576)
+WORK = work_of_sequence(6144, visuals=visual_layouts([Picture(672, 672)], MODEL.vision), text=256, trained=128)
 
 
 def cut(model: ModelConfig = MODEL, work: Work = WORK, stages: int = 4, **settings: Any) -> tuple[int, ...]:
