@@ -1,7 +1,7 @@
 """Losses and consumed samples of each source, in every kind of layout, against one process with each document alone.
 
-Planted once to see it fail: the sources of a context rank's positions not shared out, sums added over the tensor
-ranks, too, the sums of stages without a head missing, a validation under the names of the training.
+Planted once to see it fail: every context rank with the sources of the first one's positions, the sums of all ranks
+added up, tensor-parallel ones among them, only those of the ranks of one pipeline stage.
 """
 
 from __future__ import annotations
