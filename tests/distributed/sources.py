@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def sources_config(case: str, folder: Path) -> Config:
     """A run of :func:`parallel_config` on the sources, whose weights stay as they are."""
     recipe = case.partition(": ")[0]
     c = parallel_config(case, "torch")
-    data = {
+    data: dict[str, Any] = {
         "mock_data": False,
         "data_config": f"{folder}/{recipe}.yaml",
         "seq_length": 240,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from megatron_haplovl.config.mixture import VARIABLE, Mixture
 from megatron_haplovl.config.mixture_file import read_mixture
@@ -43,7 +44,12 @@ def metrics_file(folder: Path, file: str) -> Path:
 def run_config(folder: Path, file: str, recipe: str) -> Config:
     """A tiny run on a mixture."""
     c = config(recipe, logging__log_interval=STEPS, logging__metrics_file=str(metrics_file(folder, file)))
-    data = {"mock_data": False, "data_config": str(MIXTURES / file), "data_var": variables(folder), "seq_length": 240}
+    data: dict[str, Any] = {
+        "mock_data": False,
+        "data_config": str(MIXTURES / file),
+        "data_var": variables(folder),
+        "seq_length": 240,
+    }
     return dataclasses.replace(
         c,
         model=dataclasses.replace(c.model, vocab_size=512),

@@ -21,8 +21,9 @@ from megatron_haplovl.data.batch import IGNORE_INDEX
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import RunSources, open_run_sources, training_prefixes
 from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
-from megatron_haplovl.data.plan_cache import PlanInputs
+from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare
 from megatron_haplovl.data.source_counts import SOURCE_COUNT_NAMES
+from megatron_haplovl.data.sources import IndexedSource
 from tests.conftest import make_llava_dataset
 
 PLAN = PlanSettings(seed=0, seq_length=200, packing=True, shuffle=True, skip_long_samples=False)
@@ -71,6 +72,11 @@ def plan_inputs(c: Config, sources: RunSources) -> PlanInputs:
     return PlanInputs(sources.train, sources.aux, c.model.vision, PLAN)
 
 
+def hashes(share: SourceShare) -> np.ndarray:
+    assert isinstance(share.source, IndexedSource)
+    return share.source.hashes()
+
+
 def numbers(shares: list[Any]) -> list[list[int]]:
     return [list(range(s.source.num_samples)) if s.samples is None else s.samples.tolist() for s in shares]
 
@@ -104,10 +110,10 @@ def test_no_record_is_on_both_sides_in_any_source(prefixes: Path) -> None:
     trained, held_out = set[int](), set[int]()
     for shares, found in ((sources.train + sources.aux, trained), (sources.valid, held_out)):
         for share, chosen in zip(shares, numbers(shares), strict=True):
-            found.update(share.source.hashes()[chosen].tolist())
+            found.update(hashes(share)[chosen].tolist())
     assert trained and held_out and not trained & held_out
     # `a` holds all records, so together the sides hold all.
-    assert trained | held_out == set(sources.train[0].source.hashes().tolist())
+    assert trained | held_out == set(hashes(sources.train[0]).tolist())
     # In `c` every record is there twice, and both are on one side.
     (of_c,) = numbers(sources.aux)
     assert sorted(number % 10 for number in of_c) == sorted([number for number in of_c if number < 10] * 2)
@@ -125,8 +131,6 @@ def test_a_split_of_data_paths(prefixes: Path) -> None:
 
 @pytest.mark.parametrize("format_version", [1, 2])
 def test_hashes_of_either_format(prefixes: Path, tmp_path: Path, format_version: int) -> None:
-    from megatron_haplovl.data.sources import IndexedSource
-
     opened = IndexedSource(f"{prefixes}/a")
     expected = np.load(f"{prefixes}/a_sample_hashes.npy")
     opened.manifest = dataclasses.replace(opened.manifest, format_version=format_version)
