@@ -53,6 +53,6 @@ def run_config(folder: Path, file: str, recipe: str) -> Config:
     return dataclasses.replace(
         c,
         model=dataclasses.replace(c.model, vocab_size=512),
-        data=dataclasses.replace(c.data, **data, data_cache_path=str(folder / "plans")),
+        data=dataclasses.replace(c.data, **data),
         init=dataclasses.replace(c.init, allow_missing=(".*",)),
     )
