@@ -144,7 +144,7 @@ def our_batches(records: Records, model: ModelConfig, workers: int) -> Callable[
         schedule=ScheduleConfig(global_batch_size=1, micro_batch_size=1),
     )
     loader = build_loader((records.prefix,), config, num_steps=1, dp_rank=0, dp_size=1)
-    steps = loader._plan.epochs[0].num_packs
+    steps = loader.plan.epochs[0].num_packs
     loader = build_loader((records.prefix,), config, num_steps=steps, dp_rank=0, dp_size=1)
     return lambda: loader.micro_batches(0)
 

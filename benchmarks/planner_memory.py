@@ -80,6 +80,7 @@ def make_batch(config: ModelConfig, texts: tuple[int, ...], seq_length: int, unt
                 patch_target=layout.patch_offsets(),
                 newline_target=layout.newline_offsets(),
                 tiles=[random.integers(0, 256, (1, 3, size, size), dtype=np.uint8)],
+                source=np.zeros(total, dtype=np.int32),
             )
         )
     return collate([documents], seq_length, config.vision, config.image_attention)

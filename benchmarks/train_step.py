@@ -69,6 +69,7 @@ def documents() -> list[Document]:
                 patch_target=layout.patch_offsets(),
                 newline_target=layout.newline_offsets(),
                 tiles=[random.integers(0, 256, (1, 3, size, size), dtype=np.uint8)],
+                source=np.zeros(total, dtype=np.int32),
             )
         )
     return made

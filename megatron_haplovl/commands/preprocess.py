@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_haplovl import __version__
 from megatron_haplovl.commands.preprocess_arguments import build_parser, settings_from
+from megatron_haplovl.commands.preprocess_mixture import check_words, preprocess_mixture
 from megatron_haplovl.data.long_samples import CHANGES
 from megatron_haplovl.data.manifest import FORMAT_VERSION, REPORT_SUFFIX, Manifest
 from megatron_haplovl.data.parts_folder import PartsFolder, open_parts
@@ -169,8 +171,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker process was killed; 74 if something cannot be written; 130 and 143 after SIGINT and SIGTERM.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    check_words(parser, args)
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if args.data_config is None:
+            return _preprocess_in_one_sentence(parser.prog, args)
+        return preprocess_mixture(parser, words, partial(_preprocess_in_one_sentence, parser.prog))
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return UNUSABLE_INPUT
+    except Stopped as stop:
+        # Between two sources of a mixture.
+        print(f"{parser.prog}: stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+        return 128 + stop.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _preprocess_in_one_sentence(program: str, args: argparse.Namespace) -> int:
+    """As :func:`preprocess`; whatever ends it is said in one sentence."""
     try:
         return preprocess(args)
     except ValueError as error:
@@ -181,12 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status, goes_on = f"{error.filename or args.output_prefix}: {error.strerror}", CANNOT_WRITE, True
     except Stopped as stop:
         message, status, goes_on = f"stopped by {signal.Signals(stop.number).name}", 128 + stop.number, True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if goes_on:
         message += what_is_kept(args)
-    print(f"{parser.prog}: {'error: ' if status != 128 + signal.SIGINT else ''}{message}", file=sys.stderr)
+    print(f"{program}: {'error: ' if status != 128 + signal.SIGINT else ''}{message}", file=sys.stderr)
     return status
 
 

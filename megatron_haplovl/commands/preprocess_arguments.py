@@ -8,6 +8,7 @@ import os
 import re
 from typing import Any
 
+from megatron_haplovl.commands.preprocess_mixture import add_mixture_arguments
 from megatron_haplovl.config.cli import add_settings, build_config
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.validate import validate_model
@@ -53,7 +54,6 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """What is read, and how strictly."""
     parser.add_argument(
         "--input",
-        required=True,
         nargs="+",
         action="extend",
         metavar="PATH",
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_input_flags(parser)
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="names of the files to write")
+    parser.add_argument("--output-prefix", metavar="PREFIX", help="names of the files to write")
     parser.add_argument(
         "--tokenizer-model",
         required=True,
@@ -120,7 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--chat-template",
-        required=True,
         metavar="NAME",
         help=f"{', '.join(TEMPLATE_NAMES)}, or a .jinja file with {{%% generation %%}} marks",
     )
@@ -190,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
         + " (default: %(default)s)",
     )
     add_settings(parser, VisionConfig, ("model", "vision"))
+    add_mixture_arguments(parser)
     return parser
 
 

@@ -145,6 +145,23 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = setting(
         (), "held-out data for evaluation; same form as --data-path", metavar="PREFIX"
     )
+    data_config: str | None = setting(
+        None,
+        "mixture: a YAML file of sources, in place of --data-path, --aux-data-path and --valid-data-path; "
+        "LLaVA-OneVision's own form is read, too",
+        metavar="YAML",
+    )
+    data_var: tuple[str, ...] = setting(
+        (),
+        "what ${NAME} stands for in the paths of --data-config; wins over file and environment",
+        metavar="NAME=VALUE",
+    )
+    split: str | None = setting(
+        None,
+        "hold samples of the training data out for evaluation, by a hash of what they hold: 990,10 holds out 1 %; of "
+        "990,5,5 nothing reads the last 5",
+        metavar="TRAIN,VALID",
+    )
     data_cache_path: str | None = setting(None, "folder for cached pack plans (default: beside the data)")
     tokenizer_model: str | None = setting(
         None, "Hugging Face tokenizer folder or sentencepiece .model; checked against the data's manifest"

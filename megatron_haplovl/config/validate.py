@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_haplovl.config.allowed import Allowed
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
+from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
 from megatron_haplovl.config.vision import VisionConfig
@@ -137,12 +138,29 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
-    if data.mock_data and (data.data_path or data.aux_data_path or data.valid_data_path):
+    by_flags = data.data_path or data.aux_data_path or data.valid_data_path
+    if data.mock_data and by_flags:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
-    if not data.mock_data and not data.data_path:
-        raise ValueError("nothing to train on: give --data-path PREFIX (see haplovl-preprocess) or --mock-data")
-    if config.logging.eval_interval is not None and not data.valid_data_path:
-        raise ValueError("--eval-interval needs --valid-data-path")
+    if data.mock_data and (data.data_config is not None or data.split is not None):
+        raise ValueError("--mock-data reads no files; leave out --data-config and --split")
+    if data.data_config is not None and by_flags:
+        raise ValueError(
+            f"--data-config {data.data_config} names all sources; leave out --data-path, --aux-data-path and "
+            "--valid-data-path"
+        )
+    if data.data_var and data.data_config is None:
+        raise ValueError("--data-var is for the paths of --data-config; give that, or leave it out")
+    if data.split is not None:
+        parse_split(data.split)
+        if data.valid_data_path:
+            raise ValueError("--split and --valid-data-path both say what is held out; keep one of them")
+    if not data.mock_data and not data.data_path and data.data_config is None:
+        raise ValueError(
+            "nothing to train on: give --data-path PREFIX (see haplovl-preprocess), --data-config YAML or --mock-data"
+        )
+    # Whether a mixture holds something out is known when it is read.
+    if config.logging.eval_interval is not None and not (data.valid_data_path or data.split or data.data_config):
+        raise ValueError("--eval-interval needs --valid-data-path, --split or --data-config")
 
 
 def _validate_checkpoint(config: Config) -> None:

@@ -24,8 +24,8 @@ from megatron_haplovl.conversion.hf_mapping import export_to_haplo, haplo_table
 from megatron_haplovl.conversion.remote_code import MODEL_AUTO_MAP, write_remote_code
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ChatTemplate, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.image_geometry import grid_pinpoints
-from megatron_haplovl.data.loader import parse_blend
 from megatron_haplovl.data.manifest import read_manifest
+from megatron_haplovl.data.mixture_sources import training_prefixes
 from megatron_haplovl.data.records import Message, Record
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer, load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
@@ -126,7 +126,7 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
         ValueError: there are no manifests (mock data, or data that has moved); they name several templates, or one that
             does not come with the package or has changed since; or the data was made with another tokenizer.
     """
-    manifests = {prefix: read_manifest(prefix) for _, prefix in parse_blend(config.data.data_path)}
+    manifests = {prefix: read_manifest(prefix) for prefix in training_prefixes(config)}
     for prefix, manifest in manifests.items():
         if not same_tokenizer(manifest.tokenizer_fingerprint, tokenizer.fingerprint):
             raise ValueError(

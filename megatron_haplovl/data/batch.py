@@ -59,6 +59,10 @@ class Batch:
     """int64 index into the flattened B * S positions, where an image newline stands."""
     visible_pairs: int
     """(query, key) pairs that attend: the unit of attention's arithmetic."""
+    source_BS: torch.Tensor | None = None
+    """int32 number of the source that a token is from, -1 at padding; None if there is one source only."""
+    num_sources: int = 1
+    """Sources that there are, whether they are in this batch or not."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; only the mask's vectors stay on the host.

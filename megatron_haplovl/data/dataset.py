@@ -26,6 +26,7 @@ from megatron_haplovl.data.image_geometry import (
 from megatron_haplovl.data.image_processing import cut_tiles, decode_image
 from megatron_haplovl.data.packs import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
+from megatron_haplovl.data.tile_rule import narrowed
 from megatron_haplovl.kernels.mask import mixed_mask
 
 IntArray = npt.NDArray[np.int64]
@@ -54,14 +55,19 @@ class Document:
     """`[m]`, position of each newline's token in the document."""
     tiles: list[npt.NDArray[np.uint8]]
     """One `[tiles of the image, 3, H, W]` array per image or frame."""
+    source: npt.NDArray[np.int32]
+    """`[n]`, number of the source that each token is from."""
 
 
-def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Document:
+def lay_out_document(
+    samples: Sequence[Sample], vision: VisionConfig, source_numbers: Sequence[int] | None = None
+) -> Document:
     """Lay out one sample, or two joined ones, as one document.
 
     Args:
         samples: the samples in order; each starts where the one before it ends.
         vision: how images become tokens.
+        source_numbers: number of each sample's source; without it, 0 for all.
 
     Returns:
         The document, its images decoded.
@@ -80,6 +86,8 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
     ends = np.cumsum(lengths)
     starts = ends - lengths
     total = int(ends[-1])
+    numbers = np.array(source_numbers or [0] * len(samples), dtype=np.int32)
+    source = np.repeat(np.repeat(numbers, [len(sample.token_ids) for sample in samples]), lengths)
 
     text_positions = starts[~is_visual]
     tokens = np.zeros(total, dtype=np.int64)
@@ -102,11 +110,12 @@ def lay_out_document(samples: Sequence[Sample], vision: VisionConfig) -> Documen
             start = end
         if layout.closing_newline:
             visual.append_newline(start)
-    return Document(tokens, labels, is_text, kv_end, *visual.indices(), visual.tiles)
+    return Document(tokens, labels, is_text, kv_end, *visual.indices(), visual.tiles, source)
 
 
 def _see(sample: Sample, vision: VisionConfig) -> list[tuple[tuple[EncodedImage, ...], VisualLayout, VisionConfig]]:
     """For each image or video of a sample: the images of its blocks, its layout, and how its images become tiles."""
+    vision = narrowed(vision, sample.tiles)
     shapes = [
         Frames(len(v.frames)) if isinstance(v, EncodedVideo) else Picture(v.height, v.width) for v in sample.visuals
     ]
@@ -174,6 +183,7 @@ def collate(
     seq_length: int,
     vision: VisionConfig,
     image_attention: str = "bidirectional",
+    num_sources: int = 1,
 ) -> Batch:
     """Put documents behind each other and sequences on top of each other.
 
@@ -182,6 +192,7 @@ def collate(
         seq_length: length of every sequence, filled with padding.
         vision: how images become tokens.
         image_attention: what the model lets the tokens of an image see, which decides the number of visible pairs.
+        num_sources: sources that the documents are from.
     """
     shape = (len(packs), seq_length)
     tokens_BS = np.zeros(shape, dtype=np.int64)
@@ -191,6 +202,7 @@ def collate(
     # Padding sees itself only.
     kv_start_BS = np.tile(np.arange(seq_length, dtype=np.int32), (len(packs), 1))
     kv_end_BS = kv_start_BS + np.int32(1)
+    source_BS = np.full(shape, -1, dtype=np.int32)
     visual = _VisualTokens(vision.cells_per_tile)
     for row, documents in enumerate(packs):
         start = 0
@@ -204,6 +216,7 @@ def collate(
             position_ids_BS[here] = np.arange(end - start)
             kv_start_BS[here] = start
             kv_end_BS[here] = document.kv_end + start
+            source_BS[here] = document.source
             visual.append(
                 row * seq_length + start,
                 document.patch_source,
@@ -227,6 +240,8 @@ def collate(
         patch_target_P=patch_target_P,
         newline_target_N=newline_target_N,
         visible_pairs=mixed_mask(*kv_vectors, image_attention).visible_pairs,
+        source_BS=torch.from_numpy(source_BS) if num_sources > 1 else None,
+        num_sources=num_sources,
     )
 
 
@@ -251,7 +266,7 @@ class PackDataset(Dataset[Batch]):
     def __getitem__(self, packs: Sequence[int]) -> Batch:
         documents = [self._documents(pack) for pack in packs]
         length = self._seq_length if any(documents) else self._empty_length
-        return collate(documents, length, self._vision, self._image_attention)
+        return collate(documents, length, self._vision, self._image_attention, len(self._sources))
 
     def _documents(self, pack: int) -> list[Document]:
         documents: list[Document] = []
@@ -260,7 +275,7 @@ class PackDataset(Dataset[Batch]):
         for items in self._plan.documents(pack):
             try:
                 samples = [self._sources[source].read(sample) for source, sample in items]
-                documents.append(lay_out_document(samples, self._vision))
+                documents.append(lay_out_document(samples, self._vision, [source for source, _ in items]))
             except ValueError as error:
                 where = ", ".join(f"{self._sources[source].name} sample {sample}" for source, sample in items)
                 raise ValueError(f"{where}: {error}") from error

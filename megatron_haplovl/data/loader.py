@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
 from megatron_haplovl.data.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.source_counts import IntArray, counts_by_source
+from megatron_haplovl.data.source_labels import source_labels
 from megatron_haplovl.data.sources import IndexedSource, Source
+from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
 
@@ -36,6 +40,7 @@ class BatchLoader:
     Args:
         plan: the packs of each step.
         sources: where the plan's samples are read, as it numbers them: main sources first, then auxiliary ones.
+        source_names: what the log calls them.
         config: batch sizes, sequence length, workers, and the model that the batches are for.
         steps_available: steps that the plan holds.
         plan_key: hash of all that the order of the data depends on.
@@ -52,6 +57,7 @@ class BatchLoader:
         sources: Sequence[Source],
         config: Config,
         *,
+        source_names: tuple[str, ...],
         steps_available: int,
         plan_key: str,
         dp_rank: int,
@@ -61,6 +67,8 @@ class BatchLoader:
         """Steps that the plan holds."""
         self.plan_key = plan_key
         """Hash of all that the order of the data depends on; equal keys give equal batches."""
+        self.source_names = source_names
+        """What the log calls the sources."""
         self._plan = plan
         schedule = config.schedule
         if schedule.batch_unit == "packs":
@@ -119,6 +127,15 @@ class BatchLoader:
         """The same over all steps before this one; as quick for a late step as for an early one."""
         return self._plan.counts_before(step)
 
+    def counts_by_source(self, steps: range) -> IntArray:
+        """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
+        packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
+        return counts_by_source(self._plan.packs, packs, len(self.source_names))
+
+
+_PREFETCH = 4
+"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
+
 
 _PREFETCH = 4
 """Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
@@ -147,6 +164,7 @@ def build_loader(
     dp_rank: int,
     dp_size: int,
     aux_paths: tuple[str, ...] = (),
+    shares: tuple[list[SourceShare], list[SourceShare]] | None = None,
     shuffle: bool = True,
     barrier: Callable[[], None] | None = None,
     is_builder: bool | None = None,
@@ -160,6 +178,7 @@ def build_loader(
         dp_rank: this process's place among those that read different data.
         dp_size: number of those processes.
         aux_paths: auxiliary samples to join (stage 1), in the same form. Not read with mock data either.
+        shares: main and auxiliary sources that are open already (`data.mixture_sources`), in place of paths.
         shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
             epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
             last global batch is filled up with empty packs, which are counted nowhere, so that no sample counts twice.
@@ -193,7 +212,8 @@ def build_loader(
         inputs = PlanInputs([SourceShare(mock)], [], config.model.vision, settings)
         plan = PackPlan([build_epoch(*inputs.blend(), settings, 0)], cycle=shuffle)
     else:
-        inputs = PlanInputs(open_sources(paths, config), open_sources(aux_paths, config), config.model.vision, settings)
+        main, aux = shares or (open_sources(paths, config), open_sources(aux_paths, config))
+        inputs = PlanInputs(main, aux, config.model.vision, settings)
         _check_one_tokenizer([share.source for share in inputs.main + inputs.aux])
         first_prefix = Path(inputs.main[0].source.name)
         cache = Path(config.data.data_cache_path) if config.data.data_cache_path else first_prefix.parent / _CACHE
@@ -211,6 +231,7 @@ def build_loader(
         steps,
         [share.source for share in inputs.main + inputs.aux],
         config,
+        source_names=source_labels(inputs.main, inputs.aux),
         plan_key=inputs.key,
         steps_available=num_steps if shuffle else min(num_steps, steps.num_steps),
         dp_rank=dp_rank,
@@ -251,33 +272,40 @@ def open_sources(paths: tuple[str, ...], config: Config) -> list[SourceShare]:
     """
     if not paths:
         return []
-    fingerprint = None
-    if config.data.tokenizer_model is not None:
-        fingerprint = load_tokenizer(config.data.tokenizer_model).fingerprint
-    shares = []
-    for weight, prefix in parse_blend(paths):
-        source = IndexedSource(prefix)
-        recorded = source.manifest.tokenizer_fingerprint
-        if fingerprint is not None and not same_tokenizer(recorded, fingerprint):
-            raise ValueError(
-                f"{prefix} was preprocessed with another tokenizer (fingerprint {shorten(recorded)}) than "
-                f"--tokenizer-model {config.data.tokenizer_model} ({shorten(fingerprint)}); preprocess it again with "
-                "this one"
-            )
-        if (blind := blind_spot(recorded)) is not None:
-            logger.info(f"{prefix}: {blind}")
-        largest = source.manifest.counts.largest_token_id
-        if largest >= config.model.vocab_size:
-            raise ValueError(
-                f"{prefix} contains the token id {largest}, outside of --vocab-size {config.model.vocab_size}"
-            )
-        shares.append(SourceShare(source, weight))
-    return shares
+    return [SourceShare(open_source(prefix, config), weight) for weight, prefix in parse_blend(paths)]
+
+
+def open_source(prefix: str, config: Config) -> IndexedSource:
+    """Open one prefix and check it against the model and its tokenizer.
+
+    Raises:
+        ValueError: see :func:`build_loader`.
+    """
+    source = IndexedSource(prefix)
+    recorded, model = source.manifest.tokenizer_fingerprint, config.data.tokenizer_model
+    if model is not None and not same_tokenizer(recorded, _fingerprint(model)):
+        raise ValueError(
+            f"{prefix} was preprocessed with another tokenizer (fingerprint {shorten(recorded)}) than "
+            f"--tokenizer-model {model} ({shorten(_fingerprint(model))}); preprocess it again with this one"
+        )
+    if (blind := blind_spot(recorded)) is not None:
+        logger.info(f"{prefix}: {blind}")
+    largest = source.manifest.counts.largest_token_id
+    if largest >= config.model.vocab_size:
+        raise ValueError(f"{prefix} contains the token id {largest}, outside of --vocab-size {config.model.vocab_size}")
+    return source
+
+
+# Read once for all the prefixes of a run.
+@lru_cache(maxsize=1)
+def _fingerprint(tokenizer_model: str) -> str:
+    return load_tokenizer(tokenizer_model).fingerprint
 
 
 def _check_one_tokenizer(sources: list[Source]) -> None:
     """Refuse data of two tokenizers, because a run would silently train on nonsense."""
-    indexed = [source for source in sources if isinstance(source, IndexedSource)]
+    opened = [source.inner if isinstance(source, NarrowedSource) else source for source in sources]
+    indexed = [source for source in opened if isinstance(source, IndexedSource)]
     # All pairs: two of today's fingerprints may differ where both agree with an old one.
     for one, other in combinations(indexed, 2):
         if not same_tokenizer(one.manifest.tokenizer_fingerprint, other.manifest.tokenizer_fingerprint):

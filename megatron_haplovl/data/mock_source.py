@@ -56,6 +56,11 @@ class MockSource:
         """All arguments."""
         return repr(vars(self))
 
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch."""
+        return self._num_samples
+
     def counts(self, vision: VisionConfig) -> SampleCounts:
         """Sizes of all samples; `vision` is that of the constructor."""
         assert vision == self._vision

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.data.packing import gather_ranges, pack_windows, shuffle_packs
-from megatron_haplovl.data.packs import COUNT_NAMES, EpochPlan
+from megatron_haplovl.data.packs import COUNT_NAMES, ITEM_COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 IntArray = npt.NDArray[np.int64]
@@ -119,10 +119,11 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
     cumulative = _count_packs(items, doc_offsets, order, pack_offsets, main + aux)
     assert int(np.diff(cumulative[:, COUNT_NAMES.index("tokens")]).max()) <= settings.seq_length
     items, doc_offsets = _take_documents(items, doc_offsets, order)
+    item_counts = np.stack([_of_items(name, items, main + aux) for name in ITEM_COUNT_NAMES], axis=1).astype(np.int32)
     kept = sum(map(len, fitting))
     known = sum(len(source.counts.tokens if source.samples is None else source.samples) for source in main + aux)
     stats = {"skipped_long": known - kept, "not_joined": not_joined}
-    return EpochPlan(items, doc_offsets, pack_offsets, step_offsets, cumulative, stats)
+    return EpochPlan(items, item_counts, doc_offsets, pack_offsets, step_offsets, cumulative, stats)
 
 
 def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray, IntArray]:

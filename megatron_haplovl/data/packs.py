@@ -6,6 +6,7 @@ A pack is a packed sequence. It has one number through all epochs of a plan.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ IntArray = npt.NDArray[np.int64]
 
 COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens", "tokens", "documents", "tiles", "pairs")
 """Columns of what a plan counts, as in `StepCounts`; and image tiles, and (query, key) pairs of the mixed mask."""
+
+ITEM_COUNT_NAMES = ("lm_tokens", "text_tokens", "patch_tokens")
+"""Columns of `EpochPlan.item_counts`: what losses by source are divided by."""
 
 _STEP_COUNTS = [field.name for field in dataclasses.fields(StepCounts)]
 
@@ -31,6 +35,8 @@ class EpochPlan:
 
     items: npt.NDArray[np.int32]
     """`[samples, 2]`: number of the source (main sources first, then auxiliary ones) and of the sample in it."""
+    item_counts: npt.NDArray[np.int32]
+    """`[samples, 3]`, columns as in ITEM_COUNT_NAMES."""
     doc_offsets: IntArray
     pack_offsets: IntArray
     step_offsets: IntArray
@@ -102,6 +108,17 @@ class PackPlan:
             return []
         epoch = self._epoch(pack)
         return self.epochs[epoch].documents(pack - self.start(epoch))
+
+    def spans(self, packs: range) -> Iterator[tuple[EpochPlan, int, int]]:
+        """The epochs that packs which follow each other lie in, with the first pack and the end in each."""
+        pack = packs.start
+        while pack < packs.stop and (self.cycle or pack < self.num_packs):
+            inside = pack % self.num_packs
+            epoch = self._epoch(inside)
+            first = inside - self.start(epoch)
+            end = min(self.epochs[epoch].num_packs, first + packs.stop - pack)
+            yield self.epochs[epoch], first, end
+            pack += end - first
 
     def cumulative(self, packs: IntArray) -> IntArray:
         """Counts of all packs before each of some, `[len(packs), 7]`, columns as in COUNT_NAMES."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Rises when the same inputs would give another plan, or other files.
 _ALGORITHM = 3
 _MAPPED_FROM = 2**20  # bytes
-_ARRAYS = ("items", "doc_offsets", "pack_offsets", "step_offsets", "cumulative")
+_ARRAYS = ("items", "item_counts", "doc_offsets", "pack_offsets", "step_offsets", "cumulative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class SourceShare:
     selection: str | None = None
     """Says which samples `samples` are, for the plan's hash."""
     samples: IntArray | None = None
+    label: str | None = None
+    """Name in log columns; None: made of the prefix. No part of the plan."""
 
     def __post_init__(self) -> None:
         assert (self.selection is None) == (self.samples is None)

@@ -19,6 +19,7 @@ from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest, Origin
 from megatron_haplovl.data.media import FoundImage, FoundVideo
 from megatron_haplovl.data.preprocess import BadRecord, ProcessedSample, ProcessorSettings, RecordProcessor
 from megatron_haplovl.data.records import RawRecord
+from megatron_haplovl.data.sample_hash import sample_hash
 
 
 class PrefixFiles:
@@ -200,14 +201,6 @@ class PrefixWriter:
         }
         noted = (self._repairs, self._unread_keys, self._left_out)
         return self._files.finish(arrays, origin, counts, skipped, *noted, num_frames)
-
-
-def sample_hash(token_ids: npt.NDArray[np.int32], digests: Iterable[bytes]) -> int:
-    """64 bits of what a sample holds, wherever it stands: its tokens and the SHA-256 digests of its images."""
-    hashed = hashlib.sha256(token_ids.astype("<i4").tobytes())
-    for digest in digests:
-        hashed.update(digest)
-    return int.from_bytes(hashed.digest()[:8], "little")
 
 
 def write_prefix(prefix: str, records: Iterable[RawRecord], settings: ProcessorSettings) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,12 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_haplovl.config.mixture import TileRule
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.array_file import map_array
 from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
+from megatron_haplovl.data.sample_hash import sample_hash
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Sample:
     """`[n]`, True at placeholders."""
     visuals: tuple[EncodedImage | EncodedVideo, ...]
     """Images and videos in the order of the placeholders."""
+    tiles: TileRule = TileRule()
+    """Fewer tiles than the model's rule allows, if the sample's source says so."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class Source(Protocol):
     @property
     def content_hash(self) -> str:
         """Changes when any sample changes."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, whether they take part or not."""
 
     def counts(self, vision: VisionConfig) -> SampleCounts:
         """Sizes of all samples for a model that sees images in this way."""
@@ -127,6 +136,11 @@ class IndexedSource:
         """Changes when any sample changes."""
         return self.manifest.content_hash
 
+    @property
+    def num_samples(self) -> int:
+        """Samples, whether they take part or not."""
+        return self.manifest.counts.samples
+
     def counts(self, vision: VisionConfig) -> SampleCounts:
         """Sizes of all samples.
 
@@ -166,6 +180,20 @@ class IndexedSource:
             # The first token of each sample has no predecessor, so it is not counted.
             counts[block] = segment_sums(mask, starts[block] + 1, np.maximum(lengths[block] - 1, 0))
         return counts
+
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """`[samples]`, hash of what each sample holds (`data.sample_hash`)."""
+        if self.manifest.format_version >= 2:
+            return map_array(Path(self._prefix + names.SAMPLE_HASHES), np.uint64, (len(self._tokens),))
+        digests = [hashlib.sha256(self._images[number].tobytes()).digest() for number in range(len(self._images))]
+        references = (self._image_refs[index].tolist() for index in range(len(self._tokens)))
+        return np.array(
+            [
+                sample_hash(self._tokens[index], (digests[number] for number in numbers))
+                for index, numbers in enumerate(references)
+            ],
+            dtype=np.uint64,
+        )
 
     def read(self, index: int) -> Sample:
         """One sample, its images still encoded.

@@ -16,7 +16,7 @@ from megatron_haplovl.data.array_file import map_array
 from megatron_haplovl.data.image_references import split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Counts, Manifest
-from megatron_haplovl.data.prefix_writer import sample_hash
+from megatron_haplovl.data.sample_hash import sample_hash
 
 _SHOWN = 5
 

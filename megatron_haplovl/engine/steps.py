@@ -17,7 +17,8 @@ from megatron_haplovl.engine.pipeline import MicroBatchSlot
 from megatron_haplovl.losses.terms import LossTerm
 
 Sums = dict[str, torch.Tensor]
-"""Losses of this rank's micro-batches, summed over tokens."""
+"""Losses of this rank's micro-batches, summed over tokens. With several sources, the sums by source, too, on ranks that
+compute losses (`losses.by_source`)."""
 
 FiniteCheck = Callable[[Sums], dict[str, float]]
 """From this rank's sums to the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
@@ -35,6 +36,8 @@ class StepResult:
     """Valid tokens of the whole global batch."""
     visible_pairs: int
     """(query, key) pairs that attended in the micro-batches that this rank read."""
+    sums: Sums
+    """This rank's."""
 
 
 class _EngineSteps:
@@ -113,7 +116,7 @@ class DirectSteps(_EngineSteps):
             if micro_step == self.accumulation - 1:
                 losses = check_finite(sums)
             self._engine.step()
-        return StepResult(losses, self._grad_norm(), counts, visible_pairs)
+        return StepResult(losses, self._grad_norm(), counts, visible_pairs, sums)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
@@ -201,7 +204,7 @@ class PipelinedSteps(_EngineSteps):
         self._check_finite, self._visible_pairs = check_finite, 0
         self._engine.train_batch(self._for_schedule(micro_batches))
         self._check_once()
-        return StepResult(self._losses, self._grad_norm(), counts, self._visible_pairs)
+        return StepResult(self._losses, self._grad_norm(), counts, self._visible_pairs, self._loss.sums)
 
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
         """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
@@ -231,4 +234,8 @@ def _zeros(terms: Sequence[LossTerm], device: torch.device) -> Sums:
 
 def _add(sums: Sums, found: Sums) -> None:
     for name, value in found.items():
-        sums[name] += value.detach()
+        if name in sums:
+            sums[name] += value.detach()
+        else:
+            # By source: how many there are, only the batch knows.
+            sums[name] = value.detach().clone()

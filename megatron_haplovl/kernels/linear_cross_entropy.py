@@ -43,6 +43,10 @@ class _Settings:
     dtype: torch.dtype
     """Number format of the matrix products."""
     grad_enabled: bool
+    losses_M: torch.Tensor | None
+    """Gets the loss of each token, if it is given."""
+    features_M: torch.Tensor | None
+    """Gets the feature loss of each token, if it is given."""
 
 
 def linear_cross_entropy(
@@ -53,6 +57,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
+    losses_M: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `softmax(hidden weight^T)`, summed over tokens (paper Eq. 1).
 
@@ -67,6 +72,7 @@ def linear_cross_entropy(
             *whole* gradient of `hidden_ML`, already summed over the group.
         vocab_start: word of this rank's first row.
         vocab_size: words of all ranks together; required with a group, because all its ranks must cut the same chunks.
+        losses_M: if given, gets the loss of each token, for reports; autograd does not see it.
 
     Returns:
         The sum of the losses, and how many targets have the largest logit (among equals the first counts); scalars in
@@ -76,7 +82,7 @@ def linear_cross_entropy(
         ValueError: tensors or settings that do not fit, or (on a CPU) a target outside the vocabulary. On a GPU such a
             target fails an assertion on the device, because looking at it from here would wait for the device.
     """
-    loss, correct, _ = _apply(hidden_ML, weight_VL, target_M, None, group, vocab_start, vocab_size)
+    loss, correct, _ = _apply(hidden_ML, weight_VL, target_M, None, group, vocab_start, vocab_size, (losses_M, None))
     return loss, correct
 
 
@@ -89,6 +95,8 @@ def distill_tokens(
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
+    losses_M: torch.Tensor | None = None,
+    features_M: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Current-token and feature loss of stage 1 over the same chunks (paper Eq. 3 and 4), summed over tokens.
 
@@ -98,6 +106,7 @@ def distill_tokens(
         embedding_VL: the language model's embedding matrix, frozen.
         target_M: the current token of each position.
         group, vocab_start, vocab_size: as in :func:`linear_cross_entropy`.
+        losses_M, features_M: if given, get each token's current-token loss and feature loss, for reports.
 
     Returns:
         Current-token loss, number of tokens found, feature loss; scalars in fp32.
@@ -107,13 +116,14 @@ def distill_tokens(
     """
     if embedding_VL.requires_grad:
         raise ValueError("the embedding that stage 1 distils must be frozen, but it requires a gradient")
-    return _apply(scaled_ML, embedding_VL, target_M, student_ML, group, vocab_start, vocab_size)
+    each = (losses_M, features_M)
+    return _apply(scaled_ML, embedding_VL, target_M, student_ML, group, vocab_start, vocab_size, each)
 
 
-def feature_loss(student_ML: torch.Tensor, teacher_ML: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of 1 + ||student - teacher||_2 - cos(student, teacher) (paper Eq. 3); the norm is not squared."""
+def feature_losses(student_ML: torch.Tensor, teacher_ML: torch.Tensor) -> torch.Tensor:
+    """1 + ||student - teacher||_2 - cos(student, teacher) of each token (paper Eq. 3); the norm is not squared."""
     distance_M = torch.linalg.vector_norm(student_ML - teacher_ML, dim=-1)
-    return (1.0 + distance_M - F.cosine_similarity(student_ML, teacher_ML, dim=-1)).sum()
+    return 1.0 + distance_M - F.cosine_similarity(student_ML, teacher_ML, dim=-1)
 
 
 def _apply(
@@ -124,6 +134,7 @@ def _apply(
     group: dist.ProcessGroup | None,
     vocab_start: int,
     vocab_size: int | None,
+    each: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     device = hidden_ML.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -140,7 +151,7 @@ def _apply(
         raise ValueError(f"a vocabulary of {size} words, more than {_MOST_WORDS}")
     _check_targets(target_M, size)
     dtype = torch.get_autocast_dtype(device) if autocast else weight_VL.dtype
-    settings = _Settings(group, vocab_start, size, dtype, torch.is_grad_enabled())
+    settings = _Settings(group, vocab_start, size, dtype, torch.is_grad_enabled(), *each)
     with torch.autocast(device, enabled=False):
         out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ChunkedCrossEntropy.apply(
             hidden_ML, weight_VL, target_M, student_ML, settings
@@ -177,7 +188,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CL, target_C = hidden_ML[rows], target_M[rows]
             logits_CV = torch.mm(hidden_CL, head_VL.t(), out=buffer_CV[: len(hidden_CL)])
             logsumexp_C, target_logit_C, best_word_C = _row_statistics(logits_CV, target_C, wide, settings)
-            loss += (logsumexp_C - target_logit_C).sum()
+            loss_C = logsumexp_C - target_logit_C
+            loss += loss_C.sum()
+            if settings.losses_M is not None:
+                settings.losses_M[rows] = loss_C
             correct += (best_word_C == target_C).sum()
             if want_dhidden or want_dweight:
                 dlogits_CV = _logits_to_gradient(logits_CV, target_C, logsumexp_C, settings.vocab_start)
@@ -188,7 +202,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     dhead_VL.addmm_(dlogits_CV.t(), hidden_CL, beta=int(rows.start > 0))
             if student_ML is not None:
                 teacher_CL = _embed(target_C, weight_VL, settings).to(wide)
-                feature += _feature_step(student_ML[rows], teacher_CL, dstudent_ML, rows)
+                feature_C = _feature_step(student_ML[rows], teacher_CL, dstudent_ML, rows)
+                feature += feature_C.sum()
+                if settings.features_M is not None:
+                    settings.features_M[rows] = feature_C
 
         if dhead_VL is not None and len(hidden_ML) == 0:
             dhead_VL.zero_()  # No chunk has filled it.
@@ -305,12 +322,13 @@ def _embed(target_C: torch.Tensor, weight_VL: torch.Tensor, settings: _Settings)
 def _feature_step(
     student_CL: torch.Tensor, teacher_CL: torch.Tensor, dstudent_ML: torch.Tensor | None, rows: slice
 ) -> torch.Tensor:
-    """A chunk's feature loss; its gradient goes to these rows of `dstudent_ML`."""
+    """The feature losses of a chunk's tokens; the gradient of their sum goes to these rows of `dstudent_ML`."""
     wide_CL = student_CL.to(teacher_CL.dtype)
     if dstudent_ML is None:
-        return feature_loss(wide_CL, teacher_CL)
+        return feature_losses(wide_CL, teacher_CL)
     with torch.enable_grad():
         leaf_CL = wide_CL.detach().requires_grad_()
-        loss = feature_loss(leaf_CL, teacher_CL)
+        loss_C = feature_losses(leaf_CL, teacher_CL)
+        loss = loss_C.sum()
     dstudent_ML[rows] = torch.autograd.grad(loss, leaf_CL)[0]
-    return loss.detach()
+    return loss_C.detach()

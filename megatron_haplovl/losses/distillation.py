@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_haplovl.kernels.linear_cross_entropy import distill_tokens
+from megatron_haplovl.losses.by_source import TokenSources, by_source
 
 
-def vision_loss(student_PD: torch.Tensor, teacher_PD: torch.Tensor) -> torch.Tensor:
-    """Sum over patch tokens of 1 - cos(student, teacher) (Eq. 2)."""
-    return (1.0 - F.cosine_similarity(student_PD.float(), teacher_PD.float(), dim=-1)).sum()
+def vision_losses(student_PD: torch.Tensor, teacher_PD: torch.Tensor) -> torch.Tensor:
+    """1 - cos(student, teacher) of each patch token, `[P]` (Eq. 2)."""
+    return 1.0 - F.cosine_similarity(student_PD.float(), teacher_PD.float(), dim=-1)
 
 
 def scale_logits(student_ML: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,8 @@ def distillation_loss(
     tokens_M: torch.Tensor,
     embedding_VL: torch.Tensor,
     log_scale: torch.Tensor,
+    patch_sources: TokenSources | None = None,
+    text_sources: TokenSources | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
@@ -49,14 +52,17 @@ def distillation_loss(
         tokens_M: the *current* token of each text position.
         embedding_VL: the language model's embedding matrix W, frozen; or this rank's words of it.
         log_scale: one element, logarithm of the logit scale.
+        patch_sources: whose the patch tokens are, if there are several sources.
+        text_sources: whose the text tokens are; given together with `patch_sources`.
         group: ranks that share the vocabulary; see `kernels.linear_cross_entropy`.
         vocab_start: first word of this rank.
         vocab_size: words of all ranks together.
 
     Returns:
         By name, as in `losses.terms.distillation_terms`: the three losses, summed over tokens, and how many current
-        tokens have the largest logit ("ctp accuracy").
+        tokens have the largest logit ("ctp accuracy"). With sources, the three losses by source, too.
     """
+    each = {} if text_sources is None else {name: text_sources.empty() for name in ("losses_M", "features_M")}
     ctp, correct, feature = distill_tokens(
         student_text_ML,
         scale_logits(student_text_ML, log_scale),
@@ -65,10 +71,17 @@ def distillation_loss(
         group=group,
         vocab_start=vocab_start,
         vocab_size=vocab_size,
+        **each,
     )
-    return {
-        "vision loss": vision_loss(student_visual_PD, teacher_visual_PD),
+    vision_P = vision_losses(student_visual_PD, teacher_visual_PD)
+    found = {
+        "vision loss": vision_P.sum(),
         "feature loss": feature,
         "ctp loss": ctp,
         "ctp accuracy": correct,
     }
+    if patch_sources is not None and text_sources is not None:
+        found[by_source("vision loss")] = patch_sources.sums(vision_P)
+        found[by_source("feature loss")] = text_sources.sums(each["features_M"])
+        found[by_source("ctp loss")] = text_sources.sums(each["losses_M"])
+    return found

@@ -34,6 +34,9 @@ def distillation_terms(weights: LossConfig) -> tuple[LossTerm, ...]:
     )
 
 
+BY_SOURCE = ("vision loss", "feature loss", "ctp loss", "lm loss")
+"""Terms that a loss function also returns by source (`losses.by_source`)."""
+
 LANGUAGE_MODELING_TERMS = (
     LossTerm("lm loss", "lm_tokens"),
     LossTerm("lm token accuracy", "lm_tokens", weight=None),

@@ -145,7 +145,7 @@ class HaploVL(LayeredModel):
         self.lm_head = OutputHead(config)
 
     def losses(self, hidden_BSL: torch.Tensor, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
-        """The loss of Eq. 1: `loss_fn(hidden_ML, weight_VL, labels_M)` over the trained positions."""
+        """The loss of Eq. 1: `loss_fn(hidden_ML, weight_VL, labels_M, sources)` over the trained positions."""
         return self.lm_head(hidden_BSL, batch, loss_fn)
 
     def logits(self, batch: Batch) -> torch.Tensor:

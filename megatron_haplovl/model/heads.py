@@ -15,8 +15,22 @@ from torch import nn
 
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
+from megatron_haplovl.losses.by_source import TokenSources
 
 LossT = TypeVar("LossT")
+
+
+def sources_at(batch: Batch, where: torch.Tensor) -> TokenSources | None:
+    """Whose some tokens of a batch are; None if there is one source only.
+
+    Args:
+        batch: a micro-batch.
+        where: bool `[B, S]`, or indices into the flattened positions.
+    """
+    if batch.source_BS is None:
+        return None
+    source_Z = batch.source_BS.flatten()
+    return TokenSources(source_Z[where.flatten()], batch.num_sources)
 
 
 class OutputHead(nn.Module):
@@ -27,9 +41,10 @@ class OutputHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.post.hidden_size))
 
     def forward(self, hidden_BSL: torch.Tensor, batch: Batch, loss_fn: Callable[..., LossT]) -> LossT:
-        """`loss_fn(hidden_ML, weight_VL, labels_M)` over the positions that have a label."""
+        """`loss_fn(hidden_ML, weight_VL, labels_M, sources)` over the positions that have a label."""
         trained_BS = batch.labels_BS != IGNORE_INDEX
-        return loss_fn(hidden_BSL[trained_BS], self.weight, batch.labels_BS[trained_BS])
+        sources = sources_at(batch, trained_BS)
+        return loss_fn(hidden_BSL[trained_BS], self.weight, batch.labels_BS[trained_BS], sources)
 
     def logits(self, hidden_BSL: torch.Tensor) -> torch.Tensor:
         """[B, S, L] -> [B, S, V]."""
@@ -69,4 +84,6 @@ class DistillationHeads(nn.Module):
             batch.tokens_BS[batch.text_mask_BS],
             embedding_VL,
             self.logit_scale,
+            sources_at(batch, batch.patch_target_P),
+            sources_at(batch, batch.text_mask_BS),
         )

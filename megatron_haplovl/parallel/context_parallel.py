@@ -66,8 +66,8 @@ def share_of_batch(batch: Batch, group: Group) -> tuple[Batch, torch.Tensor]:
     """The part of a batch that the heads need for this rank's tokens, and which patches belong to it.
 
     Returns:
-        The batch with tokens, labels, text mask and patch targets of this rank's share (and all images), and bool [P],
-        True at the patches of the share.
+        The batch with tokens, labels, text mask, sources and patch targets of this rank's share (and all images), and
+        bool [P], True at the patches of the share.
     """
     rows, length = batch.tokens_BS.shape
     share = length // group.size
@@ -81,6 +81,7 @@ def share_of_batch(batch: Batch, group: Group) -> tuple[Batch, torch.Tensor]:
             labels_BS=part(batch.labels_BS, group, SEQUENCE),
             text_mask_BS=part(batch.text_mask_BS, group, SEQUENCE),
             patch_target_P=local_P[mine_P],
+            source_BS=None if batch.source_BS is None else part(batch.source_BS, group, SEQUENCE),
         ),
         mine_P,
     )

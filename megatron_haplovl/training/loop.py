@@ -16,6 +16,7 @@ from megatron_haplovl.training.flops import training_flops
 from megatron_haplovl.training.logging import NO_PREFIX, training_line
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import Run
+from megatron_haplovl.training.source_report import SourceLosses, consumed_columns
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def train(run: Run) -> None:
     config, last_step = run.config, run.config.schedule.train_iters
     micro_batches = _TimedBatches(run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(()))
     window, consumed_tokens = _Progress(), run.train_data.counts_before(run.first_step).tokens
+    by_source = SourceLosses(run.train_data.source_names, run.terms, run.device)
+    consumed = run.train_data.counts_by_source(range(run.first_step))
     step = run.first_step
     if step >= last_step:
         logger.info(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
@@ -71,9 +74,17 @@ def train(run: Run) -> None:
         window.waited += micro_batches.waited - waited
         window.tokens += result.counts.tokens
         window.flops += _flops(run, result)
+        counts_of_sources = run.train_data.counts_by_source(range(step - 1, step))
+        by_source.add(result.sums, counts_of_sources)
+        consumed += counts_of_sources
         if step % config.logging.log_interval == 0 or step == last_step:
-            _report(run, step, result, window, consumed_tokens)
+            of_sources = {
+                **by_source.columns(run.groups.stages_of_replicas),
+                **consumed_columns(run.train_data.source_names, consumed),
+            }
+            _report(run, step, result, window, consumed_tokens, of_sources)
             window = _Progress()
+            by_source.clear()
         if _is_due(config.logging.eval_interval, step) or step == last_step:
             evaluate(run, step)
         leave = _is_due(config.checkpoint.exit_interval, step)
@@ -130,6 +141,9 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     sums = run.steps.evaluate(micro_batches, number)
     counts = run.valid_data.counts_before(steps)
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
+    by_source = SourceLosses(run.valid_data.source_names, run.terms, run.device)
+    by_source.add(sums, run.valid_data.counts_by_source(range(steps)))
+    reduced |= by_source.columns(run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
     line = training_line(step, run.config.schedule.train_iters, metrics, title="validation at iteration")
     logger.info(line, extra=NO_PREFIX)
@@ -137,7 +151,14 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return metrics
 
 
-def _report(run: Run, step: int, result: StepResult, window: _Progress, consumed_tokens: int) -> None:
+def _report(
+    run: Run,
+    step: int,
+    result: StepResult,
+    window: _Progress,
+    consumed_tokens: int,
+    of_sources: dict[str, float | int],
+) -> None:
     batch_size = run.config.schedule.global_batch_size
     columns: dict[str, float | int] = {
         "consumed samples": step * batch_size,
@@ -152,6 +173,7 @@ def _report(run: Run, step: int, result: StepResult, window: _Progress, consumed
         "samples per second": window.steps * batch_size / window.seconds,
         "tokens per gpu per second (tgs)": window.tokens / window.seconds / run.groups.world.size,
         "TFLOPs": window.flops / window.seconds / run.groups.world.size / 1e12,
+        **of_sources,
     }
     logger.info(training_line(step, run.config.schedule.train_iters, columns), extra=NO_PREFIX)
     run.sinks.record(step, columns)

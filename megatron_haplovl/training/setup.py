@@ -13,6 +13,7 @@ import torch
 from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader, build_loader
+from megatron_haplovl.data.mixture_sources import open_run_sources
 from megatron_haplovl.engine.checkpointing import CheckpointWriter, load_checkpoint
 from megatron_haplovl.engine.engine import build_engine
 from megatron_haplovl.engine.processes import initialize_processes
@@ -23,6 +24,7 @@ from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.logging import Sinks, configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
 from megatron_haplovl.training.startup_report import describe_run
 
@@ -111,12 +113,17 @@ def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader,
         barrier=groups.world.barrier,
         is_builder=groups.world.rank == 0,
     )
-    train_data = build(
-        config.data.data_path, num_steps=config.schedule.train_iters, aux_paths=config.data.aux_data_path
-    )
-    if not config.data.valid_data_path:
+    if config.data.mock_data:
+        return build((), num_steps=config.schedule.train_iters), None
+    sources = open_run_sources(config)
+    train_data = build((), num_steps=config.schedule.train_iters, shares=(sources.train, sources.aux))
+    if len(train_data.source_names) > 1 or config.data.data_config is not None or config.data.split is not None:
+        logger.info(describe_sources(sources.train + sources.aux, train_data, config.schedule.train_iters))
+    if not sources.valid:
+        if config.logging.eval_interval is not None:
+            raise ValueError(f"--eval-interval needs data that is held out, and {config.data.data_config} has none")
         return train_data, None
-    return train_data, build(config.data.valid_data_path, num_steps=config.logging.eval_iters, shuffle=False)
+    return train_data, build((), num_steps=config.logging.eval_iters, shares=(sources.valid, []), shuffle=False)
 
 
 def _checkpoint_to_resume(config: Config, groups: ParallelGroups) -> Path | None:

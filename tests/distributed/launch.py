@@ -12,7 +12,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run_ranks(script: str, ranks: int, *words: str, timeout: int = 1200) -> str:
-    """Run `tests/distributed/<script>` on several ranks with torchrun and return what it printed.
+    """Run `tests/distributed/<script>` on several ranks; see :func:`run_program`."""
+    return run_program(f"tests/distributed/{script}", ranks, *words, timeout=timeout)
+
+
+def run_program(path: str, ranks: int, *words: str, timeout: int = 1200) -> str:
+    """Run a program of the repository on several ranks with torchrun and return what it printed.
 
     Raises:
         AssertionError: a rank failed or the time ran out; the output is the message.
@@ -23,7 +28,7 @@ def run_ranks(script: str, ranks: int, *words: str, timeout: int = 1200) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(
-        [*launcher, str(Path(__file__).parent / script), *words],
+        [*launcher, str(REPOSITORY / path), *words],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,

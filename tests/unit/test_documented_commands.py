@@ -27,6 +27,7 @@ from megatron_haplovl.commands import (
 )
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
 from megatron_haplovl.config.files import read_settings
+from megatron_haplovl.config.mixture_file import read_mixture
 from tests.fixtures.stand_in_launchers import REPOSITORY, launched
 
 PAGES = sorted(
@@ -209,12 +210,15 @@ def test_the_log_that_a_page_shows_is_what_the_command_logs(tmp_path, monkeypatc
     assert [parse_command_line("finetune", argv=words[2:]).differences] == shown
 
 
-def test_every_yaml_block_is_a_file_of_settings(tmp_path):
+def test_every_yaml_block_is_a_file_of_settings_or_a_mixture(tmp_path):
     for page in PAGES:
         for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)):
             path = tmp_path / f"{number}.yaml"
             path.write_text(block)
-            read_settings(str(path))
+            if re.search(r"^(train|datasets):", block, re.MULTILINE):
+                assert read_mixture(str(path), (), {}).train
+            else:
+                read_settings(str(path))
 
 
 @pytest.mark.parametrize(

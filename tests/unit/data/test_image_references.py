@@ -69,12 +69,14 @@ def test_counts_are_those_of_the_rule_spelled_out(seed: int) -> None:
     rows = np.split(flat, np.cumsum(lengths)[:-1])
     assert [split_references(row.tolist(), len(sizes)) for row in rows] == samples
     assert references.visuals.tolist() == [len(sample) for sample in samples]
-    counted = np.stack(references.count(sizes, vision), axis=1).tolist()
-    for sample, numbers in zip(samples, counted, strict=True):
+    counts = references.count(sizes, vision)
+    counted = np.stack([counts.tokens, counts.patches, counts.tiles], axis=1).tolist()
+    for sample, numbers, pairs in zip(samples, counted, counts.pairs.tolist(), strict=True):
         shapes = [Frames(len(v)) if isinstance(v, list) else Picture(*map(int, sizes[v])) for v in sample]
         blocks, tiles = blocks_of_sample(shapes, vision)
         patches = sum(token != "newline" for block in blocks for token in block)
         assert numbers == [sum(map(len, blocks)), patches, tiles], (shapes, vision)
+        assert pairs == sum(len(block) * (len(block) - 1) // 2 for block in blocks), (shapes, vision)
         layouts = visual_layouts(shapes, vision)
         assert numbers == [sum(getattr(layout, name) for layout in layouts) for name in COUNTED], (shapes, vision)
         assert laid_out_tokens(layouts, vision) == blocks, (shapes, vision)
@@ -143,4 +145,4 @@ def test_damaged_references(flat: list[int], lengths: list[int], message: str) -
 def test_no_sample_has_a_visual() -> None:
     references = ImageReferences(np.zeros(0, np.int32), np.zeros(3, np.int32), 0)
     counts = references.count(np.zeros((0, 2), np.int32), VisionConfig())
-    assert [count.tolist() for count in counts] == [[0, 0, 0]] * 3
+    assert [count.tolist() for count in vars(counts).values()] == [[0, 0, 0]] * 4

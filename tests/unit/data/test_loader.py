@@ -294,12 +294,12 @@ def test_batches_in_samples(tiny_prefix: str, tmp_path: Path) -> None:
     batches = [batch for loader in loaders for batch in loader.micro_batches()]
     assert {batch.tokens_BS.shape[1] for batch in batches} == {1, 160}
     for parallel, length in (
-        ({"context_parallel_size": 2}, 2),
-        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}, 4),
-        ({"tensor_model_parallel_size": 2}, 1),
-        ({"pipeline_model_parallel_size": 2}, 160),
+        (ParallelConfig(context_parallel_size=2), 2),
+        (ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), 4),
+        (ParallelConfig(tensor_model_parallel_size=2), 1),
+        (ParallelConfig(pipeline_model_parallel_size=2), 160),
     ):
-        assert shortest_length(dataclasses.replace(config, parallel=ParallelConfig(**parallel))) == length
+        assert shortest_length(dataclasses.replace(config, parallel=parallel)) == length
 
 
 def test_evaluation_in_samples_reads_every_sample_once(tiny_prefix: str, tmp_path: Path) -> None:

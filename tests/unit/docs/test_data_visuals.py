@@ -1,4 +1,4 @@
-"""The examples of docs/data.md are what the rule gives."""
+"""The examples of docs/data.md, "Several images and videos", are what the rule gives."""
 
 from __future__ import annotations
 
