@@ -27,10 +27,10 @@ from benchmarks.measure import print_table, write_json
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.dealing import deal
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
-from megatron_haplovl.data.pack_plan import BlendedSource, PlanSettings, build_epoch
-from megatron_haplovl.data.packs import COUNT_NAMES, PackPlan, StepPlan
+from megatron_haplovl.data.plan.dealing import deal
+from megatron_haplovl.data.plan.epoch import BlendedSource, PlanSettings, build_epoch
+from megatron_haplovl.data.plan.packs import COUNT_NAMES, PackPlan, StepPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 SAMPLES, RESUMED_STEP = 4_000_000, 300_000

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import machine, print_table, write_json
 from megatron_haplovl.data.chat_template import ConversationEncoder, load_chat_template
 from megatron_haplovl.data.image_processing import decode_image
-from megatron_haplovl.data.parts_folder import open_parts
-from megatron_haplovl.data.preprocess import ProcessorSettings, RecordProcessor
-from megatron_haplovl.data.preprocess_run import run, without_threads
-from megatron_haplovl.data.preprocess_schedule import all_spans
-from megatron_haplovl.data.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.parts_folder import open_parts
+from megatron_haplovl.data.preprocessing.processor import ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocessing.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.run import run, without_threads
+from megatron_haplovl.data.preprocessing.schedule import all_spans
 from megatron_haplovl.data.records import Image, Message, Record
 from megatron_haplovl.data.tokenizer import load_tokenizer
 

@@ -169,8 +169,8 @@ def tiny_llava_dataset(tmp_path: Path) -> LlavaDataset:
 @pytest.fixture(scope="session")
 def tiny_prefix(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> str:
     """The same records preprocessed with the llama3 template; do not write to it."""
-    from megatron_haplovl.data.prefix_writer import write_prefix
-    from megatron_haplovl.data.preprocess import ProcessorSettings
+    from megatron_haplovl.data.preprocessing.prefix_writer import write_prefix
+    from megatron_haplovl.data.preprocessing.processor import ProcessorSettings
     from megatron_haplovl.data.readers.inputs import read
 
     folder = tmp_path_factory.mktemp("prefix")

@@ -12,7 +12,7 @@ import torch
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.image_processing import decode_image, image_to_tiles
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.readers.inputs import read
 from megatron_haplovl.data.records import Image, Record
 

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from megatron_haplovl.data.manifest import MANIFEST_SUFFIX, REPORT_SUFFIX, Manifest, read_manifest
-from megatron_haplovl.data.merge import PrefixJoiner, join_reports, publish
+from megatron_haplovl.data.preprocessing.merge import PrefixJoiner, join_reports, publish
 
 _DESCRIPTION = r"""Join preprocessed prefixes, such as the shares that several machines made:
 

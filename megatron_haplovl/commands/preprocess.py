@@ -19,15 +19,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from megatron_haplovl import __version__
 from megatron_haplovl.commands.preprocess_arguments import build_parser, settings_from
 from megatron_haplovl.commands.preprocess_mixture import check_words, preprocess_mixture
-from megatron_haplovl.data.long_samples import CHANGES
+from megatron_haplovl.data.layouts.repairs import REPAIRS
 from megatron_haplovl.data.manifest import FORMAT_VERSION, REPORT_SUFFIX, Manifest
-from megatron_haplovl.data.parts_folder import PartsFolder, open_parts
-from megatron_haplovl.data.preprocess import ProcessorSettings, RecordProcessor
-from megatron_haplovl.data.preprocess_run import Outcome, run, without_threads
-from megatron_haplovl.data.preprocess_schedule import all_spans, share_of
-from megatron_haplovl.data.preprocess_workers import WorkerGoneError
-from megatron_haplovl.data.record_source import RecordSource
-from megatron_haplovl.data.repairs import REPAIRS
+from megatron_haplovl.data.preprocessing.long_samples import CHANGES
+from megatron_haplovl.data.preprocessing.parts_folder import PartsFolder, open_parts
+from megatron_haplovl.data.preprocessing.processor import ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocessing.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.run import Outcome, run, without_threads
+from megatron_haplovl.data.preprocessing.schedule import all_spans, share_of
+from megatron_haplovl.data.preprocessing.workers import WorkerGoneError
 
 UNUSABLE_RECORDS, UNUSABLE_INPUT, WORKER_GONE, CANNOT_WRITE = 1, 2, 70, 74
 """Exit statuses. A signal ends the program with 128 and its number: 130 for SIGINT, 143 for SIGTERM."""

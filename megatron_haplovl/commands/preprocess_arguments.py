@@ -15,11 +15,11 @@ from megatron_haplovl.config.validate import validate_model
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES
 from megatron_haplovl.data.image_processing import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS
-from megatron_haplovl.data.long_samples import LONG_SAMPLES
-from megatron_haplovl.data.normalise import NormaliseOptions
-from megatron_haplovl.data.preprocess import ProcessorSettings
-from megatron_haplovl.data.repairs import REPAIRS, parse_repairs
-from megatron_haplovl.data.video import DEFAULT_NUM_FRAMES, FrameSettings
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions
+from megatron_haplovl.data.layouts.repairs import REPAIRS, parse_repairs
+from megatron_haplovl.data.preprocessing.long_samples import LONG_SAMPLES
+from megatron_haplovl.data.preprocessing.processor import ProcessorSettings
+from megatron_haplovl.data.preprocessing.video import DEFAULT_NUM_FRAMES, FrameSettings
 
 _DESCRIPTION = r"""Turn records of conversations and images into indexed files for training.
 

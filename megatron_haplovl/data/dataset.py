@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
-from megatron_haplovl.data.dealing import EMPTY
 from megatron_haplovl.data.image_geometry import (
     Frames,
     ImageLayout,
@@ -24,7 +23,8 @@ from megatron_haplovl.data.image_geometry import (
     visual_layouts,
 )
 from megatron_haplovl.data.image_processing import cut_tiles, decode_image
-from megatron_haplovl.data.packs import PackPlan
+from megatron_haplovl.data.plan.dealing import EMPTY
+from megatron_haplovl.data.plan.packs import PackPlan
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.data.tile_rule import narrowed
 from megatron_haplovl.kernels.mask import mixed_mask

@@ -17,11 +17,11 @@ from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
-from megatron_haplovl.data.dealing import MicroBatchNumbers
 from megatron_haplovl.data.mock_source import MockSource
-from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
-from megatron_haplovl.data.packs import PackPlan, StepPlan, step_counts
-from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
+from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
 from megatron_haplovl.data.source_labels import source_labels
 from megatron_haplovl.data.sources import IndexedSource, Source

@@ -14,7 +14,7 @@ from megatron_haplovl.config.mixture import Mixture, MixtureSource, Sampling, Sp
 from megatron_haplovl.config.mixture_file import read_mixture
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import open_source, parse_blend
-from megatron_haplovl.data.plan_cache import SourceShare
+from megatron_haplovl.data.plan.cache import SourceShare
 from megatron_haplovl.data.selection import IntArray, needs_hashes, on_side, sampled
 from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tile_rule import NarrowedSource, narrowed

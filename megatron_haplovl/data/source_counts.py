@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.data.packs import ITEM_COUNT_NAMES, EpochPlan, PackPlan
+from megatron_haplovl.data.plan.packs import ITEM_COUNT_NAMES, EpochPlan, PackPlan
 
 IntArray = npt.NDArray[np.int64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from megatron_haplovl.data.plan_cache import SourceShare
+from megatron_haplovl.data.plan.cache import SourceShare
 
 
 def source_labels(main: Sequence[SourceShare], aux: Sequence[SourceShare]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_haplovl.data.loader import BatchLoader
-from megatron_haplovl.data.plan_cache import SourceShare
+from megatron_haplovl.data.plan.cache import SourceShare
 from megatron_haplovl.data.source_counts import SOURCE_COUNT_NAMES, IntArray
 from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.engine.steps import Sums

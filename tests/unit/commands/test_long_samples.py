@@ -10,7 +10,7 @@ import pytest
 
 from megatron_haplovl.commands import preprocess
 from megatron_haplovl.config.presets import MODELS
-from megatron_haplovl.data.long_samples import CUT, LONG_SAMPLES, SPLIT
+from megatron_haplovl.data.preprocessing.long_samples import CUT, LONG_SAMPLES, SPLIT
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import write_image

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_haplovl.data.preprocess import BadRecord, ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocessing.processor import BadRecord, ProcessorSettings, RecordProcessor
 from megatron_haplovl.data.records import LONGEST_DETAIL, RawRecord, Reason
 from tests.layouts import CASES, MEMBERS, Tool, chat
 

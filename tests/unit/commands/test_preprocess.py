@@ -17,11 +17,11 @@ from megatron_haplovl.commands.preprocess import preprocess
 from megatron_haplovl.commands.preprocess_arguments import build_parser
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, REPORT_SUFFIX, read_manifest
+from megatron_haplovl.data.preprocessing.video import FrameSettings, encoded_frames
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, IndexedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
-from megatron_haplovl.data.video import FrameSettings, encoded_frames
 from tests.conftest import LlavaDataset, train_sentencepiece, write_image
-from tests.unit.data.test_video import make_video
+from tests.unit.data.preprocessing.test_video import make_video
 
 
 def run(dataset: LlavaDataset, tokenizer: Path, prefix: Path, *flags: str) -> int:

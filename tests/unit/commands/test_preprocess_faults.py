@@ -24,7 +24,7 @@ import pytest
 from megatron_haplovl.commands.preprocess import main
 from megatron_haplovl.data import hashed_files
 from megatron_haplovl.data.manifest import DATA_SUFFIXES, read_manifest
-from megatron_haplovl.data.parts_folder import PartsFolder
+from megatron_haplovl.data.preprocessing.parts_folder import PartsFolder
 from tests.conftest import make_llava_dataset
 
 RECORDS = 240

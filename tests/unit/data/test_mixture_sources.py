@@ -20,8 +20,8 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import RunSources, open_run_sources, training_prefixes
-from megatron_haplovl.data.pack_plan import PlanSettings, build_epoch
-from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare
+from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare
+from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.source_counts import SOURCE_COUNT_NAMES
 from megatron_haplovl.data.sources import IndexedSource
 from tests.conftest import make_llava_dataset

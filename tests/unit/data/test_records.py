@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.readers.inputs import kind_of, read
 from megatron_haplovl.data.records import (
     Image,

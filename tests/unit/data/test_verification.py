@@ -16,7 +16,7 @@ from megatron_haplovl.commands import verify
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.manifest import read_manifest
-from megatron_haplovl.data.packs import PackPlan
+from megatron_haplovl.data.plan.packs import PackPlan
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.verification import verify_prefix
 from tests.fixtures.small_prefix import SAMPLES, write_small_prefix

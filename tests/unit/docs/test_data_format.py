@@ -18,10 +18,10 @@ from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest
-from megatron_haplovl.data.pack_plan import PlanSettings
-from megatron_haplovl.data.packs import COUNT_NAMES
-from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.preprocess import BadRecord
+from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.plan.epoch import PlanSettings
+from megatron_haplovl.data.plan.packs import COUNT_NAMES
+from megatron_haplovl.data.preprocessing.processor import BadRecord
 from megatron_haplovl.data.records import Reason
 from megatron_haplovl.data.sources import IndexedSource
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
-from megatron_haplovl.data.normalise_layouts import LAYOUTS, find_layout
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.layouts.repairs import LLAVA, REPAIRS
+from megatron_haplovl.data.layouts.table import LAYOUTS, find_layout
 from megatron_haplovl.data.readers.inputs import FILE_KINDS
 from megatron_haplovl.data.readers.streams import COMPRESSIONS
 from megatron_haplovl.data.records import LONGEST_DETAIL, RawRecord
-from megatron_haplovl.data.repairs import LLAVA, REPAIRS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*)\| `(\{.*\})` \|$", PAGE, re.MULTILINE)

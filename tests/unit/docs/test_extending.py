@@ -35,7 +35,7 @@ from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.schema import LossConfig
 from megatron_haplovl.conversion.hf_compatibility import vision_config_of
 from megatron_haplovl.data.loader import open_sources
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.records import RawRecord
 from megatron_haplovl.losses.distillation import distillation_loss
 from megatron_haplovl.losses.terms import distillation_terms

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, Qwen2Config
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.stages import FINETUNE
 from megatron_haplovl.conversion.hf_compatibility import check_language_config, check_vision_config
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.readers.inputs import read
 from megatron_haplovl.evaluation.questions import load_questions
 from tests.unit.test_documented_commands import Command, check

@@ -80,7 +80,7 @@ def test_sources_are_described(tiny_prefix, tmp_path) -> None:
 
 @pytest.mark.parametrize("labels", [(None, None, None), ("a", "a", "a"), ("a", "a (aux)", "a")])
 def test_labels_are_told_apart(tiny_prefix, labels) -> None:
-    from megatron_haplovl.data.plan_cache import SourceShare
+    from megatron_haplovl.data.plan.cache import SourceShare
     from megatron_haplovl.data.sources import IndexedSource
 
     shares = [SourceShare(IndexedSource(tiny_prefix), label=label) for label in labels]

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.mock_source import MockSource
-from megatron_haplovl.data.pack_plan import PlanSettings
-from megatron_haplovl.data.packs import PackPlan
-from megatron_haplovl.data.plan_cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
+from megatron_haplovl.data.plan.epoch import PlanSettings
+from megatron_haplovl.data.plan.packs import PackPlan
 
 VISION = VisionConfig(patch_size=8, image_size=16, image_aspect_ratio="pad")
 SETTINGS = PlanSettings(seed=1, seq_length=64, packing=True, shuffle=True, skip_long_samples=False)

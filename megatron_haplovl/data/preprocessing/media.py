@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_haplovl.data import image_processing, video
-from megatron_haplovl.data.image_folders import ImageFolders, frames_of
+from megatron_haplovl.data import image_processing
 from megatron_haplovl.data.image_processing import InspectedImage
+from megatron_haplovl.data.preprocessing import video
+from megatron_haplovl.data.preprocessing.image_folders import ImageFolders, frames_of
+from megatron_haplovl.data.preprocessing.video import FrameSettings, spread
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
-from megatron_haplovl.data.video import FrameSettings, spread
 
 K = TypeVar("K")
 V = TypeVar("V")

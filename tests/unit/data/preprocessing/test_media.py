@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from megatron_haplovl.data import image_processing, media, video
-from megatron_haplovl.data.image_folders import open_folders
-from megatron_haplovl.data.media import FoundImage, FoundVideo, MediaFinder
+from megatron_haplovl.data import image_processing
+from megatron_haplovl.data.preprocessing import media, video
+from megatron_haplovl.data.preprocessing.image_folders import open_folders
+from megatron_haplovl.data.preprocessing.media import FoundImage, FoundVideo, MediaFinder
+from megatron_haplovl.data.preprocessing.video import EncodedFrame, FrameSettings
 from megatron_haplovl.data.records import Image, RecordError, Video
-from megatron_haplovl.data.video import EncodedFrame, FrameSettings
 from tests.conftest import write_image
-from tests.unit.data.test_video import make_video
+from tests.unit.data.preprocessing.test_video import make_video
 
 
 @pytest.fixture

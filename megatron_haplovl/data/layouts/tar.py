@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from megatron_haplovl.data.layouts.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_empty, shown
 from megatron_haplovl.data.natural_order import natural_key
-from megatron_haplovl.data.normalise_media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_empty, shown
 from megatron_haplovl.data.records import Reason, RecordError
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.config.vision import VisionConfig
-from megatron_haplovl.data.pack_plan import BlendedSource, IntArray, PlanSettings, build_epoch
-from megatron_haplovl.data.packs import EpochPlan, PackPlan
+from megatron_haplovl.data.plan.epoch import BlendedSource, IntArray, PlanSettings, build_epoch
+from megatron_haplovl.data.plan.packs import EpochPlan, PackPlan
 from megatron_haplovl.data.sources import Source
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.data_scale import image_and_text_counts, llava_counts
-from megatron_haplovl.data.dealing import EMPTY, MicroBatchNumbers, deal
-from megatron_haplovl.data.pack_plan import BlendedSource, PlanSettings, build_epoch
-from megatron_haplovl.data.packs import COUNT_NAMES, PackPlan, StepPlan
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers, deal
+from megatron_haplovl.data.plan.epoch import BlendedSource, PlanSettings, build_epoch
+from megatron_haplovl.data.plan.packs import COUNT_NAMES, PackPlan, StepPlan
 
 
 def column(counts: np.ndarray, name: str) -> np.ndarray:

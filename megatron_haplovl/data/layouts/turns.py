@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_haplovl.data.normalise_media import is_empty, is_unicode, read_image, read_video, shown
+from megatron_haplovl.data.layouts.media import is_empty, is_unicode, read_image, read_video, shown
+from megatron_haplovl.data.layouts.repairs import Mending
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
-from megatron_haplovl.data.repairs import Mending
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DOCUMENT = "document"

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_haplovl.data.pack_plan import BlendedSource, PlanSettings, apportion, build_epoch
-from megatron_haplovl.data.packing import best_fit_decreasing
-from megatron_haplovl.data.packs import COUNT_NAMES, EpochPlan
+from megatron_haplovl.data.plan.epoch import BlendedSource, PlanSettings, apportion, build_epoch
+from megatron_haplovl.data.plan.packing import best_fit_decreasing
+from megatron_haplovl.data.plan.packs import COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 SETTINGS = PlanSettings(seed=7, seq_length=128, packing=True, shuffle=True, skip_long_samples=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_haplovl.data.packs import COUNT_NAMES, IntArray, StepPlan
+from megatron_haplovl.data.plan.packs import COUNT_NAMES, IntArray, StepPlan
 
 EMPTY = -1
 """Number of a pack without documents."""

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_haplovl.data import video
-from megatron_haplovl.data.video import EncodedFrame, FrameSettings, choose, encoded_frames, spread
+from megatron_haplovl.data.preprocessing import video
+from megatron_haplovl.data.preprocessing.video import EncodedFrame, FrameSettings, choose, encoded_frames, spread
 
 av = pytest.importorskip("av")
 

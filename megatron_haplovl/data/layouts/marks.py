@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_haplovl.data.normalise_turns import DOCUMENT, Slot, Turn
+from megatron_haplovl.data.layouts.repairs import Mending
+from megatron_haplovl.data.layouts.turns import DOCUMENT, Slot, Turn
 from megatron_haplovl.data.records import Image, Message, Part, Reason, RecordError, Video
-from megatron_haplovl.data.repairs import Mending
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK
 
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")

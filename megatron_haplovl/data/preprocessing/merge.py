@@ -21,7 +21,7 @@ import numpy.typing as npt
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path
 from megatron_haplovl.data.manifest import Counts, Manifest, Origin
-from megatron_haplovl.data.prefix_writer import PrefixFiles
+from megatron_haplovl.data.preprocessing.prefix_writer import PrefixFiles
 
 _NOTHING: dict[str, npt.NDArray] = {
     names.IMAGE_SIZES: np.zeros((0, 2), dtype=np.int32),

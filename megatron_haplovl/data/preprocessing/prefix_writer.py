@@ -16,8 +16,8 @@ from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.hashed_files import write_array
 from megatron_haplovl.data.indexed_dataset import IndexedDatasetWriter
 from megatron_haplovl.data.manifest import Counts, FileEntry, Manifest, Origin
-from megatron_haplovl.data.media import FoundImage, FoundVideo
-from megatron_haplovl.data.preprocess import BadRecord, ProcessedSample, ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocessing.media import FoundImage, FoundVideo
+from megatron_haplovl.data.preprocessing.processor import BadRecord, ProcessedSample, ProcessorSettings, RecordProcessor
 from megatron_haplovl.data.records import RawRecord
 from megatron_haplovl.data.sample_hash import sample_hash
 

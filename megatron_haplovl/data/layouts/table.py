@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_haplovl.data.normalise_documents import mmc4_turn, obelics_turn
-from megatron_haplovl.data.normalise_media import is_empty, read_images, read_videos
-from megatron_haplovl.data.normalise_turns import DOCUMENT, Turn, order_turns, read_text, read_turns
+from megatron_haplovl.data.layouts.documents import mmc4_turn, obelics_turn
+from megatron_haplovl.data.layouts.media import is_empty, read_images, read_videos
+from megatron_haplovl.data.layouts.repairs import Mending
+from megatron_haplovl.data.layouts.turns import DOCUMENT, Turn, order_turns, read_text, read_turns
 from megatron_haplovl.data.records import Image, Reason, RecordError, Video
-from megatron_haplovl.data.repairs import Mending
 
 Object = dict[str, Any]
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_haplovl.data.packing import gather_ranges, pack_windows, shuffle_packs
-from megatron_haplovl.data.packs import COUNT_NAMES, ITEM_COUNT_NAMES, EpochPlan
+from megatron_haplovl.data.plan.packing import gather_ranges, pack_windows, shuffle_packs
+from megatron_haplovl.data.plan.packs import COUNT_NAMES, ITEM_COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
 
 IntArray = npt.NDArray[np.int64]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from megatron_haplovl.data.normalise_media import is_empty, read_image, shown
-from megatron_haplovl.data.normalise_turns import DOCUMENT, Piece, Turn, read_text
+from megatron_haplovl.data.layouts.media import is_empty, read_image, shown
+from megatron_haplovl.data.layouts.repairs import Mending
+from megatron_haplovl.data.layouts.turns import DOCUMENT, Piece, Turn, read_text
 from megatron_haplovl.data.records import Image, Message, Reason, Record, RecordError, Video
-from megatron_haplovl.data.repairs import Mending
 
 Found = TypeVar("Found")
 

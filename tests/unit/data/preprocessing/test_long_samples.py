@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_haplovl.data.long_samples import CUT, SPLIT, Fitted, fit_record
+from megatron_haplovl.data.preprocessing.long_samples import CUT, SPLIT, Fitted, fit_record
 from megatron_haplovl.data.records import Image, Message, Part, Record, Video
 
 _A, _B, _C = Image(path="a"), Image(path="b"), Video(path="c")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_haplovl.data.manifest import REPORT_SUFFIX, Manifest, read_manifest
-from megatron_haplovl.data.merge import PrefixJoiner, join_reports, publish
-from megatron_haplovl.data.parts_folder import PartDone, PartsFolder
-from megatron_haplovl.data.preprocess import RecordProcessor
-from megatron_haplovl.data.preprocess_schedule import Schedule, Span
-from megatron_haplovl.data.preprocess_workers import Crew, OneProcess, PartMaker, Workers
-from megatron_haplovl.data.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.merge import PrefixJoiner, join_reports, publish
+from megatron_haplovl.data.preprocessing.parts_folder import PartDone, PartsFolder
+from megatron_haplovl.data.preprocessing.processor import RecordProcessor
+from megatron_haplovl.data.preprocessing.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.schedule import Schedule, Span
+from megatron_haplovl.data.preprocessing.workers import Crew, OneProcess, PartMaker, Workers
 
 
 @dataclass

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_haplovl.data.normalise_layouts import find_layout
-from megatron_haplovl.data.normalise_marks import place_media
-from megatron_haplovl.data.normalise_media import is_empty, shown
-from megatron_haplovl.data.normalise_tar import from_members
-from megatron_haplovl.data.normalise_turns import DOCUMENT
+from megatron_haplovl.data.layouts.marks import place_media
+from megatron_haplovl.data.layouts.media import is_empty, shown
+from megatron_haplovl.data.layouts.repairs import LLAVA, Mending
+from megatron_haplovl.data.layouts.table import find_layout
+from megatron_haplovl.data.layouts.tar import from_members
+from megatron_haplovl.data.layouts.turns import DOCUMENT
 from megatron_haplovl.data.records import ID_KEYS, Message, RawRecord, Reason, Record, RecordError
-from megatron_haplovl.data.repairs import LLAVA, Mending
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class NormaliseOptions:
     """What may be done to a record."""
 
     repairs: frozenset[str] = LLAVA
-    """Names of repairs that are allowed (:data:`megatron_haplovl.data.repairs.REPAIRS`)."""
+    """Names of repairs that are allowed (:data:`megatron_haplovl.data.layouts.repairs.REPAIRS`)."""
     ignored_keys: frozenset[str] = frozenset()
     """Keys that may look like media and are not read all the same."""
 

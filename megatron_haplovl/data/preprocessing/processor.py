@@ -11,16 +11,16 @@ import numpy.typing as npt
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
-from megatron_haplovl.data.image_folders import open_folders
 from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
-from megatron_haplovl.data.long_samples import fit_record
+from megatron_haplovl.data.layouts.documents import find_media
+from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.manifest import Origin
-from megatron_haplovl.data.media import FoundImage, FoundVideo, MediaFinder
-from megatron_haplovl.data.normalise import NormaliseOptions, normalise
-from megatron_haplovl.data.normalise_documents import find_media
+from megatron_haplovl.data.preprocessing.image_folders import open_folders
+from megatron_haplovl.data.preprocessing.long_samples import fit_record
+from megatron_haplovl.data.preprocessing.media import FoundImage, FoundVideo, MediaFinder
+from megatron_haplovl.data.preprocessing.video import FrameSettings
 from megatron_haplovl.data.records import RawRecord, Reason, Record, RecordError
 from megatron_haplovl.data.tokenizer import load_tokenizer
-from megatron_haplovl.data.video import FrameSettings
 
 Visuals = tuple[FoundImage | FoundVideo, ...]
 
@@ -43,7 +43,7 @@ class ProcessorSettings:
     seq_length: int | None = None
     """If given (with `vision`), samples must not be longer."""
     long_samples: str = "error"
-    """What becomes of those that are: one of `data.long_samples.LONG_SAMPLES`."""
+    """What becomes of those that are: one of `data.preprocessing.long_samples.LONG_SAMPLES`."""
     frames: FrameSettings = FrameSettings()
     """Which frames are taken of a video."""
 

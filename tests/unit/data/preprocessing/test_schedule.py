@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_haplovl.data.parts_folder import PartDone, PartsFolder
-from megatron_haplovl.data.preprocess import ProcessorSettings, RecordProcessor
-from megatron_haplovl.data.preprocess_schedule import Schedule, all_spans, share_of
-from megatron_haplovl.data.preprocess_workers import PartMaker
-from megatron_haplovl.data.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.parts_folder import PartDone, PartsFolder
+from megatron_haplovl.data.preprocessing.processor import ProcessorSettings, RecordProcessor
+from megatron_haplovl.data.preprocessing.record_source import RecordSource
+from megatron_haplovl.data.preprocessing.schedule import Schedule, all_spans, share_of
+from megatron_haplovl.data.preprocessing.workers import PartMaker
 from megatron_haplovl.data.records import RawRecord
 
 

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 
 from megatron_haplovl.data.hashed_files import HashedFile
 from megatron_haplovl.data.manifest import REPORT_SUFFIX
-from megatron_haplovl.data.parts_folder import PartDone, PartsFolder, write_part
-from megatron_haplovl.data.prefix_writer import PrefixWriter
-from megatron_haplovl.data.preprocess import BadRecord, LeftOut, RecordProcessor
-from megatron_haplovl.data.record_source import PartRange, RecordSource
+from megatron_haplovl.data.preprocessing.parts_folder import PartDone, PartsFolder, write_part
+from megatron_haplovl.data.preprocessing.prefix_writer import PrefixWriter
+from megatron_haplovl.data.preprocessing.processor import BadRecord, LeftOut, RecordProcessor
+from megatron_haplovl.data.preprocessing.record_source import PartRange, RecordSource
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from megatron_haplovl.data.parts_folder import PartDone
-from megatron_haplovl.data.record_source import PartRange, RecordSource
+from megatron_haplovl.data.preprocessing.parts_folder import PartDone
+from megatron_haplovl.data.preprocessing.record_source import PartRange, RecordSource
 
 
 @dataclass(frozen=True)

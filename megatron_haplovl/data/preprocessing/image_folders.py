@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_haplovl.data.layouts.media import IMAGE_SUFFIXES
 from megatron_haplovl.data.natural_order import natural_key
-from megatron_haplovl.data.normalise_media import IMAGE_SUFFIXES
 from megatron_haplovl.data.records import Reason, RecordError, resolve_image
 
 

@@ -1,0 +1,1 @@
+"""From a record of any public layout to the one internal record (`data/records.py`)."""
