@@ -54,6 +54,7 @@ setup(
         "tracking": ["tensorboard", "wandb"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "megatron-core>=0.16",
             "av>=18.1",
             "tensorboard",
