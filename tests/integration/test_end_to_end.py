@@ -171,10 +171,22 @@ def test_the_page_of_log_columns_names_what_is_logged(chain):
     of_stage = {stage: set(re.findall(rf"^\| `([^`]+)` \| {stage} \|", terms, re.MULTILINE)) for stage in (1, 2)}
     for stage, name in ((1, "stage1"), (2, "full")):
         lines = [json.loads(line) for line in (chain.folder / f"{name}.jsonl").read_text().splitlines()]
-        training = next(line.keys() for line in lines if "loss" in line)
-        held_out = next(line.keys() for line in lines if "loss" not in line)
-        assert training - {"iteration", "time"} == columns | of_stage[stage]
-        assert held_out - {"iteration", "time"} == {f"valid {term}" for term in of_stage[stage]}
+        training, of_sources = _columns(next(line for line in lines if "loss" in line))
+        held_out, _ = _columns(next(line for line in lines if "loss" not in line))
+        assert training == columns | of_stage[stage]
+        assert held_out == {f"valid {term}" for term in of_stage[stage]}
+        # Stage 1 has two sources, main and auxiliary samples, stage 2 has one.
+        assert of_sources == (
+            set(re.findall(r"`([^`]+)/NAME`", sections["Losses by source"])) - {"lm loss", "valid lm loss"}
+            if stage == 1
+            else set()
+        )
+
+
+def _columns(line):
+    """Names in a line of metrics: the run's, and those of a source, without the source's name."""
+    names = line.keys() - {"iteration", "time"}
+    return {name for name in names if "/" not in name}, {name.split("/")[0] for name in names if "/" in name}
 
 
 def test_hand_over_says_what_was_loaded_dropped_and_initialised(chain):

@@ -121,6 +121,7 @@ def test_what_does_not_fit_is_refused(
     assert f"{first} is given twice" in refused(first, first)
     assert "no prefix matches" in refused(first, f"{first}-*-of-00007")
     manifest = json.loads(Path(first + MANIFEST_SUFFIX).read_text())
+    del manifest["content_hash"]  # Not stated by older versions.
     manifest["format_version"] = 1
     Path(first + MANIFEST_SUFFIX).write_text(json.dumps(manifest))
     assert "preprocess it again to join it" in refused(first)

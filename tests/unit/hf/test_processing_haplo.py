@@ -131,7 +131,7 @@ def test_images_may_be_given_flat(tokenizer_path: Path) -> None:
         ({"text": "<video>"}, "text 0 has 1 video marks"),
         ({"text": "<video>", "videos": [[]]}, "no images given"),
         ({"text": "<video>", "videos": "clip.mp4"}, "a video is its frames in order .* not 'clip.mp4'"),
-        ({"text": "<video>", "videos": [["0.png"]]}, "got str"),
+        ({"text": "<video>", "videos": [["0.png"]]}, "'0.png' is no file"),
         ({"images": noise_image(8, 8)}, "text is needed"),
         ({"text": "red", "shiny": True}, "unknown arguments: shiny"),
         ({"text": "red", "audio": [1]}, "audio"),
