@@ -14,9 +14,7 @@ from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.image_geometry import (
-    Frames,
     ImageLayout,
-    Picture,
     VisualLayout,
     vision_of_frames,
     vision_of_sample,
@@ -116,13 +114,11 @@ def lay_out_document(
 def _see(sample: Sample, vision: VisionConfig) -> list[tuple[tuple[EncodedImage, ...], VisualLayout, VisionConfig]]:
     """For each image or video of a sample: the images of its blocks, its layout, and how its images become tiles."""
     vision = narrowed(vision, sample.tiles)
-    shapes = [
-        Frames(len(v.frames)) if isinstance(v, EncodedVideo) else Picture(v.height, v.width) for v in sample.visuals
-    ]
-    of_images, of_frames = vision_of_sample(len(shapes), vision), vision_of_frames(vision)
+    layouts = visual_layouts([visual.shape for visual in sample.visuals], vision)
+    of_images, of_frames = vision_of_sample(len(layouts), vision), vision_of_frames(vision)
     return [
-        (visual.frames, layout, of_frames) if isinstance(visual, EncodedVideo) else ((visual,), layout, of_images)
-        for visual, layout in zip(sample.visuals, visual_layouts(shapes, vision), strict=True)
+        (visual.images, layout, of_frames if isinstance(visual, EncodedVideo) else of_images)
+        for visual, layout in zip(sample.visuals, layouts, strict=True)
     ]
 
 

@@ -14,6 +14,7 @@ from megatron_haplovl.config.mixture import TileRule
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.array_file import map_array
+from megatron_haplovl.data.image_geometry import Frames, Picture
 from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
@@ -30,12 +31,32 @@ class EncodedImage:
     upright: bool = True
     """False where the size is that of the picture as stored, before its EXIF orientation; it is trained as it lies."""
 
+    @property
+    def shape(self) -> Picture:
+        """What its layout depends on."""
+        return Picture(self.height, self.width)
+
+    @property
+    def images(self) -> tuple[EncodedImage, ...]:
+        """The images of its blocks."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class EncodedVideo:
     """The frames that stand for a video."""
 
     frames: tuple[EncodedImage, ...]
+
+    @property
+    def shape(self) -> Frames:
+        """What its layout depends on."""
+        return Frames(len(self.frames))
+
+    @property
+    def images(self) -> tuple[EncodedImage, ...]:
+        """The images of its blocks."""
+        return self.frames
 
 
 @dataclass(frozen=True)

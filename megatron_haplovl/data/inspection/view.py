@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.data.dataset import lay_out_document
-from megatron_haplovl.data.image_geometry import Frames, ImageLayout, Picture, VisualLayout, visual_layouts
+from megatron_haplovl.data.image_geometry import ImageLayout, VisualLayout, visual_layouts
 from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
 from megatron_haplovl.data.tokenizer import TextTokenizer
 
@@ -83,10 +83,8 @@ def view_sample(source: Source, number: int, tokenizer: TextTokenizer, model: Mo
         ValueError: there is no such sample, it is damaged, or one of its images cannot be decoded.
     """
     sample = source.read(number)
-    shapes = [
-        Frames(len(v.frames)) if isinstance(v, EncodedVideo) else Picture(v.height, v.width) for v in sample.visuals
-    ]
-    visuals = iter(zip(sample.visuals, visual_layouts(shapes, model.vision), strict=True))
+    layouts = visual_layouts([visual.shape for visual in sample.visuals], model.vision)
+    visuals = iter(zip(sample.visuals, layouts, strict=True))
     runs: list[TextRun | VisualRun] = []
     for is_visual, start, end in _runs(sample):
         if not is_visual:
@@ -95,8 +93,7 @@ def view_sample(source: Source, number: int, tokenizer: TextTokenizer, model: Mo
             continue
         for _ in range(start, end):
             visual, layout = next(visuals)
-            images = visual.frames if isinstance(visual, EncodedVideo) else (visual,)
-            runs.append(VisualRun(images, layout, isinstance(visual, EncodedVideo)))
+            runs.append(VisualRun(visual.images, layout, isinstance(visual, EncodedVideo)))
     kv_end = lay_out_document([sample], model.vision).kv_end
     if model.image_attention == "causal":
         kv_end = np.arange(1, len(kv_end) + 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_haplovl.data import image_processing
+from megatron_haplovl.data.image_geometry import Frames, Picture
 from megatron_haplovl.data.image_processing import InspectedImage
 from megatron_haplovl.data.preprocessing import video
 from megatron_haplovl.data.preprocessing.image_folders import ImageFolders, frames_of
@@ -38,6 +39,16 @@ class FoundImage:
     data: bytes | None = None
     """The encoded bytes; None if they were seen before, and are in the file still."""
 
+    @property
+    def shape(self) -> Picture:
+        """What its layout depends on."""
+        return Picture(self.height, self.width)
+
+    @property
+    def images(self) -> tuple[FoundImage, ...]:
+        """Itself, as the frames of a video are its images."""
+        return (self,)
+
     def read(self) -> bytes:
         """The encoded bytes.
 
@@ -59,6 +70,16 @@ class FoundVideo:
     """The frames that stand for a video."""
 
     frames: tuple[FoundImage, ...]
+
+    @property
+    def shape(self) -> Frames:
+        """What its layout depends on."""
+        return Frames(len(self.frames))
+
+    @property
+    def images(self) -> tuple[FoundImage, ...]:
+        """The frames."""
+        return self.frames
 
 
 class MediaFinder:

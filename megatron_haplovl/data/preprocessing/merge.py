@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,8 @@ import numpy.typing as npt
 
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, bin_path
-from megatron_haplovl.data.manifest import Counts, Manifest, Origin
-from megatron_haplovl.data.preprocessing.prefix_writer import PrefixFiles
+from megatron_haplovl.data.manifest import Manifest, Origin
+from megatron_haplovl.data.preprocessing.prefix_writer import SUMS, PrefixFiles
 
 _NOTHING: dict[str, npt.NDArray] = {
     names.IMAGE_SIZES: np.zeros((0, 2), dtype=np.int32),
@@ -29,10 +27,9 @@ _NOTHING: dict[str, npt.NDArray] = {
     names.SAMPLE_LM_TOKENS: np.zeros(0, dtype=np.int32),
     names.SAMPLE_HASHES: np.zeros(0, dtype=np.uint64),
 }
-_SUMS = ("samples", "text_only_samples", "tokens", "loss_tokens", "image_references", "videos")
 
 
-class PrefixJoiner:
+class PrefixJoiner(PrefixFiles):
     """Writes a prefix from others, in the order in which they are added. A context manager.
 
     Args:
@@ -44,32 +41,10 @@ class PrefixJoiner:
     """
 
     def __init__(self, prefix: str | Path, origin: Origin | None = None) -> None:
-        self._files = PrefixFiles(prefix)
-        self._image_ids: dict[bytes, int] = {}
+        super().__init__(prefix)
         self._arrays: dict[str, list[npt.NDArray]] = {suffix: [empty] for suffix, empty in _NOTHING.items()}
-        self._totals: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-        self._repairs: Counter[str] = Counter()
-        self._unread_keys: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
-        self._longest = 0
-        self._largest_id = 0
         self._origin = origin
         self._num_frames: int | None = None
-
-    def __enter__(self) -> PrefixJoiner:
-        self._files.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples added so far."""
-        return self._totals["samples"]
 
     def add(self, prefix: str, manifest: Manifest) -> None:
         """Append the samples of a prefix.
@@ -78,8 +53,8 @@ class PrefixJoiner:
             ValueError: it was made with another tokenizer, template or number of frames, or a file is damaged.
         """
         self._check(prefix, manifest)
-        self._append(prefix + names.TOKENS, self._files.tokens, manifest, names.TOKENS)
-        self._append(prefix + names.LOSS_MASK, self._files.loss_mask, manifest, names.LOSS_MASK)
+        self._append(prefix + names.TOKENS, self._tokens, manifest, names.TOKENS)
+        self._append(prefix + names.LOSS_MASK, self._loss_mask, manifest, names.LOSS_MASK)
         new_ids, is_new = self._add_images(prefix)
         references = IndexedDataset(prefix + names.IMAGE_REFS)
         flat = _checked(references, prefix, manifest, names.IMAGE_REFS)
@@ -87,12 +62,13 @@ class PrefixJoiner:
             raise ValueError(f"{prefix}: a sample refers to an image that does not exist; preprocess again")
         # A negative number stands for the length of a video and not for an image.
         flat = np.where(flat >= 0, new_ids[np.maximum(flat, 0)], flat) if len(flat) else flat
-        self._files.image_refs.extend(flat.astype(np.int32), references.lengths)
+        self._image_refs.extend(flat.astype(np.int32), references.lengths)
         for suffix, arrays in self._arrays.items():
             array = np.load(prefix + suffix, allow_pickle=False)
             arrays.append(array[is_new] if suffix in (names.IMAGE_SIZES, names.IMAGE_DIGESTS) else array)
         counts = manifest.counts
-        self._totals.update({name: getattr(counts, name) for name in _SUMS})
+        # Not the bytes of images: those that are there already are not stored again.
+        self._totals.update({name: getattr(counts, name) for name in SUMS if name != "image_bytes"})
         self._longest = max(self._longest, counts.longest_sample)
         self._largest_id = max(self._largest_id, counts.largest_token_id)
         self._skipped.update(manifest.skipped)
@@ -137,23 +113,15 @@ class PrefixJoiner:
         starts, lengths = images.starts(), images.lengths
         with bin_path(prefix + names.IMAGES).open("rb", buffering=0) as source:
             for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-                self._files.images.copy(source, int(starts[first]), lengths[first:stop])
+                self._images.copy(source, int(starts[first]), lengths[first:stop])
         self._totals["image_bytes"] += int(lengths[is_new].sum(dtype=np.int64))
         return new_ids, is_new
 
     def finish(self) -> Manifest:
         """Complete the files and write the manifest, last."""
         assert self._origin is not None
-        counts = Counts(
-            images=len(self._image_ids),
-            longest_sample=self._longest,
-            largest_token_id=self._largest_id,
-            image_bytes=self._totals["image_bytes"],
-            **{name: self._totals[name] for name in _SUMS},
-        )
         arrays = {suffix: np.concatenate(arrays) for suffix, arrays in self._arrays.items()}
-        noted = (self._skipped, self._repairs, self._unread_keys, self._left_out)
-        return self._files.finish(arrays, self._origin, counts, *noted, self._num_frames)
+        return self._complete(arrays, self._origin, self._num_frames)
 
 
 def _checked(dataset: IndexedDataset, path: str, manifest: Manifest, part: str) -> npt.NDArray[Any]:

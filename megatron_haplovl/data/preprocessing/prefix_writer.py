@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +22,36 @@ from megatron_haplovl.data.preprocessing.processor import BadRecord, ProcessedSa
 from megatron_haplovl.data.records import RawRecord
 from megatron_haplovl.data.sample_hash import sample_hash
 
+SUMS = ("samples", "text_only_samples", "tokens", "loss_tokens", "image_references", "image_bytes", "videos")
+"""Counts of the manifest that add up over samples."""
+
 
 class PrefixFiles:
-    """The pairs of files that a prefix has, open for writing. A context manager."""
+    """The files of a prefix, open for writing, and what its manifest will say. A context manager.
+
+    A subclass has the method that completes them; without it there is no manifest.
+    """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
+        self._prefix = str(prefix)
         self._stack = ExitStack()
+        self._image_ids: dict[bytes, int] = {}
+        self._totals: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+        self._unread_keys: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._longest = 0
+        self._largest_id = 0
 
-    def __enter__(self) -> PrefixFiles:
+    def __enter__(self) -> Self:
         def pair(part: str, dtype: npt.DTypeLike, is_hashed: bool = True) -> IndexedDatasetWriter:
-            return self._stack.enter_context(IndexedDatasetWriter(self.prefix + part, dtype, is_hashed=is_hashed))
+            return self._stack.enter_context(IndexedDatasetWriter(self._prefix + part, dtype, is_hashed=is_hashed))
 
-        self.tokens = pair(names.TOKENS, np.int32)
-        self.loss_mask = pair(names.LOSS_MASK, np.uint8)
-        self.images = pair(names.IMAGES, np.uint8, is_hashed=False)
-        self.image_refs = pair(names.IMAGE_REFS, np.int32)
+        self._tokens = pair(names.TOKENS, np.int32)
+        self._loss_mask = pair(names.LOSS_MASK, np.uint8)
+        self._images = pair(names.IMAGES, np.uint8, is_hashed=False)
+        self._image_refs = pair(names.IMAGE_REFS, np.int32)
         return self
 
     def __exit__(
@@ -44,36 +59,32 @@ class PrefixFiles:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def finish(
-        self,
-        arrays: Mapping[str, npt.NDArray],
-        origin: Origin,
-        counts: Counts,
-        skipped: Mapping[str, int],
-        repairs: Mapping[str, int],
-        unread_keys: Mapping[str, int],
-        left_out: Mapping[str, int],
-        num_frames: int | None,
-    ) -> Manifest:
+    @property
+    def num_samples(self) -> int:
+        """Samples added so far."""
+        return self._totals["samples"]
+
+    def _complete(self, arrays: Mapping[str, npt.NDArray], origin: Origin, num_frames: int | None) -> Manifest:
         """Complete all files and write the manifest, last.
 
         Args:
             arrays: those of the `.npy` files, by suffix.
             origin: what made the samples.
-            counts: what the files hold.
-            skipped: records left out, by reason.
-            repairs: repaired records, by repair.
-            unread_keys: records with a key that nothing reads, by key.
-            left_out: samples with an image of which something is not used, by what that is.
             num_frames: frames of a video; left out of the manifest if there are no videos.
         """
+        counts = Counts(
+            images=len(self._image_ids),
+            longest_sample=self._longest,
+            largest_token_id=self._largest_id,
+            **{name: self._totals[name] for name in SUMS},
+        )
         self._stack.close()
-        entries = {suffix: write_array(Path(self.prefix + suffix), array) for suffix, array in arrays.items()}
+        entries = {suffix: write_array(Path(self._prefix + suffix), array) for suffix, array in arrays.items()}
         pairs = {
-            names.TOKENS: self.tokens,
-            names.LOSS_MASK: self.loss_mask,
-            names.IMAGES: self.images,
-            names.IMAGE_REFS: self.image_refs,
+            names.TOKENS: self._tokens,
+            names.LOSS_MASK: self._loss_mask,
+            names.IMAGES: self._images,
+            names.IMAGE_REFS: self._image_refs,
         }
         for part, writer in pairs.items():
             entries[f"{part}.bin"], entries[f"{part}.idx"] = writer.entries
@@ -89,50 +100,29 @@ class PrefixFiles:
             chat_template=origin.chat_template,
             chat_template_sha256=origin.chat_template_sha256,
             counts=counts,
-            skipped=dict(sorted(skipped.items())),
+            skipped=dict(sorted(self._skipped.items())),
             files={suffix: entries[suffix] for suffix in names.DATA_SUFFIXES},
-            repairs=dict(sorted(repairs.items())),
-            unread_keys=dict(sorted(unread_keys.items())),
-            left_out=dict(sorted(left_out.items())),
+            repairs=dict(sorted(self._repairs.items())),
+            unread_keys=dict(sorted(self._unread_keys.items())),
+            left_out=dict(sorted(self._left_out.items())),
             num_frames=num_frames if counts.videos else None,
         )
-        manifest.write(Path(self.prefix + names.MANIFEST_SUFFIX))
+        manifest.write(Path(self._prefix + names.MANIFEST_SUFFIX))
         return manifest
 
 
-class PrefixWriter:
-    """Writes samples as they come. A context manager; without :meth:`finish` there is no manifest.
+class PrefixWriter(PrefixFiles):
+    """Writes samples as they come. Without :meth:`finish` there is no manifest.
 
     Raises:
         OSError: a file cannot be written.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self._files = PrefixFiles(prefix)
-        self._image_ids: dict[bytes, int] = {}
+        super().__init__(prefix)
         self._sizes: list[tuple[int, int]] = []
         self._lm_tokens: list[int] = []
         self._hashes: list[int] = []
-        self._totals: Counter[str] = Counter()
-        self._repairs: Counter[str] = Counter()
-        self._unread_keys: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
-        self._longest = 0
-        self._largest_id = 0
-
-    def __enter__(self) -> PrefixWriter:
-        self._files.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples added so far."""
-        return len(self._hashes)
 
     def add(self, sample: ProcessedSample, placeholder_ids: tuple[int, int]) -> None:
         """Append a sample, and those of its images that are new.
@@ -141,17 +131,18 @@ class PrefixWriter:
             ValueError: an image file has changed since it was looked at.
         """
         token_ids, loss_mask = sample.conversation.token_ids, sample.conversation.loss_mask
-        self._files.tokens.add(token_ids)
-        self._files.loss_mask.add(loss_mask)
+        self._tokens.add(token_ids)
+        self._loss_mask.add(loss_mask)
         references: list[int] = []
         for visual in sample.visuals:
             if isinstance(visual, FoundVideo):
                 references.append(-len(visual.frames))
-            references += map(self._image_id, visual.frames if isinstance(visual, FoundVideo) else (visual,))
-        self._files.image_refs.add(references)
+            references += map(self._image_id, visual.images)
+        self._image_refs.add(references)
         self._lm_tokens.append(int(loss_mask[1:].sum()))
         self._hashes.append(sample_hash(token_ids, [image.digest for image in sample.images]))
         self._totals.update(
+            samples=1,
             tokens=len(token_ids),
             loss_tokens=int(loss_mask.sum()),
             image_references=sum(1 for _ in sample.images),
@@ -171,7 +162,7 @@ class PrefixWriter:
         if known is not None:
             return known
         data = image.read()
-        self._files.images.add(np.frombuffer(data, dtype=np.uint8))
+        self._images.add(np.frombuffer(data, dtype=np.uint8))
         self._sizes.append((image.height, image.width))
         self._totals["image_bytes"] += len(data)
         self._image_ids[image.digest] = len(self._image_ids)
@@ -185,22 +176,14 @@ class PrefixWriter:
             num_frames: frames that are taken of a video.
             skipped: records left out, by reason.
         """
-        fields = ("text_only_samples", "tokens", "loss_tokens", "image_references", "image_bytes", "videos")
-        counts = Counts(
-            samples=self.num_samples,
-            images=len(self._sizes),
-            longest_sample=self._longest,
-            largest_token_id=self._largest_id,
-            **{name: self._totals[name] for name in fields},
-        )
+        self._skipped.update(skipped)
         arrays: dict[str, npt.NDArray] = {
             names.IMAGE_SIZES: np.array(self._sizes, dtype=np.int32).reshape(-1, 2),
             names.IMAGE_DIGESTS: np.frombuffer(b"".join(self._image_ids), dtype=np.uint8).reshape(-1, 32),
             names.SAMPLE_LM_TOKENS: np.array(self._lm_tokens, dtype=np.int32),
             names.SAMPLE_HASHES: np.array(self._hashes, dtype=np.uint64),
         }
-        noted = (self._repairs, self._unread_keys, self._left_out)
-        return self._files.finish(arrays, origin, counts, skipped, *noted, num_frames)
+        return self._complete(arrays, origin, num_frames)
 
 
 def write_prefix(prefix: str, records: Iterable[RawRecord], settings: ProcessorSettings) -> Manifest:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import image_processing
 from megatron_haplovl.data.chat_template import ConversationEncoder, EncodedConversation, load_chat_template
-from megatron_haplovl.data.image_geometry import Frames, Picture, visual_layouts
+from megatron_haplovl.data.image_geometry import visual_layouts
 from megatron_haplovl.data.layouts.documents import find_media
 from megatron_haplovl.data.layouts.normalise import NormaliseOptions, normalise
 from megatron_haplovl.data.manifest import Origin
@@ -63,7 +63,7 @@ class ProcessedSample:
     def images(self) -> Iterator[FoundImage]:
         """Images and frames, in order."""
         for visual in self.visuals:
-            yield from visual.frames if isinstance(visual, FoundVideo) else (visual,)
+            yield from visual.images
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class RecordProcessor:
         if vision is None or limit is None:
             return None
         visuals = sample.visuals
-        shapes = [Frames(len(v.frames)) if isinstance(v, FoundVideo) else Picture(v.height, v.width) for v in visuals]
-        visual = sum(layout.num_tokens for layout in visual_layouts(shapes, vision))
+        layouts = visual_layouts([visual.shape for visual in visuals], vision)
+        visual = sum(layout.num_tokens for layout in layouts)
         length = len(sample.conversation.token_ids) - len(visuals) + visual
         return f"{length} tokens ({visual} visual), --seq-length is {limit}" if length > limit else None
