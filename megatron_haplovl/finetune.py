@@ -4,17 +4,18 @@ deepspeed --module megatron_haplovl.finetune --model haplovl-debug --mock-data -
 """
 
 from megatron_haplovl.config.cli import parse_command_line
+from megatron_haplovl.operation.supervise import finish, supervised
 from megatron_haplovl.training.loop import train
-from megatron_haplovl.training.refusals import refusals_in_one_line
 from megatron_haplovl.training.setup import setup
 
 
 def main() -> None:
     command = parse_command_line("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
-    with refusals_in_one_line():
-        run = setup(command.config, command.differences)
-    train(run)
-    run.close()
+    with supervised(command.config) as operation:
+        run = setup(command.config, command.differences, operation)
+        ending = train(run)
+        run.close()
+    finish(ending)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ r"""Stage 1, modal expansion: teach the pre-decoder images and text by distillat
 """
 
 from megatron_haplovl.config.cli import parse_command_line
+from megatron_haplovl.operation.supervise import finish, supervised
 from megatron_haplovl.training.loop import train
-from megatron_haplovl.training.refusals import refusals_in_one_line
 from megatron_haplovl.training.setup import setup
 
 
@@ -14,10 +14,11 @@ def main() -> None:
     command = parse_command_line(
         "pretrain", "Stage 1, modal expansion: distil CLIP and the text embedding into the pre-decoder."
     )
-    with refusals_in_one_line():
-        run = setup(command.config, command.differences)
-    train(run)
-    run.close()
+    with supervised(command.config) as operation:
+        run = setup(command.config, command.differences, operation)
+        ending = train(run)
+        run.close()
+    finish(ending)
 
 
 if __name__ == "__main__":

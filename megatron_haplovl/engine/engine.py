@@ -14,13 +14,17 @@ from megatron_haplovl.engine.clipping import GradientClipping
 from megatron_haplovl.engine.deepspeed_config import deepspeed_config
 from megatron_haplovl.engine.optimizer import build_optimizer
 from megatron_haplovl.engine.pipeline import MicroBatchSlot, PipelineStage, pipeline_module, separate_buffers
-from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps, PipelineLoss
+from megatron_haplovl.engine.steps import DirectSteps, EnterPhase, PipelinedSteps, PipelineLoss
 from megatron_haplovl.engine.topology import DeepSpeedTopology
 from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 HeadInputs = Callable[[Batch], tuple[Any, ...]]
 """Micro-batch -> what the model's head gets behind the hidden state: the batch itself, targets, loss function."""
+
+
+def _nobody_watches(_phase: str) -> None:
+    return None
 
 
 def build_engine(
@@ -31,6 +35,7 @@ def build_engine(
     terms: tuple[LossTerm, ...],
     optimizer_groups: list[dict[str, Any]],
     sequences: int,
+    enter_phase: EnterPhase = _nobody_watches,
 ) -> tuple[Any, DirectSteps | PipelinedSteps]:
     """Wrap the model with DeepSpeed: ZeRO, gradient accumulation, clipping, bf16 with fp32 master weights, pipeline.
 
@@ -43,6 +48,7 @@ def build_engine(
         optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group; one that is empty gets a
             placeholder.
         sequences: of a step over all ranks, empty ones included.
+        enter_phase: is told what begins: forward, backward or reduce.
 
     Returns:
         DeepSpeed's engine, and how micro-batches go through it.
@@ -74,7 +80,13 @@ def build_engine(
         topology = DeepSpeedTopology(model.groups) if model.groups.tensor.size > 1 else None
         engine, *_ = initialize(model=model.module, mpu=topology)
         direct = DirectSteps(
-            engine, lambda batch: engine(*head_inputs(batch)), terms, grad_norm, replicas=replicas, device=device
+            engine,
+            lambda batch: engine(*head_inputs(batch)),
+            terms,
+            grad_norm,
+            enter_phase,
+            replicas=replicas,
+            device=device,
         )
         return engine, direct
     loss = PipelineLoss(
@@ -89,7 +101,7 @@ def build_engine(
     engine, *_ = initialize(model=pipeline_module(stage, model.groups))
     separate_buffers(engine, device)
     reads_data = stage.is_first or stage.is_last
-    return engine, PipelinedSteps(engine, stage.slot, loss, grad_norm, optimizer, reads_data=reads_data)
+    return engine, PipelinedSteps(engine, stage.slot, loss, grad_norm, optimizer, enter_phase, reads_data=reads_data)
 
 
 def _fill_empty_groups(groups: list[dict[str, Any]]) -> torch.nn.ParameterList:

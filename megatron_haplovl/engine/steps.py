@@ -20,6 +20,9 @@ Sums = dict[str, torch.Tensor]
 """Losses of this rank's micro-batches, summed over tokens. With several sources, the sums by source, too, on ranks that
 compute losses (`losses.by_source`)."""
 
+EnterPhase = Callable[[str], None]
+"""Is told what a rank begins to do; see `operation.phase.PHASES`."""
+
 FiniteCheck = Callable[[Sums], dict[str, float]]
 """From this rank's sums to the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
 
@@ -70,6 +73,7 @@ class DirectSteps(_EngineSteps):
         losses: micro-batch -> sums of the losses, through the engine.
         terms: what the sums are divided by.
         grad_norm: the norm of the last step's gradients before clipping.
+        enter_phase: is told what begins.
         replicas: ranks over which DeepSpeed averages gradients.
         device: where the batches are needed.
     """
@@ -83,13 +87,14 @@ class DirectSteps(_EngineSteps):
         losses: Callable[[Batch], Sums],
         terms: Sequence[LossTerm],
         grad_norm: Callable[[], float],
+        enter_phase: EnterPhase,
         *,
         replicas: int,
         device: torch.device,
     ) -> None:
         super().__init__(engine)
         self._losses, self._terms, self._grad_norm = losses, terms, grad_norm
-        self._replicas, self._device = replicas, device
+        self._enter_phase, self._replicas, self._device = enter_phase, replicas, device
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
         """One optimizer step.
@@ -107,12 +112,15 @@ class DirectSteps(_EngineSteps):
         for micro_step in range(self.accumulation):
             batch = next(micro_batches)
             visible_pairs += batch.visible_pairs
+            self._enter_phase("forward")
             found = self._losses(batch.to(self._device))
             # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed
             # over ranks; DeepSpeed averages them, which the factor undoes.
             loss = total_loss(found, self._terms, counts) * self._replicas
+            self._enter_phase("backward")
             self._engine.backward(loss, scale_wrt_gas=False)
             _add(sums, found)
+            self._enter_phase("reduce")
             if micro_step == self.accumulation - 1:
                 losses = check_finite(sums)
             self._engine.step()
@@ -176,6 +184,7 @@ class PipelinedSteps(_EngineSteps):
         loss: the end of the last stage.
         grad_norm: as for :class:`DirectSteps`.
         optimizer: the optimizer that is behind the engine's.
+        enter_phase: is told what begins.
         reads_data: whether this is the first or the last stage.
     """
 
@@ -186,12 +195,13 @@ class PipelinedSteps(_EngineSteps):
         loss: PipelineLoss,
         grad_norm: Callable[[], float],
         optimizer: torch.optim.Optimizer,
+        enter_phase: EnterPhase,
         *,
         reads_data: bool,
     ) -> None:
         super().__init__(engine)
         self._slot, self._loss, self._grad_norm = slot, loss, grad_norm
-        self.reads_data = reads_data
+        self._enter_phase, self.reads_data = enter_phase, reads_data
         self._check_finite: FiniteCheck | None = None
         self._losses: dict[str, float] = {}
         self._visible_pairs = 0
@@ -202,6 +212,8 @@ class PipelinedSteps(_EngineSteps):
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
         self._loss.start(counts)
         self._check_finite, self._visible_pairs = check_finite, 0
+        # Forward and backward passes of several micro-batches alternate in the schedule.
+        self._enter_phase("forward")
         self._engine.train_batch(self._for_schedule(micro_batches))
         self._check_once()
         return StepResult(self._losses, self._grad_norm(), counts, self._visible_pairs, self._loss.sums)
@@ -224,6 +236,7 @@ class PipelinedSteps(_EngineSteps):
     def _check_once(self) -> None:
         # ZeRO steps group by group, and not at all if gradients are not finite.
         if self._check_finite is not None:
+            self._enter_phase("reduce")
             check_finite, self._check_finite = self._check_finite, None
             self._losses = check_finite(self._loss.sums)
 

@@ -19,6 +19,8 @@ from megatron_haplovl.engine.engine import build_engine
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.losses.terms import LossTerm
+from megatron_haplovl.operation.leaving import Leaving
+from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.logging import Sinks, configure_logging
@@ -50,6 +52,9 @@ class Run:
     """None without --save."""
     device: torch.device
     sinks: Sinks
+    operation: Operation
+    """Who watches this rank."""
+    leaving: Leaving
 
     @property
     def groups(self) -> ParallelGroups:
@@ -62,16 +67,18 @@ class Run:
         torch.distributed.destroy_process_group()
 
 
-def setup(config: Config, differences: str | None = None) -> Run:
+def setup(config: Config, differences: str | None = None, operation: Operation | None = None) -> Run:
     """Build a run from its configuration. Called by every rank.
 
     Args:
         config: the run.
         differences: for the log, what in it differs from the model preset.
+        operation: see `operation.supervise`; without it, nobody watches.
 
     Raises:
         ValueError: something in files or flags keeps the run from starting.
     """
+    operation = operation or Operation()
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
     sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
@@ -96,12 +103,27 @@ def setup(config: Config, differences: str | None = None) -> Run:
         terms,
         optimizer_groups(model, config.optimizer, config.recipe),
         train_data.sequences,
+        operation.clock.enter,
     )
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
     writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
-    return Run(config, model, engine, steps, terms, train_data, valid_data, first_step, writer, device, sinks)
+    return Run(
+        config=config,
+        model=model,
+        engine=engine,
+        steps=steps,
+        terms=terms,
+        train_data=train_data,
+        valid_data=valid_data,
+        first_step=first_step,
+        writer=writer,
+        device=device,
+        sinks=sinks,
+        operation=operation,
+        leaving=Leaving(config.checkpoint, groups.world),
+    )
 
 
 def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader, BatchLoader | None]:

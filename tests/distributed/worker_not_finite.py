@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import setup
+from megatron_haplovl.training.step import train_step
 from tests.distributed.cases import config
 from tests.distributed.topology import forget_topology
 

@@ -14,8 +14,8 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep
 
 from megatron_haplovl.parallel.collectives import all_gather
 from megatron_haplovl.parallel.tensor_parallel import split_dim
-from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
+from megatron_haplovl.training.step import train_step
 from tests.distributed.cases import STEPS, parallel_config
 from tests.distributed.gather import full_weights
 from tests.distributed.topology import forget_topology

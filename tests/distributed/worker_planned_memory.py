@@ -12,8 +12,8 @@ import deepspeed
 import torch.distributed as dist
 
 from megatron_haplovl.planning.work import work_of_batch
-from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import Run, setup
+from megatron_haplovl.training.step import train_step
 from tests.distributed.live_bytes import LiveBytes, all_tensors
 from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS, memory_config
 from tests.distributed.topology import forget_topology

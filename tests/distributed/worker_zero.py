@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_haplovl.training.loop import train_step
 from megatron_haplovl.training.setup import setup
+from megatron_haplovl.training.step import train_step
 from tests.distributed.cases import STEPS, config, result_file
 from tests.distributed.gather import full_weights
 

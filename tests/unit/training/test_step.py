@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_haplovl.operation.phase import PhaseClock
 from megatron_haplovl.training.logging import training_line
-from megatron_haplovl.training.loop import _TimedBatches
+from megatron_haplovl.training.step import TimedBatches
 
 
 def test_waiting_for_batches_is_counted_and_nothing_else() -> None:
@@ -18,7 +19,7 @@ def test_waiting_for_batches_is_counted_and_nothing_else() -> None:
             time.sleep(0.05)
             yield number
 
-    batches: Any = _TimedBatches(slow())
+    batches: Any = TimedBatches(slow(), PhaseClock())
     assert batches.waited == 0
     for number in range(3):
         assert next(batches) == number

@@ -1,0 +1,54 @@
+"""What a rank is doing, for whoever watches it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+PHASES = ("start", "loader", "forward", "backward", "reduce", "evaluate", "save", "end")
+"""In a step: loader, forward and backward for each micro-batch, then reduce (sums over ranks, optimizer)."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A rank's place in the run."""
+
+    phase: str
+    step: int
+    """Number of the optimizer step that is under way, counted from 1; 0 before the first."""
+    since: float
+    """`time.monotonic()` when the phase began."""
+    order: int
+    """Phases entered so far: the rank that is behind has the smaller number."""
+
+
+class PhaseClock:
+    """Keeps the moment. The training thread writes it and a watching thread reads it; the assignment is atomic."""
+
+    def __init__(self) -> None:
+        self.moment = Moment("start", 0, time.monotonic(), 0)
+
+    def enter(self, phase: str) -> None:
+        """Say what begins now."""
+        assert phase in PHASES, phase
+        self.moment = Moment(phase, self.moment.step, time.monotonic(), self.moment.order + 1)
+
+    def start_step(self, step: int) -> None:
+        """Say which optimizer step begins, counted from 1."""
+        self.moment = Moment(self.moment.phase, step, time.monotonic(), self.moment.order + 1)
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase inside another one, which goes on behind it."""
+        before = self.moment.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+
+EnterPhase = Callable[[str], None]
+"""`PhaseClock.enter`, for code that must not know who watches."""

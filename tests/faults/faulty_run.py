@@ -1,0 +1,32 @@
+"""Rank program: a training run with a fault in it.
+
+    HAPLOVL_FAULT=NAME@STEP:RANK torchrun ... tests/faults/faulty_run.py finetune --model haplovl-debug ...
+
+NAME is one of `faults.FAULTS`. Only the first start has the fault: after a restart of torchrun, or where the file of
+HAPLOVL_FAULT_DONE exists, there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from megatron_haplovl import finetune, pretrain
+from tests.faults.faults import FAULTS
+
+
+def main() -> None:
+    stage = next(word for word in sys.argv if word in ("pretrain", "finetune"))
+    sys.argv.remove(stage)
+    fault = os.environ.get("HAPLOVL_FAULT")
+    done = Path(os.environ.get("HAPLOVL_FAULT_DONE", "/nonexistent"))
+    if fault and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and not done.exists():
+        name, _, place = fault.partition("@")
+        step, _, rank = place.partition(":")
+        FAULTS[name](int(step), int(rank))
+    {"pretrain": pretrain, "finetune": finetune}[stage].main()
+
+
+if __name__ == "__main__":
+    main()
