@@ -11,11 +11,11 @@ class Leaving:
 
     Args:
         config: intervals and files.
-        world: all ranks.
+        control: all ranks, on the host.
     """
 
-    def __init__(self, config: CheckpointConfig, world: Group) -> None:
-        self._config, self._world = config, world
+    def __init__(self, config: CheckpointConfig, control: Group) -> None:
+        self._config, self._control = config, control
 
     def agreed(self, step: int) -> str | None:
         """The reason to leave after `step` steps, the same on every rank; None to go on. Called by every rank."""

@@ -6,6 +6,7 @@ neighbours. They stand on one node if its number of GPUs is a multiple of the te
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,6 +76,8 @@ class ParallelGroups:
     """Every group that this rank belongs to."""
 
     world: Group = Group()
+    control: Group = Group()
+    """All ranks, on the host: what they agree on there neither waits for a device nor mixes with its messages."""
     tensor: Group = Group()
     """Ranks that share each layer's weights."""
     context: Group = Group()
@@ -134,9 +137,11 @@ def build_groups(
         assert mine is not None
         return mine
 
+    whole = along(0, 1, 2, 3)
     replicas = along(1, 2, even_alone=True)
     return ParallelGroups(
-        world=along(0, 1, 2, 3),
+        world=whole,
+        control=_on_host(whole, timeout),
         tensor=along(3),
         context=along(2),
         data=along(1),
@@ -144,3 +149,10 @@ def build_groups(
         replicas=replicas,
         stages_of_replicas=along(0, 1, 2) if pipeline > 1 else replicas,
     )
+
+
+def _on_host(world: Group, timeout: timedelta | None) -> Group:
+    """The same ranks, joined by gloo."""
+    if world.size == 1 or dist.get_backend() == "gloo":
+        return world
+    return dataclasses.replace(world, process_group=dist.new_group(backend="gloo", timeout=timeout))

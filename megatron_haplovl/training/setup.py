@@ -81,6 +81,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     operation = operation or Operation()
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
+    operation.meet(groups.control)
     sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
@@ -122,7 +123,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         device=device,
         sinks=sinks,
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.world),
+        leaving=Leaving(config.checkpoint, groups.control),
     )
 
 
