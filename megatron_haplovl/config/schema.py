@@ -333,6 +333,14 @@ class CheckpointConfig:
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
     )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
+    exit_duration_in_mins: int | None = setting(
+        None, "save and stop after the first step that ends this many minutes after the start"
+    )
+    kill_switch_file: str | None = setting(
+        None,
+        "save and stop when this file appears; it is removed then (default: a file named exit in --save)",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)

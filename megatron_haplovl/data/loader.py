@@ -28,6 +28,7 @@ from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
+from megatron_haplovl.data.worker_signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class BatchLoader:
             sampler=self._sampler,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=ignore_stop_signals,
             persistent_workers=workers > 0,
             prefetch_factor=_PREFETCH if workers else None,
             pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
@@ -131,10 +133,6 @@ class BatchLoader:
         """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
         packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
         return counts_by_source(self._plan.packs, packs, len(self.source_names))
-
-
-_PREFETCH = 4
-"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
 
 
 _PREFETCH = 4

@@ -48,12 +48,16 @@ def train(run: Run) -> Ending:
         if run.writer is not None and (is_last or reason is not None or _is_due(config.checkpoint.save_interval, step)):
             with run.operation.clock.during("save"):
                 run.writer.save(step, run.train_data.plan_key)
+            # Whoever asked while it was being saved need not wait for another step and another checkpoint.
+            reason = reason if is_last or reason is not None else run.leaving.agreed(step)
     if run.writer is not None:
         with run.operation.clock.during("save"):
             run.writer.close()
+    run.leaving.obeyed()
     if reason is not None:
-        logger.info(f"leaving after step {step} ({reason})")
-        return Ending(ExitCode.COME_BACK, f"left after step {step} of {last_step}: {reason}", "leaving", step)
+        kept = "nothing is saved without --save" if run.writer is None else "everything is saved"
+        sentence = f"left after step {step} of {last_step}: {reason}; {kept}"
+        return Ending(ExitCode.COME_BACK, sentence, "leaving", step)
     return Ending(ExitCode.DONE, f"all {last_step} steps are done", "done", step)
 
 

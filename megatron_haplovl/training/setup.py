@@ -123,7 +123,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         device=device,
         sinks=sinks,
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.control),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
     )
 
 
