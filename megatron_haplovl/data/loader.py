@@ -19,7 +19,7 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers
 from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
@@ -115,6 +115,21 @@ class BatchLoader:
         """Some packs of the plan as one batch, apart from the iteration."""
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
+
+    def describe(self, first_step: int, number: int) -> str:
+        """What a micro-batch of this rank is of, in words: the step, counted from 1, and the sources.
+
+        Args:
+            first_step: where reading began.
+            number: micro-batches that were read before it.
+        """
+        micro_steps = self.micro_batches_per_step
+        step, place = first_step + number // micro_steps, number % micro_steps
+        packs = [pack for pack in self._sampler.micro_batch(step, place) if pack != EMPTY]
+        held = {source for pack in packs for document in self.plan.documents(pack) for source, _ in document}
+        names = ", ".join(self.source_names[source] for source in sorted(held)) or "none"
+        which = f" (micro-batch {place + 1} of {micro_steps})" if micro_steps > 1 else ""
+        return f"step {step + 1}{which}, source {names}"
 
     @property
     def plan(self) -> PackPlan:

@@ -140,9 +140,8 @@ class Exchange:
         ranks = range(self._size) if self.reads_all else (0,)
         ending, alarm, *beats = store.multi_get(["ending", "alarm", *(f"beat/{rank}" for rank in ranks)])
         known = None if ending == _NOTHING.encode() else ending.decode()
-        self.received = Received(
-            self.received.number + 1, known, alarm.decode(), dict(zip(ranks, (Beat.of_json(beat) for beat in beats)))
-        )
+        by_rank = {rank: Beat.of_json(beat) for rank, beat in zip(ranks, beats, strict=True)}
+        self.received = Received(self.received.number + 1, known, alarm.decode(), by_rank)
         if mine is not None and self._mine is mine:
             self._mine = None
             self._published.set()

@@ -52,7 +52,7 @@ def _what(finding: Finding) -> str:
     culprits = list(finding.culprits[:_NAMED])
     more = len(finding.culprits) - len(culprits)
     ends = {
-        "silent": "has not answered for {0:.0f} s: its process is stopped or its machine is gone; it was last seen in {1}",
+        "silent": "has not answered for {0:.0f} s (it is stopped, or its machine is gone); it was last seen in {1}",
         "stuck": "has not moved for {0:.0f} s in {1}",
         "busy": "has been for {0:.0f} s in {1}",
         "behind": "has waited for {0:.0f} s in {1}, behind the others",

@@ -9,9 +9,9 @@ from typing import Literal
 from megatron_haplovl.operation.beats import Beat, Seen
 
 Kind = Literal["silent", "stuck", "busy", "behind", "left", "all"]
-"""silent: no beat arrives. stuck: the main thread does not move and waits for nobody. busy: it moves, but the others have
-waited for long. behind: all wait for one another, and it is not as far as the others. left: it has ended already. all:
-all wait at the same place."""
+"""silent: no beat arrives. stuck: the main thread does not move and waits for nobody. busy: it moves, but the others
+have waited for long. behind: all wait for one another, and it is not as far as the others. left: it has ended already.
+all: all wait at the same place."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Finding:
     """By rank."""
     waited: float
     """Seconds that the first of them has waited."""
+    lasted: float
+    """Seconds of the hang; the run ends when they pass `Limits.end`."""
 
     @property
     def episode(self) -> tuple[Kind, tuple[int, ...]]:
@@ -58,14 +60,14 @@ def judge(seen: Sequence[Seen], limits: Limits) -> Finding | None:
         limits: from when on it is worth a word.
 
     Returns:
-        None while there is nothing to say. The run ends when `waited` passes `limits.end`.
+        None while there is nothing to say.
     """
     staying = [one for one in seen if not one.beat.left]
     silent = [one for one in staying if one.age >= min(limits.silent, limits.end)]
     present = [one for one in staying if one not in silent]
     if silent:
         waiting = [one for one in present if one.beat.waits or one.quiet >= limits.still]
-        return _finding("silent", silent, waiting, max(one.age for one in silent))
+        return _finding("silent", silent, waiting, max(one.age for one in silent), limits)
     inside = [one for one in present if one.beat.waits]
     outside = [one for one in present if not one.beat.waits]
     if inside and outside:
@@ -81,9 +83,9 @@ def _waited_for(inside: list[Seen], outside: list[Seen], limits: Limits) -> Find
     first = _furthest_behind(outside)
     still = [one for one in first if one.quiet >= _patience(one, limits)]
     if waited >= min(limits.still, limits.end) and still:
-        return _finding("stuck", still, inside, min(one.quiet for one in still))
+        return _finding("stuck", still, inside, min(one.quiet for one in still), limits)
     if waited >= min(limits.busy * (1.0 if _settled(first) else limits.unsettled), limits.end):
-        return _finding("busy", first, inside, min(one.beat.in_phase for one in first))
+        return _finding("busy", first, inside, min(one.beat.in_phase for one in first), limits)
     return None
 
 
@@ -91,12 +93,12 @@ def _all_wait(inside: list[Seen], left: list[Seen], limits: Limits) -> Finding |
     if any(one.quiet < _patience(one, limits) for one in inside):
         return None
     if left:
-        return _finding("left", left, inside, min(one.age for one in left))
+        return _finding("left", left, inside, min(one.age for one in left), limits)
     first = _furthest_behind(inside)
     if len(first) == len(inside):
-        return _finding("all", [], inside, min(one.quiet for one in inside))
+        return _finding("all", [], inside, min(one.quiet for one in inside), limits)
     ahead = [one for one in inside if one not in first]
-    return _finding("behind", first, ahead, min(one.quiet for one in first))
+    return _finding("behind", first, ahead, min(one.quiet for one in first), limits)
 
 
 def _behind_device(outside: list[Seen], limits: Limits) -> Finding | None:
@@ -105,7 +107,7 @@ def _behind_device(outside: list[Seen], limits: Limits) -> Finding | None:
     ahead = [one for one in outside if one not in first]
     if not ahead or any(one.quiet < _patience(one, limits) for one in outside):
         return None
-    return _finding("stuck", first, ahead, min(one.quiet for one in first))
+    return _finding("stuck", first, ahead, min(one.quiet for one in first), limits)
 
 
 def _furthest_behind(ranks: list[Seen]) -> list[Seen]:
@@ -121,11 +123,16 @@ def _patience(one: Seen, limits: Limits) -> float:
     return min(limits.end, limits.still * (1.0 if one.beat.settled else limits.unsettled))
 
 
-def _finding(kind: Kind, culprits: list[Seen], waiting: list[Seen], seconds: float) -> Finding:
+def _finding(kind: Kind, culprits: list[Seen], waiting: list[Seen], seconds: float, limits: Limits) -> Finding:
+    waited = max((one.quiet for one in waiting), default=0.0)
+    # A rank may hang for a while before the others come to the collective in which they wait for it. Without a wait,
+    # nothing hangs but the rank's watch.
+    hangs = kind in ("silent", "stuck") and waited >= min(limits.still, limits.end)
     return Finding(
         kind,
         tuple(sorted((one.beat for one in culprits), key=lambda beat: beat.rank)),
         seconds,
         tuple(sorted((one.beat for one in waiting), key=lambda beat: beat.rank)),
-        max((one.quiet for one in waiting), default=0.0),
+        waited,
+        max(waited, seconds) if hangs else waited,
     )

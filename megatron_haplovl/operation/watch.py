@@ -2,8 +2,8 @@
 
 Every rank beats once a second. Rank 0 judges; if it is silent, rank 1 does, and then the last one. A suspicion is a
 warning; only when the others have waited for nearly as long as their collectives may take, the run ends, because then
-the collectives' own errors would blame whoever happens to notice first. Whatever the thread's own trouble is, it says it
-once, and the run goes on.
+the collectives' own errors would blame whoever happens to notice first. Whatever the thread's own trouble is, it says
+so once, and the run goes on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.operation import hang_words
 from megatron_haplovl.operation.arrivals import Arrivals
 from megatron_haplovl.operation.beats import Beat, Seen
-from megatron_haplovl.operation.endings import BY_AGREEMENT, LOST_PEER, Ending, ExitCode
+from megatron_haplovl.operation.endings import BY_AGREEMENT, Ending, ExitCode
 from megatron_haplovl.operation.exchange import Exchange
 from megatron_haplovl.operation.judgement import Finding, Limits, judge
+from megatron_haplovl.operation.last_words import LOST_PEER
 from megatron_haplovl.operation.launcher import Launcher
 from megatron_haplovl.operation.main_thread import MainThread, Sample
 from megatron_haplovl.operation.phase import PhaseClock
@@ -54,11 +55,20 @@ class Watch:
         clock: what the main thread says about itself.
         config: the run's settings.
         launcher: who has started this process.
+        guarded: looks whether a fault has come before, and a person is needed.
         end: says why the run ends, and ends this process; called in the watch's thread.
     """
 
-    def __init__(self, clock: PhaseClock, config: Config, launcher: Launcher, end: Callable[[Ending], object]) -> None:
-        self._clock, self._config, self._launcher, self._end = clock, config, launcher, end
+    def __init__(
+        self,
+        clock: PhaseClock,
+        config: Config,
+        launcher: Launcher,
+        guarded: Callable[[Ending], Ending],
+        end: Callable[[Ending], object],
+    ) -> None:
+        self._clock, self._config, self._launcher = clock, config, launcher
+        self._guarded, self._end = guarded, end
         self._rank, self._size = int(os.environ.get("RANK", "0")), 1
         self._set_timeout(60.0 * config.parallel.distributed_timeout_minutes, "--distributed-timeout-minutes")
         self._main = MainThread(clock)
@@ -228,7 +238,7 @@ class Watch:
             self._dump("rank 0, which holds the store, does not answer")
         self._dumped_in_silence = holder_is_silent
         limit = self._limits.end + (0.0 if speaks else _SECONDS_BEHIND_FIRST)
-        if finding is not None and finding.waited >= limit:
+        if finding is not None and finding.lasted >= limit:
             self._end_hang(finding)
 
     def _is_first_judge(self, seen: list[Seen]) -> bool:
@@ -272,8 +282,8 @@ class Watch:
         who = "a worker of its loader does not answer" if workers else "reading does not return (--num-workers 0)"
         sentence = (
             f"rank {self._rank} on {socket.gethostname()} has waited {sample.in_phase:.0f} s for "
-            f"{self._clock.reading()}, and --loader-timeout-seconds allows {limit}: {who}; stacks are in {self._folder}; "
-            "the same command goes on from the last checkpoint"
+            f"{self._clock.reading()}, and --loader-timeout-seconds allows {limit}: {who}; stacks are in "
+            f"{self._folder}; the same command goes on from the last checkpoint"
         )
         self._leave(Published(self._ending(sentence, "loader hangs"), is_hang=True))
 
@@ -287,7 +297,7 @@ class Watch:
 
     def _ending(self, sentence: str, cause: str) -> Ending:
         step = self._clock.moment.step
-        return Ending(ExitCode.MACHINE_FAULT, sentence, cause, step - 1 if step else None, self._rank)
+        return self._guarded(Ending(ExitCode.MACHINE_FAULT, sentence, cause, step - 1 if step else None, self._rank))
 
     def _leave(self, mine: Published) -> None:
         """End this process, after the others know."""
