@@ -19,7 +19,7 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers
 from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
@@ -28,6 +28,7 @@ from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
+from megatron_haplovl.data.worker_signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class BatchLoader:
             sampler=self._sampler,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=ignore_stop_signals,
             persistent_workers=workers > 0,
             prefetch_factor=_PREFETCH if workers else None,
             pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
@@ -114,6 +116,21 @@ class BatchLoader:
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
 
+    def describe(self, first_step: int, number: int) -> str:
+        """What a micro-batch of this rank is of, in words: the step, counted from 1, and the sources.
+
+        Args:
+            first_step: where reading began.
+            number: micro-batches that were read before it.
+        """
+        micro_steps = self.micro_batches_per_step
+        step, place = first_step + number // micro_steps, number % micro_steps
+        packs = [pack for pack in self._sampler.micro_batch(step, place) if pack != EMPTY]
+        held = {source for pack in packs for document in self.plan.documents(pack) for source, _ in document}
+        names = ", ".join(self.source_names[source] for source in sorted(held)) or "none"
+        which = f" (micro-batch {place + 1} of {micro_steps})" if micro_steps > 1 else ""
+        return f"step {step + 1}{which}, source {names}"
+
     @property
     def plan(self) -> PackPlan:
         """Which documents stand in which packed sequence."""
@@ -131,10 +148,6 @@ class BatchLoader:
         """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
         packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
         return counts_by_source(self._plan.packs, packs, len(self.source_names))
-
-
-_PREFETCH = 4
-"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
 
 
 _PREFETCH = 4

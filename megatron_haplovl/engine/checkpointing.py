@@ -111,6 +111,8 @@ class CheckpointWriter:
         try:
             action()
         except OSError as error:
+            # Said at once: the next collective may never end, if another rank hangs.
+            logger.warning(f"saving failed: {error}")
             return f"rank {self._model.groups.world.rank}: {error}"
         return None
 

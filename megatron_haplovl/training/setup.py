@@ -23,6 +23,7 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.training.logging import Sinks, configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
@@ -60,6 +61,13 @@ class Run:
     def groups(self) -> ParallelGroups:
         """Every process group."""
         return self.model.groups
+
+    def settle(self) -> None:
+        """The first step is done: compilers and lazily made connections are behind us, so ranks may wait less long."""
+        seconds, flag = self.config.parallel.timeout_of_steps
+        set_timeouts(seconds)
+        if self.operation.watch is not None:
+            self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
@@ -106,6 +114,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         train_data.sequences,
         operation.clock.enter,
     )
+    set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
@@ -123,7 +132,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         device=device,
         sinks=sinks,
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.control),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
     )
 
 
