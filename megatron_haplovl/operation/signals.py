@@ -17,7 +17,7 @@ from megatron_haplovl.parallel.launch import Launch
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_UNTIL_ANOTHER = 2.0
-"""A signal that comes sooner after the first one is the same one, sent by terminal and launcher."""
+"""A signal that comes sooner after the first one may be the same one, sent by terminal and launcher."""
 
 
 class StopSignals:
@@ -64,16 +64,21 @@ class StopSignals:
         os.close(self._read)
         os.close(self._write)
 
-    def receive(self, name: str) -> None:
-        """Take note of a signal."""
+    def receive(self, name: str, *, may_be_echo: bool) -> None:
+        """Take note of a signal.
+
+        Args:
+            name: SIGTERM, ...
+            may_be_echo: whether terminal and launcher may have sent the same one.
+        """
         now = time.monotonic()
         first = self.received is None
         if first:
             self.received, self._received_at = name, now
-        is_another = name == "SIGINT" and now - self._received_at > _SECONDS_UNTIL_ANOTHER
+        echo = may_be_echo and now - self._received_at < _SECONDS_UNTIL_ANOTHER
         if not self.may_wait():
             self.at_once(_ending(f"{name} before the first step: nothing is lost; the same command starts again"))
-        elif is_another and not first:
+        elif name == "SIGINT" and not (first or echo):
             self.at_once(_ending("SIGINT twice: ended at once; the same command goes on from the last checkpoint"))
 
     def _listen(self) -> None:
@@ -82,10 +87,10 @@ class StopSignals:
             ready, _, _ = select.select([self._read], [], [], _SECONDS_BETWEEN_LOOKS)
             for number in os.read(self._read, 64) if ready else b"":
                 if number in STOP_SIGNALS:
-                    self.receive(signal.Signals(number).name)
+                    self.receive(signal.Signals(number).name, may_be_echo=True)
             names = (self._launch.asked_to_leave() or "").split()
             for name in names[obeyed:]:
-                self.receive(name)
+                self.receive(name, may_be_echo=False)
             obeyed = len(names)
 
 
