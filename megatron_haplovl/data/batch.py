@@ -63,6 +63,8 @@ class Batch:
     """int32 number of the source that a token is from, -1 at padding; None if there is one source only."""
     num_sources: int = 1
     """Sources that there are, whether they are in this batch or not."""
+    packs: tuple[int, ...] = ()
+    """Number of each sequence in the plan, `plan.dealing.EMPTY` for one that the step has no pack for."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; only the mask's vectors stay on the host.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -262,7 +263,8 @@ class PackDataset(Dataset[Batch]):
     def __getitem__(self, packs: Sequence[int]) -> Batch:
         documents = [self._documents(pack) for pack in packs]
         length = self._seq_length if any(documents) else self._empty_length
-        return collate(documents, length, self._vision, self._image_attention, len(self._sources))
+        batch = collate(documents, length, self._vision, self._image_attention, len(self._sources))
+        return dataclasses.replace(batch, packs=tuple(packs))
 
     def _documents(self, pack: int) -> list[Document]:
         documents: list[Document] = []

@@ -19,7 +19,7 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers
 from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
@@ -109,6 +109,12 @@ class BatchLoader:
         self._sampler.first_step = first_step
         return iter(self._loader)
 
+    def describe_step(self, step: int) -> tuple[str, ...]:
+        """Names of the sources that this rank reads in a step."""
+        packs = [pack for pack in self._sampler.packs_of(step) if pack != EMPTY]
+        numbers = {source for pack in packs for items in self.plan.documents(pack) for source, _ in items}
+        return tuple(self.source_names[number] for number in sorted(numbers))
+
     def packs(self, numbers: Sequence[int]) -> Batch:
         """Some packs of the plan as one batch, apart from the iteration."""
         batch: Batch = self._loader.dataset[list(numbers)]
@@ -131,10 +137,6 @@ class BatchLoader:
         """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
         packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
         return counts_by_source(self._plan.packs, packs, len(self.source_names))
-
-
-_PREFETCH = 4
-"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
 
 
 _PREFETCH = 4
