@@ -334,7 +334,7 @@ def test_what_workers_are_sent_does_not_grow_with_the_data(tiny_prefix: str, tmp
     loader = make_loader(tiny_prefix, make_config(tmp_path))
     sent = pickle.dumps(loader._loader.dataset)
     epoch, source = loader._plan.packs.epochs[0], IndexedSource(tiny_prefix)
-    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2):
+    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2.all()):
         assert kept.tobytes() not in sent
     assert same(pickle.loads(sent)[[0, 3]], loader.packs([0, 3]))
     assert pickle.loads(pickle.dumps(source)).read(0).visuals == source.read(0).visuals
