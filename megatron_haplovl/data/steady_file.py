@@ -51,7 +51,7 @@ class SteadyFile:
             ChangedFileError: it has become shorter.
             OSError: it cannot be read; the file's name is in it.
         """
-        assert 0 <= start and 0 <= length and start + length <= self.size
+        assert start >= 0 and length >= 0 and start + length <= self.size
         parts = []
         while length:
             # Linux reads at most 2 GiB at once.
