@@ -170,6 +170,11 @@ class DataConfig:
     seq_length: int = setting(2048, "tokens in one packed sequence, visual tokens included")
     packing: bool = setting(True, "put several samples into one sequence; without it, one sample per sequence")
     skip_long_samples: bool = setting(False, "leave out samples longer than --seq-length (otherwise an error)")
+    skip_bad_samples: int = setting(
+        0,
+        "go on without a document that cannot be read, and name it; the run ends after more than this many such "
+        "samples, restarts included (default: after the first one)",
+    )
     num_workers: int = setting(2, "data loading processes per rank; 0 loads in the training process")
     loader_timeout_seconds: int = setting(
         120, "seconds that a rank waits for its next micro-batch before the run ends and names step and source"

@@ -142,6 +142,8 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
+    if data.skip_bad_samples < 0:
+        raise ValueError(f"--skip-bad-samples {data.skip_bad_samples} is negative; 0 skips none")
     by_flags = data.data_path or data.aux_data_path or data.valid_data_path
     if data.mock_data and by_flags:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")

@@ -48,8 +48,10 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
     Raises:
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
             saved.
+        RunEnd: more samples than --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
+    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
     run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))
