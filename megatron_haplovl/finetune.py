@@ -4,12 +4,14 @@ deepspeed --module megatron_haplovl.finetune --model haplovl-debug --mock-data -
 """
 
 from megatron_haplovl.config.cli import parse_command_line
+from megatron_haplovl.operation.streams import forgive_broken_streams
 from megatron_haplovl.operation.supervise import finish, supervised
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 
 
 def main() -> None:
+    forgive_broken_streams()
     command = parse_command_line("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
     with supervised(command.config) as operation:
         run = setup(command.config, command.differences, operation)
