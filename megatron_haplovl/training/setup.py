@@ -62,8 +62,10 @@ class Run:
         return self.model.groups
 
     def close(self) -> None:
-        """Close the logs and leave the process group."""
+        """Close the logs and leave the process group. Called by every rank."""
         self.sinks.close()
+        # What the ranks have to say is said before one of them says how the run ended.
+        self.groups.control.barrier()
         torch.distributed.destroy_process_group()
 
 
