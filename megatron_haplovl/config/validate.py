@@ -128,6 +128,9 @@ def _validate_schedule(config: Config) -> None:
         (config.checkpoint, "exit_interval"),
         (config.checkpoint, "exit_duration_in_mins"),
         (config.checkpoint, "keep_last"),
+        (config.parallel, "distributed_timeout_minutes"),
+        (config.parallel, "distributed_timeout_seconds_after_init"),
+        (config.data, "loader_timeout_seconds"),
         (config.logging, "log_interval"),
         (config.logging, "eval_interval"),
         (config.logging, "eval_iters"),
@@ -139,6 +142,8 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
+    if data.skip_bad_samples < 0:
+        raise ValueError(f"--skip-bad-samples {data.skip_bad_samples} is negative; 0 skips none")
     by_flags = data.data_path or data.aux_data_path or data.valid_data_path
     if data.mock_data and by_flags:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")

@@ -5,26 +5,13 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from megatron_haplovl.operation.endings import Ending
 from megatron_haplovl.operation.last_words import LastWords, end_process
 from megatron_haplovl.operation.phase import PhaseClock
 from megatron_haplovl.operation.signals import StopSignals
+from megatron_haplovl.operation.watch import Watch
 from megatron_haplovl.parallel.groups import Group
-
-
-class Watch(Protocol):
-    """Who knows of the other machines' ranks."""
-
-    def publish(self, ending: Ending) -> Ending:
-        """Make an ending known to every rank; returns the one that was known first, this or another."""
-
-    def published(self) -> Ending | None:
-        """The ending that is known, if any."""
-
-    def who_is_gone(self) -> str | None:
-        """A sentence with the rank that is gone, its host, and what it was doing; None where all are there."""
 
 
 @dataclass
@@ -41,8 +28,10 @@ class Operation:
     """How the run has ended, if nothing was raised."""
 
     def meet(self, control: Group) -> None:
-        """Give this launch its id. Called by every rank."""
+        """Give this launch its id, and watch the others from now on. Called by every rank."""
         self.run_id = control.gather_objects(secrets.token_hex(6))[0]
+        if self.watch is not None:
+            self.watch.join(self.run_id, control)
 
     @property
     def steps_done(self) -> int | None:

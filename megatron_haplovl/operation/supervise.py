@@ -14,10 +14,12 @@ from megatron_haplovl.config.cli import RefusedCommandLine
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.operation.endings import Ending, ExitCode, RunEnd
 from megatron_haplovl.operation.last_words import LastWords, end_children
+from megatron_haplovl.operation.launcher import Launcher
 from megatron_haplovl.operation.lost_peers import cause_of, is_lost_peer
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.operation.out_of_memory import advice, is_out_of_memory
 from megatron_haplovl.operation.signals import StopSignals
+from megatron_haplovl.operation.watch import Watch
 from megatron_haplovl.parallel.launch import Launch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,6 +44,8 @@ def supervised(config: Config, signals: StopSignals | None = None) -> Iterator[O
     assert operation.signals is not None
     operation.signals.may_wait = lambda: operation.steps_done is not None
     operation.signals.at_once = operation.end
+    operation.watch = Watch(operation.clock, config, Launcher(os.environ), words.guarded, operation.end)
+    operation.watch.start()
     try:
         try:
             _begin(launch, operation)
@@ -53,6 +57,7 @@ def supervised(config: Config, signals: StopSignals | None = None) -> Iterator[O
         ending = words.speak(operation.agreed(operation.ending), operation.run_id)
     finally:
         operation.signals.close()
+        operation.watch.stop()
         end_children()
     if ending.code != ExitCode.DONE:
         sys.exit(words.status(ending))
