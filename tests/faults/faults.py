@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_haplovl.training import loop
+from tests.faults.hang_faults import HANG_FAULTS
 from tests.faults.signal_faults import SIGNAL_FAULTS
 
 
@@ -47,4 +48,5 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
     "stop": stop,
     "unknown_error": unknown_error,
     **SIGNAL_FAULTS,
+    **HANG_FAULTS,
 }
