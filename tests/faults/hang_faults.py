@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_haplovl.checkpoint import write
-from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.loader import BatchLoader
+from megatron_haplovl.data.pack_dataset import PackDataset
 from megatron_haplovl.operation.phase import PhaseClock
 
 SECONDS_STOPPED = 16
@@ -47,7 +47,8 @@ def _pause() -> None:
 
 def _in_phase(phase: str, action: Callable[[], None], step: int, rank: int) -> None:
     """Do something when a rank is in a phase of an optimizer step (counted from 1)."""
-    original: Any = PhaseClock._begin
+    patched: Any = PhaseClock
+    original = patched._begin
     done: list[bool] = []
 
     def begin(clock: PhaseClock, entered: str, order: int) -> None:
@@ -56,7 +57,7 @@ def _in_phase(phase: str, action: Callable[[], None], step: int, rank: int) -> N
             done.append(True)
             action()
 
-    PhaseClock._begin = begin  # type: ignore[method-assign]
+    patched._begin = begin
 
 
 def _hang_write(step: int, rank: int) -> None:
@@ -73,22 +74,23 @@ def _hang_write(step: int, rank: int) -> None:
 
 def _hang_read(step: int, rank: int) -> None:
     """Reading a micro-batch never returns, in a worker of the loader or in the rank itself."""
-    make: Any = BatchLoader.__init__
-    read: Any = PackDataset.__getitem__
+    loaders: Any = BatchLoader
+    datasets: Any = PackDataset
+    make, read = loaders.__init__, datasets.__getitem__
 
     def init(loader: BatchLoader, *args: Any, **kwargs: Any) -> None:
         make(loader, *args, **kwargs)
         if os.environ["RANK"] == str(rank):
-            awaited = loader._sampler.micro_batch(step - 1, 0)
+            awaited = loader._sampler.packs_of(step - 1)[:1]
 
             def getitem(dataset: PackDataset, numbers: Any) -> Any:
                 if list(numbers) == awaited:
                     _hang()
                 return read(dataset, numbers)
 
-            PackDataset.__getitem__ = getitem  # type: ignore[method-assign]
+            datasets.__getitem__ = getitem
 
-    BatchLoader.__init__ = init  # type: ignore[method-assign]
+    loaders.__init__ = init
 
 
 _PHASES = ("loader", "forward", "backward", "reduce", "evaluate", "save")

@@ -16,7 +16,7 @@ TIMEOUT = 40
 SLACK = 10
 """Seconds that a loaded machine may need beyond what is promised."""
 
-FAST = [
+FAST: list[tuple[str, str, str, list[str]]] = [
     ("torchrun", "stop_forward@3:1", "has not answered", []),
     ("deepspeed", "stop_forward@3:0", "has not answered", []),
 ]
