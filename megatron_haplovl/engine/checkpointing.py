@@ -147,7 +147,7 @@ class CheckpointWriter:
     def _publish(self, aside: Path, folder: Path) -> None:
         dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
         # Gives up before the other ranks do; they wait in a collective for this rank's answer.
-        patience = 30.0 * self._config.parallel.distributed_timeout_minutes
+        patience = self._config.parallel.timeout_of_steps[0] / 2
         write.complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
         write.publish(folder, self._config.checkpoint.keep_last)
 

@@ -76,8 +76,10 @@ class Run:
             self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
-        """Close the logs and leave the process group."""
+        """Close the logs and leave the process group. Called by every rank."""
         self.sinks.close()
+        # What the ranks have to say is said before one of them says how the run ended.
+        self.groups.control.barrier()
         torch.distributed.destroy_process_group()
 
 

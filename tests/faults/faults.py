@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_haplovl.training import loop
+from tests.faults.hang_faults import HANG_FAULTS
+from tests.faults.signal_faults import SIGNAL_FAULTS
 
 
 def at_step(step: int, rank: int, action: Callable[[], None]) -> None:
@@ -41,4 +43,10 @@ def unknown_error(step: int, rank: int) -> None:
     at_step(step, rank, fail)
 
 
-FAULTS: dict[str, Callable[[int, int], None]] = {"kill": kill, "stop": stop, "unknown_error": unknown_error}
+FAULTS: dict[str, Callable[[int, int], None]] = {
+    "kill": kill,
+    "stop": stop,
+    "unknown_error": unknown_error,
+    **SIGNAL_FAULTS,
+    **HANG_FAULTS,
+}
