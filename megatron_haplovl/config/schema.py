@@ -373,7 +373,7 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
-    metrics_file: str | None = setting(None, "append every logged value to this JSON-lines file")
+    metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
 

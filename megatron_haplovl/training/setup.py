@@ -27,9 +27,10 @@ from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.training.bad_samples import BadSamples
-from megatron_haplovl.training.logging import Sinks, configure_logging
+from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
 from megatron_haplovl.training.startup_report import describe_run
@@ -97,7 +98,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
     operation.meet(groups.control)
-    sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
         logger.info(differences)
@@ -140,7 +141,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         first_step=first_step,
         writer=writer,
         device=device,
-        sinks=sinks,
+        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
