@@ -74,7 +74,7 @@ class MicroBatchNumbers:
 
     def micro_batch(self, step: int, place: int) -> list[int]:
         """The pack numbers of one micro-batch of a step."""
-        return self._sequences(step)[place * self._micro : (place + 1) * self._micro]
+        return self.packs_of(step)[place * self._micro : (place + 1) * self._micro]
 
     def __len__(self) -> int:
         return (self._steps - self.first_step) * self.per_step
