@@ -117,7 +117,7 @@ class LastWords:
         return next((words for words in self._found() if self._is_of_this_start(words)), None)
 
     def _is_of_this_start(self, words: dict[str, Any]) -> bool:
-        return bool(words["time"] >= self._launch.began and words["restart"] == self._launch.restart)
+        return bool(words["time"] >= self._launch.process_began)
 
     def _previous(self) -> dict[str, Any] | None:
         return self._before and {name: self._before[name] for name in ("code", "step", "cause")}

@@ -13,7 +13,9 @@ from megatron_haplovl.parallel.launch import Launch
 
 @pytest.fixture
 def launch(tmp_path):
-    return Launch(folder=tmp_path / "launch", is_scripted=False, began=time.time(), restart=0)
+    return Launch(
+        folder=tmp_path / "launch", is_scripted=False, began=time.time(), restart=0, process_began=time.time()
+    )
 
 
 def settle(launch, monkeypatch, rank, size, here, port=29500):

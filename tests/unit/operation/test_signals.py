@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def launch(folder: Path, *, scripted: bool = False) -> Launch:
-    return Launch(folder=folder, is_scripted=scripted, began=time.time(), restart=0)
+    return Launch(folder=folder, is_scripted=scripted, began=time.time(), restart=0, process_began=time.time())
 
 
 @pytest.fixture
