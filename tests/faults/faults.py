@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_haplovl.training import loop
 from tests.faults.hang_faults import HANG_FAULTS
 from tests.faults.signal_faults import SIGNAL_FAULTS
@@ -43,10 +45,16 @@ def unknown_error(step: int, rank: int) -> None:
     at_step(step, rank, fail)
 
 
+def out_of_memory(step: int, rank: int) -> None:
+    """The host's memory is too small."""
+    at_step(step, rank, lambda: torch.empty(1 << 50))
+
+
 FAULTS: dict[str, Callable[[int, int], None]] = {
     "kill": kill,
     "stop": stop,
     "unknown_error": unknown_error,
+    "out_of_memory": out_of_memory,
     **SIGNAL_FAULTS,
     **HANG_FAULTS,
 }
