@@ -41,4 +41,14 @@ def unknown_error(step: int, rank: int) -> None:
     at_step(step, rank, fail)
 
 
-FAULTS: dict[str, Callable[[int, int], None]] = {"kill": kill, "stop": stop, "unknown_error": unknown_error}
+def truncate(step: int, rank: int) -> None:
+    """A file of the data, HAPLOVL_FAULT_FILE, becomes empty."""
+    at_step(step, rank, lambda: os.truncate(os.environ["HAPLOVL_FAULT_FILE"], 0))
+
+
+FAULTS: dict[str, Callable[[int, int], None]] = {
+    "kill": kill,
+    "stop": stop,
+    "truncate": truncate,
+    "unknown_error": unknown_error,
+}

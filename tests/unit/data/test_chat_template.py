@@ -254,7 +254,7 @@ def test_data_of_the_earlier_plain_template_is_still_known() -> None:
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not written the"),
         ("{% set ns = namespace(a='ab') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}", "MiB to"),
         ("{{ 'a' * 9999999999 }}", "takes more than 1024 MiB to write the conversation"),
-        ("{{ 'a' * 99999999 }}", r"makes \d+ characters of the conversation, more than 67108864"),
+        ("{{ messages[0].role * 29999999 }}", r"makes \d+ characters of the conversation, more than 67108864"),
         ("{% for i in range(999999999) %}a{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 // 0 }}", "by zero"),
@@ -266,7 +266,8 @@ def test_a_template_that_does_not_end_or_takes_everything(
     tiny_spm_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, message: str
 ) -> None:
     """At the start, and in a conversation that alone sets it off."""
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5)
+    if message.startswith("has not"):
+        monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5)
     usual = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
     (tmp_path / "always.jinja").write_text(usual + loop)
     (tmp_path / "once.jinja").write_text(usual + "{% if messages[0].content == 'now' %}" + loop + "{% endif %}")
