@@ -50,6 +50,11 @@ def out_of_memory(step: int, rank: int) -> None:
     at_step(step, rank, lambda: torch.empty(1 << 50))
 
 
+def truncate(step: int, rank: int) -> None:
+    """A file of the data, HAPLOVL_FAULT_FILE, becomes empty."""
+    at_step(step, rank, lambda: os.truncate(os.environ["HAPLOVL_FAULT_FILE"], 0))
+
+
 FAULTS: dict[str, Callable[[int, int], None]] = {
     "kill": kill,
     "stop": stop,
@@ -57,4 +62,5 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
     "out_of_memory": out_of_memory,
     **SIGNAL_FAULTS,
     **HANG_FAULTS,
+    "truncate": truncate,
 }
