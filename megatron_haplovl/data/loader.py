@@ -19,7 +19,7 @@ from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.mock_source import MockSource
 from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers
 from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
@@ -69,7 +69,7 @@ class BatchLoader:
         """Hash of all that the order of the data depends on; equal keys give equal batches."""
         self.source_names = source_names
         """What the log calls the sources."""
-        self._plan = plan
+        self._plan, self._sources = plan, sources
         schedule = config.schedule
         if schedule.batch_unit == "packs":
             sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, dp_size)
@@ -109,10 +109,24 @@ class BatchLoader:
         self._sampler.first_step = first_step
         return iter(self._loader)
 
+    def numbers(self, step: int) -> list[list[int]]:
+        """The packs of each of this rank's micro-batches in a step, for :meth:`packs`."""
+        return self._sampler.of_step(step)
+
     def packs(self, numbers: Sequence[int]) -> Batch:
         """Some packs of the plan as one batch, apart from the iteration."""
         batch: Batch = self._loader.dataset[list(numbers)]
         return batch
+
+    def samples(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """The samples in some packs, in order: name of the source (a prefix), number in it."""
+        filled = [number for number in numbers if number != EMPTY]
+        return [
+            (self._sources[source].name, sample)
+            for number in filled
+            for document in self.plan.documents(number)
+            for source, sample in document
+        ]
 
     @property
     def plan(self) -> PackPlan:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ class CheckpointWriter:
         self._done = ""
         self._saved = True
 
-    def save(self, iteration: int, plan_key: str) -> None:
+    def save(self, iteration: int, plan_key: str, guard: Mapping[str, Any]) -> None:
         """Write everything that a resumed run needs. Called by every rank.
 
         Args:
             iteration: optimizer steps done.
             plan_key: the training data's `BatchLoader.plan_key`; with the iteration, the position in the data.
+            guard: how many steps were skipped, and what else is for `training_state.json` (`Guard.state`).
         """
         started = time.perf_counter()
         self.finish()
@@ -57,7 +58,7 @@ class CheckpointWriter:
         folder = Path(settings.save) / f"global_step{iteration}"
         aside = unfinished(folder)
         error = self._attempt(
-            lambda: write.prepare(aside, self._config, iteration, plan_key) if world.rank == 0 else None
+            lambda: write.prepare(aside, self._config, iteration, plan_key, guard) if world.rank == 0 else None
         )
         self._saved = not self._agree(error)
         if not self._saved:
@@ -174,7 +175,7 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
             "to start anew from its weights, add --finetune, with another --save"
         )
     reader = PieceReader(folder)
-    make_optimizer_state(engine, state["iteration"])
+    make_optimizer_state(engine, state["iteration"] - state.get("skipped_iterations", 0))
     model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
     engine.global_steps = state["iteration"]
     return int(state["iteration"])

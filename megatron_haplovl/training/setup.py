@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
+from megatron_haplovl.checkpoint.folders import STATE_FILE
+from megatron_haplovl.config.files import read_json
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import open_run_sources
@@ -23,6 +25,8 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.training.guards.build import build_guard
+from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.logging import Sinks, configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
@@ -55,6 +59,8 @@ class Run:
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
+    guard: Guard
+    """Decides of every step whether it may update the weights."""
 
     @property
     def groups(self) -> ParallelGroups:
@@ -109,6 +115,17 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
+    guard = build_guard(
+        config,
+        engine,
+        model,
+        steps,
+        terms,
+        train_data,
+        device,
+        run_id=operation.run_id,
+        state={} if resumed is None else read_json(resumed / STATE_FILE),
+    )
     writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
     return Run(
         config=config,
@@ -124,6 +141,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         sinks=sinks,
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control),
+        guard=guard,
     )
 
 
