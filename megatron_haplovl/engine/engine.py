@@ -101,9 +101,7 @@ def build_engine(
     engine, *_ = initialize(model=pipeline_module(stage, model.groups))
     separate_buffers(engine, device)
     reads_data = stage.is_first or stage.is_last
-    pipelined = PipelinedSteps(
-        engine, stage.slot, loss, grad_norm, enter_phase, device=device, reads_data=reads_data
-    )
+    pipelined = PipelinedSteps(engine, stage.slot, loss, grad_norm, enter_phase, device=device, reads_data=reads_data)
     return engine, pipelined
 
 

@@ -26,8 +26,8 @@ EnterPhase = Callable[[str], None]
 """Is told what a rank begins to do; see `operation.phase.PHASES`."""
 
 Judge = Callable[[Sums, Sequence[Sums]], Verdict]
-"""From this rank's sums over a step, and those of each of its micro-batches, to the step's losses and whether the weights
-may be updated. Called once in a step by every rank, when gradients are complete and no weight has changed."""
+"""From this rank's sums over a step, and those of each of its micro-batches, to the step's losses and whether the
+weights may be updated. Called once in a step by every rank, when gradients are complete and no weight has changed."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
         chunk = bits[start : start + _CHUNK].long()
         found[0] += chunk.sum()
         places = torch.arange(start + 1, start + 1 + chunk.numel(), dtype=torch.int64, device=chunk.device)
-        found[1] += chunk.mul_(places).sum()
+        found[1] += (chunk * places).sum()
     return found
 
 

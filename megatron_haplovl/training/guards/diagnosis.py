@@ -51,12 +51,15 @@ class Diagnosis:
         suspects = [(index, rank) for rank, index in enumerate(places) if index is not None]
         if not suspects:
             return (
-                f"a loss is not finite ({bad}), though the sums of every rank are: their sum over the ranks went wrong, "
-                "which is a fault of a machine or of the network"
+                f"a loss is not finite ({bad}), though the sums of every rank are: their sum over the ranks went "
+                "wrong, which is a fault of a machine or of the network"
             )
         index, rank = min(suspects)
         name = self.data.name(step, index, rank)
-        facts = {"reason": f"a loss is not finite ({bad})", "losses": {key: str(value) for key, value in losses.items()}}
+        facts = {
+            "reason": f"a loss is not finite ({bad})",
+            "losses": {key: str(value) for key, value in losses.items()},
+        }
         kept = self.data.keep(name, self.folder, facts)
         return f"a loss is not finite ({bad}), from {name.words}; {self._layer(step, name)}; {kept}"
 
@@ -79,7 +82,8 @@ class Diagnosis:
             holders = [f"rank {rank} on {host}" for rank, (_, finite, host) in enumerate(found) if not finite]
             return (
                 f"a gradient is not finite in what {_listed(holders)} had of the sum over all ranks, though the losses "
-                "are; computed once more, every gradient of every rank is finite, which points to a machine or the network"
+                "are; computed once more, every gradient of every rank is finite, which points to a machine or the "
+                "network"
             )
         index = min(suspects)[0]
         # Of the ranks that have the same parameter's gradient wrong in this micro-batch, all are named.

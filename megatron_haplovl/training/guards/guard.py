@@ -95,8 +95,8 @@ class Guard:
         if config.check_for_spiky_loss:
             what = "trained on" if config.spiky_loss_action == "warn" else "passed over after a return to the last save"
             lines.append(
-                f"--check-for-spiky-loss: a loss of more than {config.spiky_loss_factor:g} times the median of the last "
-                f"steps is named, and {what}; {len(self._spikes.losses)} steps are known"
+                f"--check-for-spiky-loss: a loss of more than {config.spiky_loss_factor:g} times the median of the "
+                f"last steps is named, and {what}; {len(self._spikes.losses)} steps are known"
             )
         if config.check_replicas is not None:
             lines.append(self._replicas.describe(config.check_replicas))
@@ -208,7 +208,9 @@ class Guard:
         self.skipped += 1
         self.not_finite += 1
         if self._groups.world.rank == 0:
-            logger.warning(f"step {step + 1}: DeepSpeed has left the update out, because the gradient norm is not finite")
+            logger.warning(
+                f"step {step + 1}: DeepSpeed has left the update out, because the gradient norm is not finite"
+            )
 
     def _spike(self, step: int, words: str) -> None:
         number, control = step + 1, self._groups.control
@@ -226,8 +228,8 @@ class Guard:
         listed = control.gather_objects(listed)[0]
         raise RunEnd(
             ExitCode.MACHINE_FAULT,
-            f"step {number}: {words}; the weights were not updated. {listed.capitalize()}, so started again, the run goes "
-            "on from its last checkpoint and passes the step over",
+            f"step {number}: {words}; the weights were not updated. {listed.capitalize()}, so started again, the run "
+            "goes on from its last checkpoint and passes the step over",
             cause="loss spike",
             step=step,
         )
@@ -237,8 +239,8 @@ class Guard:
         if found is not None:
             raise RunEnd(
                 ExitCode.MACHINE_FAULT,
-                f"step {step + 1}: {found.words}; {consequence}. Started again, the run goes on from its last checkpoint; "
-                "if the same rank is named again, take its machine out",
+                f"step {step + 1}: {found.words}; {consequence}. Started again, the run goes on from its last "
+                "checkpoint; if the same rank is named again, take its machine out",
                 cause="replicas differ",
                 step=step,
             )

@@ -40,7 +40,9 @@ class Disagreement:
         others = f" (and {self.parameters - 1} other parameters)" if self.parameters > 1 else ""
         ranks = ", ".join(map(str, self.wrong))
         if not self.is_known:
-            return f"{self.parameter}{others} differs between the ranks {ranks}, and nothing says which of them is right"
+            return (
+                f"{self.parameter}{others} differs between the ranks {ranks}, and nothing says which of them is right"
+            )
         one = len(self.wrong) == 1
         return (
             f"{self.parameter}{others} on rank{'' if one else 's'} {ranks} differs from the other ranks' cop"
@@ -108,7 +110,7 @@ class Replicas:
         return Disagreement(key[0], wrong if known else tuple(by_rank), known, parameters)
 
     def _unlike_masters(self, control: Group, key: Key, prints: Prints) -> tuple[int, ...]:
-        """Ranks whose copy is not what the optimizer's fp32 weights become, where another rank has these (ZeRO 1, 2)."""
+        """Ranks whose copy is not what the optimizer's fp32 weights become (ZeRO 1, 2)."""
         mine = next((tensor.view(-1) for other, tensor in self._held() if other == key), None)
         masters: dict[tuple[int, int], tuple[int, int]] = {}
         if mine is not None and self._zero_stage in (1, 2):

@@ -61,7 +61,9 @@ class StepsToSkip:
                 for entry in json.loads(self._path.read_text(encoding="utf-8"))
             ]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path}: not a list of steps to skip; mend it, or delete it to skip none") from error
+            raise ValueError(
+                f"{self._path}: not a list of steps to skip; mend it, or delete it to skip none"
+            ) from error
 
     @property
     def words(self) -> str | None:
