@@ -103,6 +103,9 @@ def discard_gradients(engine: Any) -> None:
             overflow = {"check_grad_overflow": True, "has_overflow": lambda *_, **__: True}
             with _replaced(optimizer, **overflow, _update_scale=_nothing):
                 optimizer.step()
+            # With an offloaded optimizer DeepSpeed forgets to, and the next step would add to these gradients.
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
 
 
 def _nothing(_overflow: bool = False) -> None:

@@ -79,14 +79,16 @@ def in_weight(run: Run) -> Callable[[], None]:
     """A weight of rank 1 is not finite."""
     parameter = dict(run.model.module.named_parameters())["final_norm.weight"]
     # ZeRO 3 keeps a small parameter whole beside its parts.
-    held = parameter if parameter.numel() else parameter.ds_tensor
-    with torch.no_grad():
-        before = held.data.view(-1)[-1].clone()
-        held.data.view(-1)[-1] = float("inf")
+    held = [
+        values.data.view(-1) for values in (parameter, getattr(parameter, "ds_tensor", parameter)) if values.numel()
+    ]
+    before = [values[-1].clone() for values in held]
+    for values in held:
+        values[-1] = float("inf")
 
     def mend() -> None:
-        with torch.no_grad():
-            held.data.view(-1)[-1] = before
+        for values, value in zip(held, before, strict=True):
+            values[-1] = value
 
     return mend
 

@@ -37,7 +37,7 @@ class Disagreement:
     @property
     def words(self) -> str:
         """For a sentence."""
-        others = f" (and {self.parameters - 1} other parameters)" if self.parameters > 1 else ""
+        others = f" (and {self.parameters - 1} more)" if self.parameters > 1 else ""
         ranks = ", ".join(map(str, self.wrong))
         if not self.is_known:
             return (

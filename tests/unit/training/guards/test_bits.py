@@ -8,7 +8,12 @@ import torch
 from megatron_haplovl.training.guards import bits
 from megatron_haplovl.training.guards.bits import fingerprint, fingerprints
 
-_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64, torch.int32: torch.int32}
+_INTEGER = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float64: torch.int64,
+    torch.int32: torch.int32,
+}
 
 
 def flipped(tensor: torch.Tensor, element: int, bit: int) -> torch.Tensor:
