@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from megatron_haplovl.config.schema import Config
 _POLL_SECONDS = 0.05
 
 
-def prepare(aside: Path, config: Config, iteration: int, plan_key: str, guard: Mapping[str, Any]) -> None:
+def prepare(
+    aside: Path, config: Config, iteration: int, plan_key: str, more_state: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Make the folder that the ranks write into, with everything in it but the tensors. Called by one rank.
 
     What killed runs have left unfinished in the --save folder is removed.
@@ -36,7 +39,7 @@ def prepare(aside: Path, config: Config, iteration: int, plan_key: str, guard: M
         config: the run's settings.
         iteration: optimizer steps done.
         plan_key: the training data's `BatchLoader.plan_key`; with the iteration, the position in the data.
-        guard: what else is for `training_state.json`.
+        more_state: what else a resumed run must know.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
@@ -45,9 +48,9 @@ def prepare(aside: Path, config: Config, iteration: int, plan_key: str, guard: M
     for stale in aside.parent.glob(".global_step*.unfinished*"):
         shutil.rmtree(stale)
     aside.mkdir(parents=True)
-    state = {"global_batch_size": config.schedule.global_batch_size, "plan_key": plan_key}
+    state = {"global_batch_size": config.schedule.global_batch_size, "plan_key": plan_key, **more_state}
     write_text(aside / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
-    write_text(aside / STATE_FILE, json.dumps({"iteration": iteration, **state, **guard}))
+    write_text(aside / STATE_FILE, json.dumps({"iteration": iteration, **state}))
 
 
 def write_rank(folder: Path, rank: int, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> None:

@@ -25,11 +25,14 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.parallel.timeouts import set_timeouts
+from megatron_haplovl.training.bad_samples import BadSamples
 from megatron_haplovl.training.guards.build import build_guard
 from megatron_haplovl.training.guards.guard import Guard
-from megatron_haplovl.training.logging import Sinks, configure_logging
+from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
 from megatron_haplovl.training.startup_report import describe_run
@@ -59,6 +62,8 @@ class Run:
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
+    bad_samples: BadSamples
+    """What could not be read."""
     guard: Guard
     """Decides of every step whether it may update the weights."""
 
@@ -66,6 +71,13 @@ class Run:
     def groups(self) -> ParallelGroups:
         """Every process group."""
         return self.model.groups
+
+    def settle(self) -> None:
+        """The first step is done: compilers and lazily made connections are behind us, so ranks may wait less long."""
+        seconds, flag = self.config.parallel.timeout_of_steps
+        set_timeouts(seconds)
+        if self.operation.watch is not None:
+            self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
@@ -88,7 +100,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
     operation.meet(groups.control)
-    sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
         logger.info(differences)
@@ -112,9 +124,11 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         train_data.sequences,
         operation.clock.enter,
     )
-    first_step = 0
+    set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
+    first_step, bad_samples = 0, BadSamples(config, groups.control)
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
+        bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
     guard = build_guard(
         config,
         engine,
@@ -126,7 +140,9 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         run_id=operation.run_id,
         state={} if resumed is None else read_json(resumed / STATE_FILE),
     )
-    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
+    writer = None
+    if config.checkpoint.save is not None:
+        writer = CheckpointWriter(engine, model, config, lambda: {**bad_samples.state(train_data), **guard.state()})
     return Run(
         config=config,
         model=model,
@@ -138,9 +154,10 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         first_step=first_step,
         writer=writer,
         device=device,
-        sinks=sinks,
+        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.control),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
+        bad_samples=bad_samples,
         guard=guard,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.engine.steps import StepResult
@@ -18,16 +19,20 @@ class TimedBatches(Iterator[Batch]):
     Args:
         batches: the micro-batches.
         clock: is told when the rank waits for the loader.
+        describe: number of a micro-batch, counted from 0 -> what it is of.
     """
 
-    def __init__(self, batches: Iterator[Batch], clock: PhaseClock) -> None:
-        self._batches, self._clock = batches, clock
+    def __init__(self, batches: Iterator[Batch], clock: PhaseClock, describe: Callable[[int], str]) -> None:
+        self._batches, self._clock, self._describe = batches, clock, describe
+        self._number = 0
         self.waited = 0.0
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
+        self._clock.reading = partial(self._describe, self._number)
         with self._clock.during("loader"):
             batch = next(self._batches)
+        self._number += 1
         self.waited += time.perf_counter() - started
         return batch
 
@@ -39,9 +44,11 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
         Losses, gradient norm and counts of the step.
 
     Raises:
-        RunEnd: what the guard has found, on every rank at once and before anything is saved.
+        RunEnd: what the guard has found, on every rank at once and before anything is saved; or more samples than
+            --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
+    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
     if run.guard.passes_over(step):
         for _ in range(run.steps.accumulation if run.steps.reads_data else 0):

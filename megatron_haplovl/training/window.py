@@ -69,6 +69,7 @@ class Window:
             **({} if result.grad_norm is None else {"grad norm": result.grad_norm}),
             "number of skipped iterations": run.guard.skipped,
             "number of nan iterations": run.guard.not_finite,
+            **run.bad_samples.columns(),
             "samples per second": self._steps * batch_size / self._seconds,
             "tokens per gpu per second (tgs)": self._tokens / self._seconds / ranks,
             "TFLOPs": self._flops / self._seconds / ranks / 1e12,

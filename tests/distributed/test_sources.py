@@ -24,7 +24,7 @@ def folder(tmp_path_factory, tiny_spm_model):
     folder = tmp_path_factory.mktemp("sources")
     make_sources(folder, tiny_spm_model)
     cases = [parallel_case(recipe, layout) for layout in LAYOUTS for recipe in RECIPES]
-    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), *cases)
+    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), "0", *cases)
     return folder
 
 

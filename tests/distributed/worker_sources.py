@@ -14,12 +14,12 @@ from tests.distributed.sources import sources_config
 from tests.distributed.topology import forget_topology
 
 
-def main(folder: Path, cases: Sequence[str]) -> None:
+def main(folder: Path, skip_bad_samples: int, cases: Sequence[str]) -> None:
     for case in cases:
         forget_topology()
-        train(setup(sources_config(case, folder)))
+        train(setup(sources_config(case, folder, skip_bad_samples)))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -13,8 +13,8 @@ def test_the_rank_and_the_parameter_are_named(tmp_path):
     assert "[rank 0] --check-replicas: every 2 steps and before every save, " in ended.output
     said = (
         "step 4: connector.weight on rank 1 differs from the other ranks' copy; that points to the memory of its "
-        "machine; the weights were not updated. Started again, the run goes on from its last checkpoint; if the same rank is "
-        "named again, take its machine out"
+        "machine; the weights were not updated. Started again, the run goes on from its last checkpoint; if the same "
+        "rank is named again, take its machine out"
     )
     assert said in ended.output, ended.output[-3000:]
     assert not (tmp_path / "run" / "latest").exists()

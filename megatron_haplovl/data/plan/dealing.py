@@ -70,15 +70,20 @@ class MicroBatchNumbers:
         for step in range(self.first_step, self._steps):
             yield from self.of_step(step)
 
+    def micro_batch(self, step: int, place: int) -> list[int]:
+        """The pack numbers of one micro-batch of a step."""
+        return self.of_step(step)[place]
+
     def __len__(self) -> int:
         return (self._steps - self.first_step) * self.per_step
 
     def of_step(self, step: int) -> list[list[int]]:
         """The same for one step."""
-        mine = self._sequences(step)
+        mine = self.packs_of(step)
         return [mine[first : first + self._micro] for first in range(0, len(mine), self._micro)]
 
-    def _sequences(self, step: int) -> list[int]:
+    def packs_of(self, step: int) -> list[int]:
+        """The packs that this rank reads in a step, in order, with EMPTY where there is none."""
         packs = np.full(self.sequences, EMPTY, dtype=np.int64)
         real = self._plan.packs_of(step)
         packs[: len(real)] = real

@@ -12,10 +12,11 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.losses.terms import LossTerm
+from megatron_haplovl.operation.stacks import debug_folder
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.guards.diagnosis import Diagnosis
 from megatron_haplovl.training.guards.guard import Guard
-from megatron_haplovl.training.guards.micro_batch import StepData, debug_folder
+from megatron_haplovl.training.guards.micro_batch import StepData
 from megatron_haplovl.training.guards.replicas import Replicas
 from megatron_haplovl.training.guards.steps_to_skip import StepsToSkip
 

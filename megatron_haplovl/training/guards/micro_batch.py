@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -95,7 +94,7 @@ class StepData:
     def read(self, step: int, index: int | None = None) -> Iterator[Batch]:
         """This rank's micro-batches of a step (counted from 0), or one of them; none on a rank that needs none."""
         numbers = self._loader.numbers(step) if self._reads_data else []
-        return map(self._loader.packs, numbers if index is None else numbers[index : index + 1])
+        return map(self._packs, numbers if index is None else numbers[index : index + 1])
 
     def keep(self, name: MicroBatchName, folder: Path, facts: dict[str, Any]) -> str:
         """Write a micro-batch for whoever looks at it later. Called by every rank.
@@ -111,22 +110,21 @@ class StepData:
         place, answer = self._groups, None
         # All ranks of one data rank read the same, those of the first stage in any case.
         if place.data.rank == name.data_rank and not (place.pipeline.rank or place.context.rank or place.tensor.rank):
-            batch = self._loader.packs(name.packs)
+            batch = self._packs(name.packs)
             answer = _keep(batch, name, folder, facts)
         return next(found for found in place.control.gather_objects(answer) if found is not None)
 
-
-def debug_folder(save: str | None, run_id: str) -> Path:
-    """Where files for whoever looks into a failure lie: in --save, or else with the machine's temporary files."""
-    return Path(save) / "debug" if save is not None else Path(tempfile.gettempdir()) / f"haplovl-{run_id}"
+    def _packs(self, numbers: Sequence[int]) -> Batch:
+        # What any rank could not read, no rank has trained on.
+        missing = {gap.pack: gap.documents for gap in self._loader.gaps.all()}
+        return self._loader.packs(numbers, missing)
 
 
 def _keep(batch: Batch, name: MicroBatchName, folder: Path, facts: dict[str, Any]) -> str:
     path = folder / f"step{name.step}-rank{name.rank}-micro-batch{name.index + 1}.safetensors"
     tensors = {key: value.contiguous() for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    others = {key: value for key, value in vars(batch).items() if not isinstance(value, torch.Tensor)}
     samples = [{"prefix": prefix, "sample": number} for prefix, number in name.samples]
-    record = {**dataclasses.asdict(name), "samples": samples, "batch": others, **facts}
+    record = {**dataclasses.asdict(name), "samples": samples, **facts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() and len(list(folder.glob("step*-rank*-micro-batch*.safetensors"))) >= _KEPT:
