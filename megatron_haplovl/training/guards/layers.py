@@ -59,8 +59,8 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 def first_weight_not_finite(model: nn.Module) -> str | None:
     """Name of the first parameter of which this rank holds something that is not finite."""
     for name, parameter in model.named_parameters():
-        # ZeRO 3 has given this rank a part, and keeps small parameters whole beside it.
-        held = (parameter, getattr(parameter, "ds_tensor", parameter))
-        if not all(values.detach().isfinite().all() for values in held):
+        # Of ZeRO 3's parameters this rank's part: what is whole beside it was gathered from all ranks.
+        held = getattr(parameter, "ds_tensor", parameter)
+        if not held.detach().isfinite().all():
             return name
     return None
