@@ -52,7 +52,6 @@ class UpdateGate:
             verdict = Verdict(verdict.losses, self._engine.skipped_steps == skipped)
         else:
             discard_gradients(self._engine)
-            self._engine.global_steps += 1
         self._verdict = verdict
 
 
