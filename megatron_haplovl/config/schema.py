@@ -379,6 +379,43 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is checked in every step, and what happens to a step that must not be trained on."""
+
+    check_for_nan_in_loss_and_grad: bool = setting(
+        True,
+        "before every update, look whether losses and gradients are finite. Off, nothing is looked at, and what is not "
+        "finite goes into the weights",
+    )
+    iterations_to_skip: tuple[int, ...] = setting(
+        (),
+        "steps that are passed over, counted from 1 as in the log: their data is consumed, nothing is computed or "
+        "updated",
+        metavar="STEP",
+    )
+    max_skipped_steps: int = setting(
+        0,
+        "steps in a row that may be left out because a loss or a gradient is not finite; one more ends the run. With 0 "
+        "the first one does",
+    )
+    check_for_spiky_loss: bool = setting(
+        False, "name a step whose loss is far above the median of the last 100 steps, and keep its batch"
+    )
+    spiky_loss_factor: float = setting(10.0, "how many times the median a loss must be to be called a spike")
+    spiky_loss_action: str = setting(
+        "warn",
+        "warn: the step is trained on; return: it is not, the run goes back to its last checkpoint and passes the step "
+        "over from then on",
+        choices=("warn", "return"),
+    )
+    check_replicas: int | None = setting(
+        None,
+        "every so many steps, and before every save, compare the weights that several ranks hold, bit for bit "
+        "(default: never)",
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run as such."""
 
@@ -403,6 +440,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

@@ -186,7 +186,7 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
             "to start anew from its weights, add --finetune, with another --save"
         )
     reader = PieceReader(folder)
-    make_optimizer_state(engine, state["iteration"])
+    make_optimizer_state(engine, state["iteration"] - state.get("skipped_iterations", 0))
     model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
     engine.global_steps = state["iteration"]
     return int(state["iteration"])

@@ -22,7 +22,7 @@ def train(run: Run) -> Ending:
         How the run has ended: done, or to be started again. Every other end is raised.
 
     Raises:
-        FloatingPointError: see :func:`train_step`.
+        RunEnd: see :func:`train_step`; or replicas differ before a save.
         OSError: the last checkpoint could not be saved.
     """
     config, last_step = run.config, run.config.schedule.train_iters
@@ -50,6 +50,7 @@ def train(run: Run) -> Ending:
         reason = None if is_last else run.leaving.agreed(step)
         if run.writer is not None and (is_last or reason is not None or _is_due(config.checkpoint.save_interval, step)):
             with run.operation.clock.during("save"):
+                run.guard.before_save(step)
                 run.writer.save(step, run.train_data.plan_key)
             # Whoever asked while it was being saved need not wait for another step and another checkpoint.
             reason = reason if is_last or reason is not None else run.leaving.agreed(step)

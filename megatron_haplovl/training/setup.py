@@ -27,6 +27,8 @@ from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.training.bad_samples import BadSamples
+from megatron_haplovl.training.guards.build import build_guard
+from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
@@ -62,6 +64,8 @@ class Run:
     leaving: Leaving
     bad_samples: BadSamples
     """What could not be read."""
+    guard: Guard
+    """Decides of every step whether it may update the weights."""
 
     @property
     def groups(self) -> ParallelGroups:
@@ -127,9 +131,20 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
         bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
+    guard = build_guard(
+        config,
+        engine,
+        model,
+        steps,
+        terms,
+        train_data,
+        device,
+        run_id=operation.run_id,
+        state={} if resumed is None else read_json(resumed / STATE_FILE),
+    )
     writer = None
     if config.checkpoint.save is not None:
-        writer = CheckpointWriter(engine, model, config, partial(bad_samples.state, train_data))
+        writer = CheckpointWriter(engine, model, config, lambda: {**bad_samples.state(train_data), **guard.state()})
     return Run(
         config=config,
         model=model,
@@ -145,6 +160,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
+        guard=guard,
     )
 
 
