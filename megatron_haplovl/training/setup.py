@@ -30,6 +30,7 @@ from megatron_haplovl.training.bad_samples import BadSamples
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
@@ -57,6 +58,8 @@ class Run:
     """None without --save."""
     device: torch.device
     sinks: Sinks
+    questions: SampleQuestions | None
+    """None without --sample-questions."""
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
@@ -128,6 +131,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     writer = None
     if config.checkpoint.save is not None:
         writer = CheckpointWriter(engine, model, config, partial(bad_samples.state, train_data))
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
     return Run(
         config=config,
         model=model,
@@ -139,7 +143,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         first_step=first_step,
         writer=writer,
         device=device,
-        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
+        sinks=sinks,
+        questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
