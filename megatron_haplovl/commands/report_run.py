@@ -22,9 +22,9 @@ PAGE = "report.html"
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
-        description="Draw a run as one HTML page: losses raw and smoothed, held-out figures, rates, throughput, memory, "
-        "where the time went, answers to its questions, settings, restarts and last words. Several runs are drawn over "
-        "one another, with the settings in which they differ. The page needs nothing but itself."
+        description="Draw a run as one HTML page: losses raw and smoothed, held-out figures, rates, throughput, "
+        "memory, where the time went, answers to its questions, settings, restarts and last words. Several runs are "
+        "drawn over one another, with the settings in which they differ. The page needs nothing but itself."
     )
     parser.add_argument("runs", nargs="+", metavar="SAVE", help="--save folder of a run")
     parser.add_argument(

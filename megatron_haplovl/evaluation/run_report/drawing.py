@@ -12,7 +12,7 @@ from megatron_haplovl.evaluation.run_report.panels import Curve, Panel
 
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d3f", "#8e44ad", "#c0392b", "#7f7f7f", "#00959e", "#b8860b")
 _ACROSS = 3
-_STYLES = ("-", "--", ":", "-.")
+_STYLES, _MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
 def check_matplotlib() -> None:
@@ -55,14 +55,18 @@ def _figure(panels: Sequence[Panel]) -> Any:
 
 
 def _draw(axis: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogFormatter
+
     several = len({curve.series for curve in panel.curves}) > 1
     for curve in panel.curves:
         axis.plot(curve.x, curve.y, **_look(curve, several))
     axis.set_title(panel.title, fontsize=10)
-    axis.set_xlabel("optimizer step", fontsize=8)
+    axis.set_xlabel("optimizer step" + (f"  ({panel.smoothing})" if panel.smoothing else ""), fontsize=8)
     axis.set_ylabel(panel.unit, fontsize=8)
     if panel.is_log:
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if any(curve.label for curve in panel.curves):
@@ -70,7 +74,7 @@ def _draw(axis: Any, panel: Panel) -> None:
 
 
 def _look(curve: Curve, several: bool) -> dict[str, Any]:
-    """Where several columns share a panel, they have the colours, and runs differ in their dashes."""
+    """Where several columns share a panel, they have the colours, and runs differ in dashes and marks."""
     colour = COLOURS[(curve.series if several else curve.run) % len(COLOURS)]
     dashes = _STYLES[curve.run % len(_STYLES)] if several else "-"
     # A legend leaves out what begins with an underscore.
@@ -79,6 +83,12 @@ def _look(curve: Curve, several: bool) -> dict[str, Any]:
         case "raw":
             return {**look, "alpha": 0.25, "linewidth": 0.8, "linestyle": dashes, "label": "_"}
         case "points":
-            return {**look, "linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1}
+            return {
+                **look,
+                "linestyle": "--",
+                "marker": _MARKS[curve.run % len(_MARKS)],
+                "markersize": 3.5,
+                "linewidth": 1,
+            }
         case _:
             return {**look, "linewidth": 1.5, "linestyle": dashes, **({} if len(curve.x) > 1 else {"marker": "o"})}

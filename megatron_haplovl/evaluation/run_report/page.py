@@ -98,7 +98,7 @@ def _phases(runs: Sequence[RunRecord]) -> str:
         shares = {
             "waiting for the loader": (waited, COLOURS[4]),
             "the rest of the steps": (in_steps - waited, COLOURS[0]),
-            "saving, evaluating, standing still between restarts": (max(0.0, in_all - in_steps), COLOURS[5]),
+            "saving, evaluating, restarts and steps done again": (max(0.0, in_all - in_steps), COLOURS[5]),
         }
         whole = sum(value for value, _ in shares.values())
         bar = "".join(

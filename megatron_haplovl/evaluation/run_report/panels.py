@@ -46,6 +46,8 @@ class Panel:
     unit: str
     """Of the vertical axis."""
     curves: tuple[Curve, ...]
+    smoothing: str
+    """How the bold curves were made of the pale ones; empty if there are none."""
     is_log: bool = False
     """Whether the vertical axis is logarithmic."""
 
@@ -61,14 +63,19 @@ def panels_of(runs: Sequence[RunRecord], window: int | None = None) -> list[Pane
     if all(run.metrics.column("loss").values == run.metrics.column("lm loss").values for run in runs):
         # Stage 2 has one loss, under two names.
         names = [name for name in names if name != "loss"]
+    lines = [max((len(column.steps) for column in run.metrics.columns.values()), default=0) for run in runs]
+    reaches = [usual_window(number) if window is None else window for number in lines]
+    averaged = " and ".join(str(reach) for reach in sorted(set(reaches)))
     panels = []
     for section, title, columns, unit in _grouped(names):
-        curves = tuple(_curves(runs, columns, window))
+        curves = tuple(_curves(runs, columns, reaches))
         values = [y for curve in curves for y in curve.y if y == y]
         # Losses fall over decades; a chart of them must not be all beginning.
         is_log = section == "Losses" and "accuracy" not in title and bool(values) and min(values) > 0
         if values:
-            panels.append(Panel(section, title, unit, curves, is_log and max(values) > 8 * min(values)))
+            has_average = any(curve.kind == "raw" for curve in curves)
+            smoothing = f"bold: moving average over {averaged} log lines" if has_average else ""
+            panels.append(Panel(section, title, unit, curves, smoothing, is_log and max(values) > 8 * min(values)))
     return panels
 
 
@@ -98,9 +105,9 @@ def _grouped(names: Sequence[str]) -> list[tuple[str, str, list[str], str]]:
         take("Losses", term, [term, VALIDATION + term], "share" if "accuracy" in term else "loss")
     for term in sorted({name.partition("/")[0] for name in plain if "/" in name and not name.startswith("consumed")}):
         if "loss" in term:
-            take("Losses by source", term, [n for n in names if n.startswith(f"{term}/")], "loss")
+            take("Losses by source", f"{term} by source", [n for n in names if n.startswith(f"{term}/")], "loss")
             held_out = [n for n in names if n.startswith(f"{VALIDATION}{term}/")]
-            take("Losses by source", f"held-out {term}", held_out, "loss")
+            take("Losses by source", f"held-out {term} by source", held_out, "loss")
     for name in [n for n in left if n.startswith(VALIDATION)]:
         take("Held-out figures", name.removeprefix(VALIDATION), [name], "share")
     take("Optimizer", "learning rate", [n for n in left if n.startswith("learning rate")], "learning rate")
@@ -118,36 +125,45 @@ def _grouped(names: Sequence[str]) -> list[tuple[str, str, list[str], str]]:
     return groups
 
 
-def _curves(runs: Sequence[RunRecord], names: Sequence[str], window: int | None) -> list[Curve]:
+def _curves(runs: Sequence[RunRecord], names: Sequence[str], reaches: Sequence[int]) -> list[Curve]:
+    """The curves of some columns, those of a run behind one another.
+
+    Args:
+        runs: the runs.
+        names: the columns that share the panel.
+        reaches: for each run, how many log lines an average reaches over.
+    """
     curves = []
     training = [name for name in names if not name.startswith(VALIDATION)]
-    for number, run in enumerate(runs):
+    is_pair = len(names) == 2 and len(training) == 1
+    for number, (run, reach) in enumerate(zip(runs, reaches, strict=True)):
         for series, name in enumerate(names):
             column = run.metrics.column(name)
             if not column.steps:
                 continue
-            held_out = name.startswith(VALIDATION)
+            # A held-out curve has the colour of the training curve that it stands beside.
+            place = 0 if is_pair else series
             words = [run.name] if len(runs) > 1 else []
-            words += [name.rpartition("/")[2]] if "/" in name else [name] if len(training) > 1 else []
-            x, y = thinned(column.steps, column.values)
-            if held_out:
-                words += ["held out"]
-                # Next to its training curve, held-out values have the same colour.
-                series = 0 if len(names) == 2 and training else series
-                curves.append(Curve(", ".join(words), number, series, "points", x, y))
-                continue
-            if not _is_smoothed(name):
-                curves.append(Curve(", ".join(words), number, series, "smooth", x, y))
-                continue
-            reach = usual_window(len(column.steps)) if window is None else window
-            curves.append(Curve("", number, series, "raw", x, y))
-            smooth = thinned(column.steps, smoothed(column.values, reach))
-            words += [f"smoothed over {reach} lines"] if reach > 1 else []
-            curves.append(Curve(", ".join(words), number, series, "smooth", *smooth))
+            words += [_short_name(name)] if len(names) > 1 and not is_pair else []
+            words += [("held out" if name not in training else "training")] if is_pair else []
+            label = ", ".join(words)
+            if name not in training:
+                curves.append(Curve(label, number, place, "points", *thinned(column.steps, column.values)))
+            elif is_noisy(name) and reach > 1:
+                curves.append(Curve("", number, place, "raw", *thinned(column.steps, column.values)))
+                average = smoothed(column.values, reach)
+                curves.append(Curve(label, number, place, "smooth", *thinned(column.steps, average)))
+            else:
+                curves.append(Curve(label, number, place, "smooth", *thinned(column.steps, column.values)))
     return curves
 
 
-def _is_smoothed(name: str) -> bool:
+def _short_name(name: str) -> str:
+    """What tells a column from the others of its panel."""
+    return name.rpartition("/")[2] if "/" in name else name.removesuffix(" (ms)")
+
+
+def is_noisy(name: str) -> bool:
     """Whether a column is noisy; rates, counts and memory are what they are."""
     return any(word in name for word in ("loss", "accuracy", "norm", "(ms)", "per second", "TFLOPs", "MFU", "(tgs)"))
 
