@@ -27,8 +27,8 @@ class SampleAnswer:
     images: tuple[str, ...]
     """Paths of the image files."""
     answer: str
-    tokens: int
-    """Tokens of the answer, the one that ends it included."""
+    token_ids: tuple[int, ...]
+    """The answer, the token that ends it included."""
     has_ended: bool
     """False if the answer was cut off at --sample-max-new-tokens."""
     reference: str | None

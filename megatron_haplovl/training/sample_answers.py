@@ -18,6 +18,7 @@ from megatron_haplovl.engine.asking import ask
 from megatron_haplovl.evaluation.answers_file import AnswersFile, SampleAnswer
 from megatron_haplovl.evaluation.prompts import GrowingAnswer, Prompt, build_prompt
 from megatron_haplovl.evaluation.questions import load_questions
+from megatron_haplovl.operation.phase import EnterPhase
 from megatron_haplovl.parallel.collectives import all_gather
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
@@ -45,7 +46,9 @@ class SampleQuestions:
     """On rank 0, with --save."""
     sinks: Sinks
 
-    def answer(self, step: int, engine: Any, model: ShardedModel, device: torch.device) -> list[SampleAnswer]:
+    def answer(
+        self, step: int, engine: Any, model: ShardedModel, device: torch.device, enter_phase: EnterPhase
+    ) -> list[SampleAnswer]:
         """Answer all questions with the model as it is, and report the answers. Called by every rank.
 
         Data-parallel ranks share the questions out and go through them in step, a token at a time, because ZeRO-3's
@@ -56,6 +59,7 @@ class SampleQuestions:
             engine: the DeepSpeed engine.
             model: this rank's part of the model.
             device: where it is.
+            enter_phase: is told of every token, so that a rank that is slow does not look stuck.
 
         Returns:
             The answers in the order of the questions, on every rank.
@@ -67,6 +71,7 @@ class SampleQuestions:
             asked = [min(first + rank, len(self.prompts) - 1) for rank in range(data.size)]
             answers = [GrowingAnswer(self.prompts[number], self.ends, device) for number in asked]
             while not all(answer.is_complete for answer in answers):
+                enter_phase("evaluate")
                 chosen = self._next_token(answers[data.rank], engine, model)
                 for answer, token in zip(answers, _tell_all(chosen, model.groups), strict=True):
                     if not answer.is_complete:
@@ -95,7 +100,7 @@ class SampleQuestions:
             question=question.text,
             images=tuple(map(str, question.images)),
             answer=str(self.encoder.tokenizer.hf.decode(ids, skip_special_tokens=True)).strip(),
-            tokens=len(ids),
+            token_ids=tuple(ids),
             has_ended=ids[-1] in self.ends,
             reference=question.answer or None,
         )

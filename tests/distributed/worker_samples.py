@@ -40,7 +40,9 @@ def main(folder: Path, cases: Sequence[str]) -> None:
                 result = train_step(run, step, batches)
                 trained[asks].append([result.losses, result.grad_norm])
                 if run.questions is not None and step + 1 == ANSWERED_AFTER:
-                    answers = run.questions.answer(step + 1, run.engine, run.model, run.device)
+                    answers = run.questions.answer(
+                        step + 1, run.engine, run.model, run.device, run.operation.clock.enter
+                    )
                     weights = _Weights(run)
                     if dist.get_rank() == 0:
                         save_training_checkpoint(weights, run.config, left, step + 1)

@@ -11,7 +11,7 @@ from megatron_haplovl.evaluation.answers_file import AnswersFile, SampleAnswer
 
 
 def answer(step: int, question: str = "q") -> SampleAnswer:
-    return SampleAnswer(step, question, "What?", (), f"after {step}", 3, True, None)
+    return SampleAnswer(step, question, "What?", (), f"after {step}", (3, 2), True, None)
 
 
 def steps(folder: Path) -> list[int]:
