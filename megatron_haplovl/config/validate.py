@@ -20,8 +20,8 @@ def validate(config: Config) -> None:
     _validate_schedule(config)
     _validate_data(config)
     _validate_checkpoint(config)
-    _validate_samples(config)
     _validate_recipe(config)
+    _validate_samples(config)
     _validate_parallel(config)
 
 
