@@ -373,6 +373,21 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
+    sample_questions: str | None = setting(
+        None,
+        "stage 2: answer these questions with the model in training, greedily, every --sample-interval steps and after "
+        "the last one. A file as haplovl-evaluate reads it; the true answers may be left out",
+        metavar="FILE",
+    )
+    sample_image_folder: str | None = setting(None, "folder in which the image paths of --sample-questions begin")
+    sample_interval: int | None = setting(
+        None, "steps between answers to --sample-questions (default: only after the last step)"
+    )
+    sample_max_new_tokens: int = setting(32, "longest answer to one of --sample-questions, in tokens")
+    sample_chat_template: str | None = setting(
+        None,
+        "chat template of --sample-questions: a name or a .jinja file (default: the one of the training data)",
+    )
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")

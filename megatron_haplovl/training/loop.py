@@ -47,6 +47,9 @@ def train(run: Run) -> Ending:
         if is_last or _is_due(config.logging.eval_interval, step):
             with run.operation.clock.during("evaluate"):
                 evaluate(run, step)
+        if run.questions is not None and (is_last or _is_due(config.logging.sample_interval, step)):
+            with run.operation.clock.during("evaluate"):
+                run.questions.answer(step, run.engine, run.model, run.device, run.operation.clock.enter)
         reason = None if is_last else run.leaving.agreed(step)
         if run.writer is not None and (is_last or reason is not None or _is_due(config.checkpoint.save_interval, step)):
             with run.operation.clock.during("save"):

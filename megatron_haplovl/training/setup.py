@@ -32,6 +32,7 @@ from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
@@ -59,6 +60,8 @@ class Run:
     """None without --save."""
     device: torch.device
     sinks: Sinks
+    questions: SampleQuestions | None
+    """None without --sample-questions."""
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
@@ -145,6 +148,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     writer = None
     if config.checkpoint.save is not None:
         writer = CheckpointWriter(engine, model, config, lambda: {**bad_samples.state(train_data), **guard.state()})
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
     return Run(
         config=config,
         model=model,
@@ -156,7 +160,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         first_step=first_step,
         writer=writer,
         device=device,
-        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
+        sinks=sinks,
+        questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
