@@ -57,19 +57,18 @@ class Keeping:
         due = [] if self.interval is None else list(range(self.interval, last_step + 1, self.interval))
         if not due or due[-1] != last_step:
             due.append(last_step)
-        due = [step for step in due if step > first_step]
-        # Those of later steps are replaced one by one, or stay.
-        later = {step for step in there if step > first_step}
-        kept = sorted(set(there) - later)
-        most = len(there)
+        kept, most = sorted(there), len(there)
         for step in due:
-            most = max(most, len(kept) + 1 + len(later))
-            later.discard(step)
-            kept.append(step)
+            if step <= first_step:
+                continue
+            most = max(most, len(kept) + 1)
+            # One of the same step is replaced, and those of later steps are not looked at.
+            older, later = [old for old in kept if old < step], [old for old in kept if old > step]
             if self.keep_last is not None:
-                older, newest = kept[: -self.keep_last], kept[-self.keep_last :]
+                newest = older[len(older) - self.keep_last + 1 :] if self.keep_last <= len(older) else older
                 every = self.keep_every
-                kept = [old for old in older if every is not None and old % every == 0] + newest
+                older = [old for old in older if old in newest or (every is not None and old % every == 0)]
+            kept = [*older, step, *later]
         return most
 
 

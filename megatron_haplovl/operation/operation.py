@@ -58,7 +58,9 @@ class Operation:
     def end(self, ending: Ending) -> None:
         """End this process at once, from any thread. It does not return."""
         assert self.words is not None, "only a supervised run ends itself"
-        end_process(self.agreed(ending), self.words, self.run_id)
+        agreed = self.agreed(ending)
+        self.release()
+        end_process(agreed, self.words, self.run_id)
 
     def lock_folder(self, folder: str, control: Group) -> None:
         """Keep other runs out of a --save folder, before anything in it is touched. Called by every rank.
