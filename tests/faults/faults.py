@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Callable
 from typing import Any
 
+from megatron_haplovl.checkpoint import write
 from megatron_haplovl.training import loop
 
 
@@ -41,4 +43,27 @@ def unknown_error(step: int, rank: int) -> None:
     at_step(step, rank, fail)
 
 
-FAULTS: dict[str, Callable[[int, int], None]] = {"kill": kill, "stop": stop, "unknown_error": unknown_error}
+def full_disk(times: int, rank: int) -> None:
+    """The system refuses large files to one rank, the first `times` times that it writes its part of a checkpoint."""
+    write_rank, left = write.write_rank, times
+
+    def write_part(*arguments: Any) -> Any:
+        nonlocal left
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if int(os.environ["RANK"]) == rank and left > 0:
+            left -= 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            return write_rank(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    vars(write)["write_rank"] = write_part
+
+
+FAULTS: dict[str, Callable[[int, int], None]] = {
+    "full_disk": full_disk,
+    "kill": kill,
+    "stop": stop,
+    "unknown_error": unknown_error,
+}
