@@ -348,9 +348,27 @@ class CheckpointConfig:
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
+    keep_every: int | None = setting(
+        None, "beside those of --keep-last, keep for good the checkpoints whose step this divides"
+    )
+    max_failed_saves: int = setting(3, "end the run when so many saves that were due have failed one after the other")
+    non_persistent_save_interval: int | None = setting(
+        None, "steps between copies in --non-persistent-local-ckpt-dir, of which the newest is kept"
+    )
+    non_persistent_local_ckpt_dir: str | None = setting(
+        None,
+        "folder on each machine's own disk for copies that cost little; a restart goes on from the newest one if it is "
+        "whole and newer than the newest checkpoint in --save",
+    )
     async_save: bool = setting(False, "write checkpoints while training goes on; it waits only for a copy on the host")
     allow_fallback: bool = setting(
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
+    )
+    override_opt_param_scheduler: bool = setting(
+        False, "when resuming, the learning rates of the flags win over the checkpoint's, and no warning says so"
+    )
+    use_checkpoint_opt_param_scheduler: bool = setting(
+        False, "when resuming, go on with the checkpoint's learning rates and their schedule instead of the flags'"
     )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
     exit_duration_in_mins: int | None = setting(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_haplovl.operation.endings import Ending, ExitCode
+from megatron_haplovl.operation.run_lock import is_of_another
 from megatron_haplovl.parallel.launch import Launch
 
 LAST_WORDS = "last_words.json"
@@ -136,7 +137,9 @@ class LastWords:
     def _write(self, folder: Path, words: dict[str, Any]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / LAST_WORDS, json.dumps(words, indent=1) + "\n")
+            # Whoever was refused, or has lost the folder, says nothing in another run's name.
+            if not is_of_another(folder, words["run_id"]):
+                _replace(folder / LAST_WORDS, json.dumps(words, indent=1) + "\n")
         except OSError as error:
             sys.stderr.write(f"{folder / LAST_WORDS} cannot be written, the run ends all the same: {error}\n")
 
