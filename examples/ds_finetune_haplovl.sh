@@ -24,5 +24,5 @@ TRAINING_ARGS=(
 )
 DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
+launch finetune_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

@@ -22,5 +22,5 @@ TRAINING_ARGS=(
 )
 DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" pretrain_haplovl.py \
+launch pretrain_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

@@ -10,6 +10,8 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +27,9 @@ from megatron_haplovl.config.schema import Config
 _POLL_SECONDS = 0.05
 
 
-def prepare(aside: Path, config: Config, iteration: int, plan_key: str) -> None:
+def prepare(
+    aside: Path, config: Config, iteration: int, plan_key: str, more_state: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Make the folder that the ranks write into, with everything in it but the tensors. Called by one rank.
 
     What killed runs have left unfinished in the --save folder is removed.
@@ -35,6 +39,7 @@ def prepare(aside: Path, config: Config, iteration: int, plan_key: str) -> None:
         config: the run's settings.
         iteration: optimizer steps done.
         plan_key: the training data's `BatchLoader.plan_key`; with the iteration, the position in the data.
+        more_state: what else a resumed run must know.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
@@ -43,7 +48,7 @@ def prepare(aside: Path, config: Config, iteration: int, plan_key: str) -> None:
     for stale in aside.parent.glob(".global_step*.unfinished*"):
         shutil.rmtree(stale)
     aside.mkdir(parents=True)
-    state = {"global_batch_size": config.schedule.global_batch_size, "plan_key": plan_key}
+    state = {"global_batch_size": config.schedule.global_batch_size, "plan_key": plan_key, **more_state}
     write_text(aside / "config.json", json.dumps({**config.to_dict(), "iteration": iteration}, indent=2))
     write_text(aside / STATE_FILE, json.dumps({"iteration": iteration, **state}))
 

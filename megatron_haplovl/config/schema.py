@@ -170,7 +170,15 @@ class DataConfig:
     seq_length: int = setting(2048, "tokens in one packed sequence, visual tokens included")
     packing: bool = setting(True, "put several samples into one sequence; without it, one sample per sequence")
     skip_long_samples: bool = setting(False, "leave out samples longer than --seq-length (otherwise an error)")
+    skip_bad_samples: int = setting(
+        0,
+        "go on without a document that cannot be read, and name it; the run ends after more than this many such "
+        "samples, restarts included (default: after the first one)",
+    )
     num_workers: int = setting(2, "data loading processes per rank; 0 loads in the training process")
+    loader_timeout_seconds: int = setting(
+        120, "seconds that a rank waits for its next micro-batch before the run ends and names step and source"
+    )
 
 
 @dataclass(frozen=True)
@@ -282,8 +290,20 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     distributed_timeout_minutes: int = setting(
-        10, "minutes until a stuck collective of ours ends the run; a pipeline's messages have the backend's own limit"
+        10,
+        "minutes that ranks may wait for one another, in every process group; the run ends somewhat earlier, and the "
+        "rank that keeps the others waiting is named",
     )
+    distributed_timeout_seconds_after_init: int | None = setting(
+        None, "seconds that ranks may wait for one another once the first step is done (default: as before it)"
+    )
+
+    @property
+    def timeout_of_steps(self) -> tuple[float, str]:
+        """Seconds that ranks may wait for one another once the first step is done, and the flag that says so."""
+        if self.distributed_timeout_seconds_after_init is not None:
+            return float(self.distributed_timeout_seconds_after_init), "--distributed-timeout-seconds-after-init"
+        return 60.0 * self.distributed_timeout_minutes, "--distributed-timeout-minutes"
 
 
 @dataclass(frozen=True)
@@ -333,6 +353,14 @@ class CheckpointConfig:
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
     )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
+    exit_duration_in_mins: int | None = setting(
+        None, "save and stop after the first step that ends this many minutes after the start"
+    )
+    kill_switch_file: str | None = setting(
+        None,
+        "save and stop when this file appears; it is removed then (default: a file named exit in --save)",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)
@@ -345,7 +373,7 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
-    metrics_file: str | None = setting(None, "append every logged value to this JSON-lines file")
+    metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
 

@@ -126,7 +126,11 @@ def _validate_schedule(config: Config) -> None:
     for section, name in (
         (config.checkpoint, "save_interval"),
         (config.checkpoint, "exit_interval"),
+        (config.checkpoint, "exit_duration_in_mins"),
         (config.checkpoint, "keep_last"),
+        (config.parallel, "distributed_timeout_minutes"),
+        (config.parallel, "distributed_timeout_seconds_after_init"),
+        (config.data, "loader_timeout_seconds"),
         (config.logging, "log_interval"),
         (config.logging, "eval_interval"),
         (config.logging, "eval_iters"),
@@ -138,6 +142,8 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
+    if data.skip_bad_samples < 0:
+        raise ValueError(f"--skip-bad-samples {data.skip_bad_samples} is negative; 0 skips none")
     by_flags = data.data_path or data.aux_data_path or data.valid_data_path
     if data.mock_data and by_flags:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
@@ -172,8 +178,9 @@ def _validate_checkpoint(config: Config) -> None:
         raise ValueError("--allow-fallback needs --load")
     if config.checkpoint.finetune:
         _validate_finetune(config)
-    if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
-        raise ValueError("--exit-interval saves before it leaves, so it needs --save")
+    for name in ("exit_interval", "exit_duration_in_mins", "kill_switch_file"):
+        if getattr(config.checkpoint, name) is not None and config.checkpoint.save is None:
+            raise ValueError(f"--{name.replace('_', '-')} saves before the run leaves, so it needs --save")
     Allowed(config.init.allow_missing, config.init.allow_unexpected)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,18 @@ class CheckpointWriter:
         engine: the DeepSpeed engine.
         model: what it trains.
         config: `config.checkpoint` says where and how.
+        more_state: says what else is in `training_state.json`.
     """
 
-    def __init__(self, engine: Any, model: ShardedModel, config: Config) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        model: ShardedModel,
+        config: Config,
+        more_state: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
         self._engine, self._model, self._config = engine, model, config
+        self._more_state = more_state
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str | None] | None = None
         self._done = ""
@@ -57,7 +65,9 @@ class CheckpointWriter:
         folder = Path(settings.save) / f"global_step{iteration}"
         aside = unfinished(folder)
         error = self._attempt(
-            lambda: write.prepare(aside, self._config, iteration, plan_key) if world.rank == 0 else None
+            lambda: (
+                write.prepare(aside, self._config, iteration, plan_key, self._more_state()) if world.rank == 0 else None
+            )
         )
         self._saved = not self._agree(error)
         if not self._saved:
@@ -111,6 +121,8 @@ class CheckpointWriter:
         try:
             action()
         except OSError as error:
+            # Said at once: the next collective may never end, if another rank hangs.
+            logger.warning(f"saving failed: {error}")
             return f"rank {self._model.groups.world.rank}: {error}"
         return None
 

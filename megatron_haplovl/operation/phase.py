@@ -21,7 +21,8 @@ class Moment:
     since: float
     """`time.monotonic()` when the phase began."""
     order: int
-    """Phases entered so far: the rank that is behind has the smaller number."""
+    """Phases entered so far, without `loader`, which not every stage of a pipeline has: in one step, the rank that is
+    behind has the smaller number."""
 
 
 class PhaseClock:
@@ -29,11 +30,13 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.moment = Moment("start", 0, time.monotonic(), 0)
+        self.reading: Callable[[], str] = lambda: ""
+        """Says what the loader is asked for: step and sources. Called by the watching thread in the phase `loader`."""
 
     def enter(self, phase: str) -> None:
         """Say what begins now."""
         assert phase in PHASES, phase
-        self.moment = Moment(phase, self.moment.step, time.monotonic(), self.moment.order + 1)
+        self._begin(phase, self.moment.order + 1)
 
     def start_step(self, step: int) -> None:
         """Say which optimizer step begins, counted from 1."""
@@ -42,12 +45,16 @@ class PhaseClock:
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """A phase inside another one, which goes on behind it."""
-        before = self.moment.phase
-        self.enter(phase)
+        assert phase in PHASES, phase
+        before, counted = self.moment.phase, int(phase != "loader")
+        self._begin(phase, self.moment.order + counted)
         try:
             yield
         finally:
-            self.enter(before)
+            self._begin(before, self.moment.order + counted)
+
+    def _begin(self, phase: str, order: int) -> None:
+        self.moment = Moment(phase, self.moment.step, time.monotonic(), order)
 
 
 EnterPhase = Callable[[str], None]

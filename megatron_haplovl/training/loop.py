@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from megatron_haplovl.operation.endings import Ending, ExitCode
 from megatron_haplovl.training.setup import Run
@@ -26,7 +27,7 @@ def train(run: Run) -> Ending:
     """
     config, last_step = run.config, run.config.schedule.train_iters
     batches = run.train_data.micro_batches(run.first_step) if run.steps.reads_data else iter(())
-    micro_batches = TimedBatches(batches, run.operation.clock)
+    micro_batches = TimedBatches(batches, run.operation.clock, partial(run.train_data.describe, run.first_step))
     window = Window(run)
     step, reason = run.first_step, None
     if step >= last_step:
@@ -36,6 +37,8 @@ def train(run: Run) -> Ending:
     while step < last_step and reason is None:
         started, waited = time.perf_counter(), micro_batches.waited
         result = train_step(run, step, micro_batches)
+        if step == run.first_step:
+            run.settle()
         step += 1
         window.add(step, result, time.perf_counter() - started, micro_batches.waited - waited)
         is_last = step == last_step
@@ -48,12 +51,16 @@ def train(run: Run) -> Ending:
         if run.writer is not None and (is_last or reason is not None or _is_due(config.checkpoint.save_interval, step)):
             with run.operation.clock.during("save"):
                 run.writer.save(step, run.train_data.plan_key)
+            # Whoever asked while it was being saved need not wait for another step and another checkpoint.
+            reason = reason if is_last or reason is not None else run.leaving.agreed(step)
     if run.writer is not None:
         with run.operation.clock.during("save"):
             run.writer.close()
+    run.leaving.obeyed()
     if reason is not None:
-        logger.info(f"leaving after step {step} ({reason})")
-        return Ending(ExitCode.COME_BACK, f"left after step {step} of {last_step}: {reason}", "leaving", step)
+        kept = "nothing is saved without --save" if run.writer is None else "everything is saved"
+        sentence = f"left after step {step} of {last_step}: {reason}; {kept}"
+        return Ending(ExitCode.COME_BACK, sentence, "leaving", step)
     return Ending(ExitCode.DONE, f"all {last_step} steps are done", "done", step)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
+from megatron_haplovl.checkpoint.folders import STATE_FILE
+from megatron_haplovl.config.files import read_json
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import open_run_sources
@@ -23,9 +25,12 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-from megatron_haplovl.training.logging import Sinks, configure_logging
+from megatron_haplovl.parallel.timeouts import set_timeouts
+from megatron_haplovl.training.bad_samples import BadSamples
+from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
 from megatron_haplovl.training.startup_report import describe_run
@@ -55,11 +60,20 @@ class Run:
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
+    bad_samples: BadSamples
+    """What could not be read."""
 
     @property
     def groups(self) -> ParallelGroups:
         """Every process group."""
         return self.model.groups
+
+    def settle(self) -> None:
+        """The first step is done: compilers and lazily made connections are behind us, so ranks may wait less long."""
+        seconds, flag = self.config.parallel.timeout_of_steps
+        set_timeouts(seconds)
+        if self.operation.watch is not None:
+            self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
@@ -82,7 +96,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
     operation.meet(groups.control)
-    sinks = Sinks(config.logging, config.to_dict(), enabled=groups.world.rank == 0)
+    check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
         logger.info(differences)
@@ -106,10 +120,14 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         train_data.sequences,
         operation.clock.enter,
     )
-    first_step = 0
+    set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
+    first_step, bad_samples = 0, BadSamples(config, groups.control)
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
+        bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
+    writer = None
+    if config.checkpoint.save is not None:
+        writer = CheckpointWriter(engine, model, config, partial(bad_samples.state, train_data))
     return Run(
         config=config,
         model=model,
@@ -121,9 +139,10 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         first_step=first_step,
         writer=writer,
         device=device,
-        sinks=sinks,
+        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.control),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
+        bad_samples=bad_samples,
     )
 
 

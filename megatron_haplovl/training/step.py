@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from megatron_haplovl.data.batch import Batch, StepCounts
@@ -21,16 +21,20 @@ class TimedBatches(Iterator[Batch]):
     Args:
         batches: the micro-batches.
         clock: is told when the rank waits for the loader.
+        describe: number of a micro-batch, counted from 0 -> what it is of.
     """
 
-    def __init__(self, batches: Iterator[Batch], clock: PhaseClock) -> None:
-        self._batches, self._clock = batches, clock
+    def __init__(self, batches: Iterator[Batch], clock: PhaseClock, describe: Callable[[int], str]) -> None:
+        self._batches, self._clock, self._describe = batches, clock, describe
+        self._number = 0
         self.waited = 0.0
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
+        self._clock.reading = partial(self._describe, self._number)
         with self._clock.during("loader"):
             batch = next(self._batches)
+        self._number += 1
         self.waited += time.perf_counter() - started
         return batch
 
@@ -44,8 +48,10 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
     Raises:
         FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
             saved.
+        RunEnd: more samples than --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
+    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
     run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))

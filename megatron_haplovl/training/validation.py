@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
+from megatron_haplovl.data.loader import BatchLoader
 from megatron_haplovl.engine.metrics import reduce_metrics
 from megatron_haplovl.training.logging import NO_PREFIX, training_line
 from megatron_haplovl.training.setup import Run
 from megatron_haplovl.training.source_report import SourceLosses
+from megatron_haplovl.training.step import TimedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +25,9 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         return {}
     steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
     number = steps * run.valid_data.micro_batches_per_step
-    micro_batches = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
-    sums = run.steps.evaluate(micro_batches, number)
+    read = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
+    micro_batches = TimedBatches(read, run.operation.clock, partial(_describe, run.valid_data))
+    sums = run.steps.evaluate(run.bad_samples.settle(run.valid_data, micro_batches, number, step), number)
     counts = run.valid_data.counts_before(steps)
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     by_source = SourceLosses(run.valid_data.source_names, run.terms, run.device)
@@ -34,3 +38,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     logger.info(line, extra=NO_PREFIX)
     run.sinks.record(step, metrics)
     return metrics
+
+
+def _describe(data: BatchLoader, number: int) -> str:
+    return f"validation {data.describe(0, number)}"

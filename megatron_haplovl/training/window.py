@@ -66,6 +66,7 @@ class Window:
             **result.losses,
             "grad norm": result.grad_norm,
             "number of skipped iterations": run.steps.skipped,
+            **run.bad_samples.columns(),
             "samples per second": self._steps * batch_size / self._seconds,
             "tokens per gpu per second (tgs)": self._tokens / self._seconds / ranks,
             "TFLOPs": self._flops / self._seconds / ranks / 1e12,

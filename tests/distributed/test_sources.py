@@ -33,7 +33,7 @@ def serial(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_source_is_as_in_one_process_with_each_document_alone(folder, serial, recipe, layout):
-    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), parallel_case(recipe, layout))
+    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), "0", parallel_case(recipe, layout))
     train, valid = logged(folder, recipe, layout)
     expected_train, expected_valid = serial[recipe]
     by_source = {name: value for name, value in train.items() if "/" in name}
