@@ -2,8 +2,8 @@
 
     HAPLOVL_FAULT=NAME@STEP:RANK torchrun ... tests/faults/faulty_run.py finetune --model haplovl-debug ...
 
-NAME is one of `faults.FAULTS`; there may be several faults, with spaces between them. Only the first start has them: after
-a restart of torchrun, or where the file of HAPLOVL_FAULT_DONE exists, there are none.
+NAME is one of `faults.FAULTS`; there may be several faults, with spaces between them. Only the first start has them:
+after a restart of torchrun, or where the file of HAPLOVL_FAULT_DONE exists, there are none.
 """
 
 from __future__ import annotations
