@@ -15,8 +15,12 @@ SettingPath = tuple[str, ...]
 
 _Section = TypeVar("_Section")
 
-# Spelt with an underscore by every DeepSpeed user.
-_SPELLING = {"deepspeed-config": "deepspeed_config"}
+# Spelt with an underscore by every user of DeepSpeed and of Megatron.
+_SPELLING = {
+    "deepspeed-config": "deepspeed_config",
+    "override-opt-param-scheduler": "override-opt_param-scheduler",
+    "use-checkpoint-opt-param-scheduler": "use-checkpoint-opt_param-scheduler",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Setting:
             return [self.flag if value else self.flag.replace("--", "--no-", 1)]
         if value is None:
             return ["without", self.flag]
-        return [self.flag, *(value if self.is_list else [str(value)])]
+        return [self.flag, *(map(str, value) if self.is_list else [str(value)])]
 
 
 def iterate_settings(section: type, path: SettingPath = (), prefix: str = "") -> Iterator[Setting]:

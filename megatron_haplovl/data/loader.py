@@ -130,6 +130,10 @@ class BatchLoader:
         numbers = {source for pack in packs for items in self.plan.documents(pack) for source, _ in items}
         return tuple(self.source_names[number] for number in sorted(numbers))
 
+    def numbers(self, step: int) -> list[list[int]]:
+        """The packs of each of this rank's micro-batches in a step, for :meth:`packs`."""
+        return self._sampler.of_step(step)
+
     def packs(self, numbers: Sequence[int], missing: Missing = MappingProxyType({})) -> Batch:
         """Some packs of the plan as one batch, apart from the iteration, without the documents in `missing`."""
         return self._dataset.read(numbers, missing)
@@ -143,6 +147,16 @@ class BatchLoader:
         """
         step = first_step + number // self.micro_batches_per_step
         return f"step {step + 1}, source {', '.join(self.describe_step(step)) or 'none'}"
+
+    def samples(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """The samples in some packs, in order: name of the source (a prefix), number in it."""
+        filled = [number for number in numbers if number != EMPTY]
+        return [
+            (self.prefixes[source], sample)
+            for number in filled
+            for document in self.plan.documents(number)
+            for source, sample in document
+        ]
 
     @property
     def plan(self) -> PackPlan:

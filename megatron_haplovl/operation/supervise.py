@@ -19,6 +19,7 @@ from megatron_haplovl.operation.lost_peers import cause_of, is_lost_peer
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.operation.out_of_memory import advice, is_out_of_memory
 from megatron_haplovl.operation.signals import StopSignals
+from megatron_haplovl.operation.streams import forgive_broken_streams
 from megatron_haplovl.operation.watch import Watch
 from megatron_haplovl.parallel.launch import Launch
 
@@ -72,6 +73,7 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
     Raises:
         SystemExit: it is refused, or asks for help.
     """
+    forgive_broken_streams()
     try:
         return parse()
     except RefusedCommandLine as refused:

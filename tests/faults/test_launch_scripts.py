@@ -18,10 +18,10 @@ def variables(folder, launcher="torchrun", **more):
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_what_needs_a_person_is_not_started_again(tmp_path, launcher):
-    words = [*SCRIPT, "--train-iters", "2", "--save", str(tmp_path / "save"), "--load", "LICENSE"]
+    words = [*SCRIPT, "--train-iters", "2", "--save", str(tmp_path / "save"), "--global-batch-size", "3"]
     ended = run_to_end(words, tmp_path / "log", timeout=400, **variables(tmp_path, launcher))
     assert ended.code == 1, ended.output[-3000:]
-    assert ended.last_line.startswith("LICENSE"), ended.output[-3000:]
+    assert "--global-batch-size 3 is not a multiple" in ended.last_line, ended.output[-3000:]
     assert ended.output.count(f"error: {ended.last_line}") == 1
     assert "Traceback" not in ended.output
     words = json.loads((tmp_path / "save" / "last_words.json").read_text())
