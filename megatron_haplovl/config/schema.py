@@ -348,9 +348,27 @@ class CheckpointConfig:
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
+    keep_every: int | None = setting(
+        None, "beside those of --keep-last, keep for good the checkpoints whose step this divides"
+    )
+    max_failed_saves: int = setting(3, "end the run when so many saves that were due have failed one after the other")
+    non_persistent_save_interval: int | None = setting(
+        None, "steps between copies in --non-persistent-local-ckpt-dir, of which the newest is kept"
+    )
+    non_persistent_local_ckpt_dir: str | None = setting(
+        None,
+        "folder on each machine's own disk for copies that cost little; a restart goes on from the newest one if it is "
+        "whole and newer than the newest checkpoint in --save",
+    )
     async_save: bool = setting(False, "write checkpoints while training goes on; it waits only for a copy on the host")
     allow_fallback: bool = setting(
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
+    )
+    override_opt_param_scheduler: bool = setting(
+        False, "when resuming, the learning rates of the flags win over the checkpoint's, and no warning says so"
+    )
+    use_checkpoint_opt_param_scheduler: bool = setting(
+        False, "when resuming, go on with the checkpoint's learning rates and their schedule instead of the flags'"
     )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
     exit_duration_in_mins: int | None = setting(
@@ -373,6 +391,21 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
+    sample_questions: str | None = setting(
+        None,
+        "stage 2: answer these questions with the model in training, greedily, every --sample-interval steps and after "
+        "the last one. A file as haplovl-evaluate reads it; the true answers may be left out",
+        metavar="FILE",
+    )
+    sample_image_folder: str | None = setting(None, "folder in which the image paths of --sample-questions begin")
+    sample_interval: int | None = setting(
+        None, "steps between answers to --sample-questions (default: only after the last step)"
+    )
+    sample_max_new_tokens: int = setting(32, "longest answer to one of --sample-questions, in tokens")
+    sample_chat_template: str | None = setting(
+        None,
+        "chat template of --sample-questions: a name or a .jinja file (default: the one of the training data)",
+    )
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_haplovl.operation.endings import Ending
 from megatron_haplovl.operation.last_words import LastWords, end_process
 from megatron_haplovl.operation.phase import PhaseClock
+from megatron_haplovl.operation.run_lock import RunLock, take_run_lock
 from megatron_haplovl.operation.signals import StopSignals
 from megatron_haplovl.operation.watch import Watch
 from megatron_haplovl.parallel.groups import Group
@@ -26,6 +28,8 @@ class Operation:
     watch: Watch | None = None
     ending: Ending | None = None
     """How the run has ended, if nothing was raised."""
+    lock: RunLock | None = None
+    """Of the --save folder; held by the first rank."""
 
     def meet(self, control: Group) -> None:
         """Give this launch its id, and watch the others from now on. Called by every rank."""
@@ -54,4 +58,38 @@ class Operation:
     def end(self, ending: Ending) -> None:
         """End this process at once, from any thread. It does not return."""
         assert self.words is not None, "only a supervised run ends itself"
-        end_process(self.agreed(ending), self.words, self.run_id)
+        agreed = self.agreed(ending)
+        self.release()
+        end_process(agreed, self.words, self.run_id)
+
+    def lock_folder(self, folder: str, control: Group) -> None:
+        """Keep other runs out of a --save folder, before anything in it is touched. Called by every rank.
+
+        Raises:
+            ValueError: another run writes to it, or nobody can.
+        """
+        self.lock = take_run_lock(Path(folder), self.run_id, control, lambda: self.clock.enter("start"))
+
+    def require_lock(self) -> None:
+        """Make sure, from a look at the file, that the --save folder is still this run's.
+
+        Raises:
+            ValueError: another run has taken it over.
+            OSError: the file system does not answer.
+        """
+        if self.lock is not None:
+            self.lock.check()
+
+    def notice_lost_lock(self) -> None:
+        """End the run if its heartbeat has found that another run has taken the --save folder over; costs nothing.
+
+        Raises:
+            ValueError: it has.
+        """
+        if self.lock is not None and self.lock.lost is not None:
+            raise ValueError(self.lock.lost)
+
+    def release(self) -> None:
+        """Let other runs write to the --save folder."""
+        if self.lock is not None:
+            self.lock.release()

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
-from megatron_haplovl.checkpoint.folders import STATE_FILE
+from megatron_haplovl.checkpoint.folders import read_iteration
+from megatron_haplovl.checkpoint.state import STATE_FILE
 from megatron_haplovl.config.files import read_json
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import open_run_sources
-from megatron_haplovl.engine.checkpointing import CheckpointWriter, load_checkpoint
+from megatron_haplovl.engine.checkpointing import CheckpointWriter, Saving, load_checkpoint
 from megatron_haplovl.engine.engine import build_engine
+from megatron_haplovl.engine.local_copies import LocalCopies
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.losses.terms import LossTerm
@@ -32,6 +34,9 @@ from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.resumed_schedule import resumed_schedule
+from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
+from megatron_haplovl.training.saving_report import bytes_to_save, report_saving
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
@@ -57,8 +62,12 @@ class Run:
     """Optimizer steps already done when the run was resumed."""
     writer: CheckpointWriter | None
     """None without --save."""
+    copies: LocalCopies | None
+    """None without --non-persistent-save-interval."""
     device: torch.device
     sinks: Sinks
+    questions: SampleQuestions | None
+    """None without --sample-questions."""
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
@@ -80,8 +89,11 @@ class Run:
             self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
-        """Close the logs and leave the process group."""
+        """Close the logs, give the --save folder free and leave the process group. Called by every rank."""
         self.sinks.close()
+        # What the ranks have to say is said before one of them says how the run ended.
+        self.groups.control.barrier()
+        self.operation.release()
         torch.distributed.destroy_process_group()
 
 
@@ -100,6 +112,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     device, groups = initialize_processes(config)
     configure_logging(groups.world.rank)
     operation.meet(groups.control)
+    if config.checkpoint.save is not None:
+        operation.lock_folder(config.checkpoint.save, groups.control)
     check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
@@ -110,7 +124,9 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
 
-    resumed = _checkpoint_to_resume(config, groups)
+    resumed, copies = _checkpoint_to_resume(config, groups, operation.run_id)
+    if resumed is not None:
+        config = _resumed_settings(config, resumed, groups)
     model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
     terms = stage.terms(config.loss)
@@ -140,9 +156,21 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         run_id=operation.run_id,
         state={} if resumed is None else read_json(resumed / STATE_FILE),
     )
+    if copies is not None:
+        copies.keep_only(resumed)
     writer = None
     if config.checkpoint.save is not None:
-        writer = CheckpointWriter(engine, model, config, lambda: {**bad_samples.state(train_data), **guard.state()})
+        size = bytes_to_save(config, model)
+        if groups.world.rank == 0:
+            report_saving(config, size, first_step)
+        saving = Saving(
+            operation.run_id,
+            size,
+            operation.require_lock,
+            lambda: {**bad_samples.state(train_data), **guard.state()},
+        )
+        writer = CheckpointWriter(engine, model, config, saving)
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
     return Run(
         config=config,
         model=model,
@@ -153,8 +181,10 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         valid_data=valid_data,
         first_step=first_step,
         writer=writer,
+        copies=copies,
         device=device,
-        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
+        sinks=sinks,
+        questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
@@ -184,15 +214,31 @@ def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader,
     return train_data, build((), num_steps=config.logging.eval_iters, shares=(sources.valid, []), shuffle=False)
 
 
-def _checkpoint_to_resume(config: Config, groups: ParallelGroups) -> Path | None:
-    """What the run goes on from, if anything; and whether its own checkpoints can be written."""
-    resumed = None
+def _checkpoint_to_resume(
+    config: Config, groups: ParallelGroups, run_id: str
+) -> tuple[Path | None, LocalCopies | None]:
+    """What the run goes on from, if anything; whether its own checkpoints can be written; and the local copies."""
+    resumed, settings = None, config.checkpoint
     if config.resume_from is not None:
-        fallback = config.checkpoint.allow_fallback
-        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=fallback)
-        logger.info(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
-    if config.checkpoint.save is None:
+        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=settings.allow_fallback)
+    if settings.save is None:
         logger.info("no --save: nothing of this run is kept")
     else:
-        check_save_folder(config.checkpoint.save, resumed, groups.world)
-    return resumed
+        check_save_folder(settings.save, resumed, groups.world)
+    copies = None
+    if settings.non_persistent_local_ckpt_dir is not None and settings.save is not None:
+        copies = LocalCopies(config, groups.control, run_id)
+        if config.resume_from is not None and Path(config.resume_from).resolve() == Path(settings.save).resolve():
+            done = -1 if resumed is None else groups.world.together(partial(read_iteration, resumed))
+            resumed = copies.newest(newer_than=done) or resumed
+    if config.resume_from is not None:
+        logger.info(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
+    return resumed, copies
+
+
+def _resumed_settings(config: Config, resumed: Path, groups: ParallelGroups) -> Config:
+    """The settings with the learning rates that the run goes on with."""
+    found = groups.world.together(lambda: resumed_schedule(config, resumed, read_iteration(resumed)))
+    if found.remark is not None:
+        logger.log(logging.WARNING if found.is_jump else logging.INFO, found.remark)
+    return found.config

@@ -118,5 +118,6 @@ def test_as_if_the_plan_had_never_had_them(folder, serial, recipe, layout):
     losses = {f"valid {n}": v for n, v in (valid_by_source | valid_last).items() if not n.startswith("consumed")}
     assert {name: valid[name] for name in losses} == pytest.approx(losses, rel=TOLERANCE)
     assert train["number of skipped samples"] == len(bad) > 3
-    sources = {Path(prefix).name for prefix, _ in bad}
-    assert sources == ({"a", "b", "aux"} if recipe == "distill" else {"a", "b"})
+    # Two steps of a few samples each do not meet a bad one of every source.
+    wanted = {"a"} if layout.startswith("samples ") else {"a", "b", "aux"} if recipe == "distill" else {"a", "b"}
+    assert {Path(prefix).name for prefix, _ in bad} >= wanted

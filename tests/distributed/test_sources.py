@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.cases import PARALLEL_RANKS, parallel_case
 from tests.distributed.launch import run_ranks
-from tests.distributed.sources import LAYOUTS, NAMES, logged, make_sources, reference
+from tests.distributed.sources import LAYOUTS, NAMES, logged, make_sources, reference, retrieval
 
 RECIPES = ("distill", "full")
 TERMS = {"distill": ("vision loss", "feature loss", "ctp loss"), "full": ("lm loss",)}
@@ -46,6 +46,20 @@ def test_each_source_is_as_in_one_process_with_each_document_alone(folder, seria
     of_valid = {name.removeprefix("valid "): value for name, value in valid.items() if "/" in name}
     losses = {name: value for name, value in expected_valid.items() if not name.startswith("consumed")}
     assert of_valid == pytest.approx(losses, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def found_again(folder):
+    return retrieval(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stage_1s_held_out_figures_are_as_in_one_process(folder, found_again, layout):
+    train, valid = logged(folder, "distill", layout)
+    assert valid["valid patch cosine"] == pytest.approx(1 - valid["valid vision loss"], abs=TOLERANCE)
+    assert valid["valid patch retrieval"] == pytest.approx(found_again, rel=TOLERANCE)
+    assert 0 < found_again < 1
+    assert not any("patch" in name for name in train)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

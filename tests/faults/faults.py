@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from megatron_haplovl.checkpoint import write
 from megatron_haplovl.training import loop
+from tests.faults.hang_faults import HANG_FAULTS
+from tests.faults.signal_faults import SIGNAL_FAULTS
 
 
 def at_step(step: int, rank: int, action: Callable[[], None]) -> None:
@@ -47,6 +51,16 @@ def unknown_error(step: int, rank: int) -> None:
         raise RuntimeError("an exception that nobody has foreseen")
 
     at_step(step, rank, fail)
+
+
+def out_of_memory(step: int, rank: int) -> None:
+    """The host's memory is too small."""
+    at_step(step, rank, lambda: torch.empty(1 << 50))
+
+
+def truncate(step: int, rank: int) -> None:
+    """A file of the data, HAPLOVL_FAULT_FILE, becomes empty."""
+    at_step(step, rank, lambda: os.truncate(os.environ["HAPLOVL_FAULT_FILE"], 0))
 
 
 def _scaled_loss(step: int, rank: int, factor: float) -> None:
@@ -95,12 +109,35 @@ def bit_flip(step: int, rank: int) -> None:
     with_run_at_step(step, rank, flip)
 
 
+def full_disk(times: int, rank: int) -> None:
+    """The system refuses large files to one rank, the first `times` times that it writes its part of a checkpoint."""
+    write_rank, left = write.write_rank, times
+
+    def write_part(*arguments: Any) -> Any:
+        nonlocal left
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if int(os.environ["RANK"]) == rank and left > 0:
+            left -= 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            return write_rank(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    vars(write)["write_rank"] = write_part
+
+
 FAULTS: dict[str, Callable[[int, int], None]] = {
     "bit_flip": bit_flip,
+    "full_disk": full_disk,
     "inf_gradient": inf_gradient,
     "kill": kill,
     "nan_loss": nan_loss,
+    "out_of_memory": out_of_memory,
     "spike": spike,
     "stop": stop,
+    "truncate": truncate,
     "unknown_error": unknown_error,
+    **SIGNAL_FAULTS,
+    **HANG_FAULTS,
 }

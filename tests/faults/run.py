@@ -104,7 +104,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def run_to_end(words: Sequence[str], log: Path, *, timeout: float = 240, **extra: str) -> FaultyRun:
+def run_to_end(words: Sequence[str], log: Path, *, timeout: float = 400, **extra: str) -> FaultyRun:
     """Start a run and wait for its end.
 
     Args:

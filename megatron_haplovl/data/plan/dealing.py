@@ -70,10 +70,6 @@ class MicroBatchNumbers:
         for step in range(self.first_step, self._steps):
             yield from self.of_step(step)
 
-    def micro_batch(self, step: int, place: int) -> list[int]:
-        """The pack numbers of one micro-batch of a step."""
-        return self.of_step(step)[place]
-
     def __len__(self) -> int:
         return (self._steps - self.first_step) * self.per_step
 
