@@ -123,7 +123,8 @@ launch() {
     wait "$launcher" || status=$?
     [ -n "$interrupted" ] || break
   done
-  trap - TERM HUP USR1 USR2 INT
+  # Nobody is left to tell, and the code must still be said.
+  trap '' TERM HUP USR1 USR2 INT
   if [ -f "$HAPLOVL_LAUNCH_DIR/ending" ]; then
     { read -r code && sentence=$(cat); } <"$HAPLOVL_LAUNCH_DIR/ending"
     echo "$sentence" >&2
