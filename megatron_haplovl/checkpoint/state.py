@@ -28,13 +28,16 @@ class TrainingState:
     """The run that wrote the checkpoint; None in checkpoints of earlier versions."""
     config_sha256: str | None = None
     """Of CONFIG_FILE beside it, which has no place for a run's id."""
+    skipped_iterations: int = 0
+    """Those of them that changed no weight."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What else is written there; whoever wrote it reads and checks it."""
 
     def text(self) -> str:
         """What the file holds."""
         own = asdict(self)
-        return json.dumps({**own.pop("more"), **own})
+        more = own.pop("more")
+        return json.dumps({**own, **more})
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -51,4 +54,5 @@ def read_state(folder: Path) -> TrainingState:
         plan_key=fields.text("plan_key"),
         run_id=fields.optional_text("run_id"),
         config_sha256=fields.optional_text("config_sha256"),
+        skipped_iterations=fields.optional_count("skipped_iterations") or 0,
     )

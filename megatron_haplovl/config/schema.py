@@ -391,9 +391,61 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
+    sample_questions: str | None = setting(
+        None,
+        "stage 2: answer these questions with the model in training, greedily, every --sample-interval steps and after "
+        "the last one. A file as haplovl-evaluate reads it; the true answers may be left out",
+        metavar="FILE",
+    )
+    sample_image_folder: str | None = setting(None, "folder in which the image paths of --sample-questions begin")
+    sample_interval: int | None = setting(
+        None, "steps between answers to --sample-questions (default: only after the last step)"
+    )
+    sample_max_new_tokens: int = setting(32, "longest answer to one of --sample-questions, in tokens")
+    sample_chat_template: str | None = setting(
+        None,
+        "chat template of --sample-questions: a name or a .jinja file (default: the one of the training data)",
+    )
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is checked in every step, and what happens to a step that must not be trained on."""
+
+    check_for_nan_in_loss_and_grad: bool = setting(
+        True,
+        "before every update, look whether losses and gradients are finite. Off, nothing is looked at, and what is not "
+        "finite goes into the weights",
+    )
+    iterations_to_skip: tuple[int, ...] = setting(
+        (),
+        "steps that are passed over, counted from 1 as in the log: their data is consumed, nothing is computed or "
+        "updated",
+        metavar="STEP",
+    )
+    max_skipped_steps: int = setting(
+        0,
+        "steps in a row that may be left out because a loss or a gradient is not finite; one more ends the run. With 0 "
+        "the first one does",
+    )
+    check_for_spiky_loss: bool = setting(
+        False, "name a step whose loss is far above the median of the last 100 steps, and keep its batch"
+    )
+    spiky_loss_factor: float = setting(10.0, "how many times the median a loss must be to be called a spike")
+    spiky_loss_action: str = setting(
+        "warn",
+        "warn: the step is trained on; return: it is not, the run goes back to its last checkpoint and passes the step "
+        "over from then on",
+        choices=("warn", "return"),
+    )
+    check_replicas: int | None = setting(
+        None,
+        "every so many steps, and before every save, compare the weights that several ranks hold, bit for bit "
+        "(default: never)",
+    )
 
 
 @dataclass(frozen=True)
@@ -421,6 +473,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

@@ -8,6 +8,7 @@ from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
 from megatron_haplovl.config.validate_checkpoint import validate_checkpoint
+from megatron_haplovl.config.validate_guard import validate_guard
 from megatron_haplovl.config.vision import VisionConfig
 
 
@@ -23,7 +24,9 @@ def validate(config: Config) -> None:
     validate_checkpoint(config)
     Allowed(config.init.allow_missing, config.init.allow_unexpected)
     _validate_recipe(config)
+    _validate_samples(config)
     _validate_parallel(config)
+    validate_guard(config)
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -132,6 +135,8 @@ def _validate_schedule(config: Config) -> None:
         (config.logging, "log_interval"),
         (config.logging, "eval_interval"),
         (config.logging, "eval_iters"),
+        (config.logging, "sample_interval"),
+        (config.logging, "sample_max_new_tokens"),
     ):
         value = getattr(section, name)
         if value is not None and value < 1:
@@ -165,6 +170,21 @@ def _validate_data(config: Config) -> None:
     # Whether a mixture holds something out is known when it is read.
     if config.logging.eval_interval is not None and not (data.valid_data_path or data.split or data.data_config):
         raise ValueError("--eval-interval needs --valid-data-path, --split or --data-config")
+
+
+def _validate_samples(config: Config) -> None:
+    logging, defaults = config.logging, Config().logging
+    if logging.sample_questions is None:
+        for name in ("sample_image_folder", "sample_interval", "sample_max_new_tokens", "sample_chat_template"):
+            if getattr(logging, name) != getattr(defaults, name):
+                raise ValueError(f"--{name.replace('_', '-')} is about --sample-questions; give that, or leave it out")
+    elif config.data.tokenizer_model is None:
+        raise ValueError(
+            "--sample-questions needs --tokenizer-model: the tokenizer makes tokens of a question and a text of the "
+            "answer"
+        )
+    elif data_is_mock(config) and logging.sample_chat_template is None:
+        raise ValueError("--sample-questions with --mock-data needs --sample-chat-template, because no data names one")
 
 
 def validate_freezing(config: Config) -> None:

@@ -130,24 +130,33 @@ class BatchLoader:
         numbers = {source for pack in packs for items in self.plan.documents(pack) for source, _ in items}
         return tuple(self.source_names[number] for number in sorted(numbers))
 
+    def numbers(self, step: int) -> list[list[int]]:
+        """The packs of each of this rank's micro-batches in a step, for :meth:`packs`."""
+        return self._sampler.of_step(step)
+
     def packs(self, numbers: Sequence[int], missing: Missing = MappingProxyType({})) -> Batch:
         """Some packs of the plan as one batch, apart from the iteration, without the documents in `missing`."""
         return self._dataset.read(numbers, missing)
 
     def describe(self, first_step: int, number: int) -> str:
-        """What a micro-batch of this rank is of, in words: the step, counted from 1, and the sources.
+        """What a micro-batch of this rank is of, in words: the step, counted from 1, and the step's sources.
 
         Args:
             first_step: where reading began.
             number: micro-batches that were read before it.
         """
-        micro_steps = self.micro_batches_per_step
-        step, place = first_step + number // micro_steps, number % micro_steps
-        packs = [pack for pack in self._sampler.micro_batch(step, place) if pack != EMPTY]
-        held = {source for pack in packs for document in self.plan.documents(pack) for source, _ in document}
-        names = ", ".join(self.source_names[source] for source in sorted(held)) or "none"
-        which = f" (micro-batch {place + 1} of {micro_steps})" if micro_steps > 1 else ""
-        return f"step {step + 1}{which}, source {names}"
+        step = first_step + number // self.micro_batches_per_step
+        return f"step {step + 1}, source {', '.join(self.describe_step(step)) or 'none'}"
+
+    def samples(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """The samples in some packs, in order: name of the source (a prefix), number in it."""
+        filled = [number for number in numbers if number != EMPTY]
+        return [
+            (self.prefixes[source], sample)
+            for number in filled
+            for document in self.plan.documents(number)
+            for source, sample in document
+        ]
 
     @property
     def plan(self) -> PackPlan:

@@ -135,6 +135,11 @@ class IndexedSource:
         self._images = IndexedDataset(prefix + names.IMAGES, np.uint8)
         self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS, np.int32)
         self._image_sizes_I2 = ArrayFile(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
+        if len(self._tokens) != self.manifest.counts.samples:
+            raise ValueError(
+                f"{prefix}: the manifest says {self.manifest.counts.samples} samples, its files have "
+                f"{len(self._tokens)}; {_AGAIN}"
+            )
         if len(self._tokens) != len(self._loss_mask):
             raise ValueError(f"{prefix}: {len(self._tokens)} samples have {len(self._loss_mask)} loss masks; {_AGAIN}")
         if len(self._image_refs) != len(self._tokens):

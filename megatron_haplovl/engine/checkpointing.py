@@ -215,7 +215,7 @@ class CheckpointWriter:
 
     def _publish(self, aside: Path, folder: Path) -> None:
         # Gives up before the other ranks do; they wait in a collective for this rank's answer.
-        patience = 30.0 * self._config.parallel.distributed_timeout_minutes
+        patience = self._config.parallel.timeout_of_steps[0] / 2
         write.complete(
             aside,
             folder,
@@ -272,7 +272,7 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
             "to start anew from its weights, add --finetune, with another --save"
         )
     reader = PieceReader(folder)
-    make_optimizer_state(engine, state.iteration)
+    make_optimizer_state(engine, state.iteration - state.skipped_iterations)
     model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
     engine.global_steps = state.iteration
     return state.iteration

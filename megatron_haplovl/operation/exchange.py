@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from megatron_haplovl.operation.beats import Beat
 
@@ -156,15 +157,15 @@ class Exchange:
         if known != mine and gives_way(known):
             self._store.compare_set("ending", known, mine)
 
-    def _connect(self) -> torch.distributed.Store:
-        store = torch.distributed.TCPStore(
+    def _connect(self) -> Store:
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=timedelta(seconds=_SECONDS_TO_CONNECT),
             wait_for_workers=False,
         )
-        return torch.distributed.PrefixStore(f"haplovl/{self._key}", store)
+        return PrefixStore(f"haplovl/{self._key}", store)
 
     def _try_again(self) -> None:
         try:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -118,7 +119,7 @@ class LastWords:
         return next((words for words in self._found() if self._is_of_this_start(words)), None)
 
     def _is_of_this_start(self, words: dict[str, Any]) -> bool:
-        return bool(words["time"] >= self._launch.began and words["restart"] == self._launch.restart)
+        return bool(words["time"] >= self._launch.process_began)
 
     def _previous(self) -> dict[str, Any] | None:
         return self._before and {name: self._before[name] for name in ("code", "step", "cause")}
@@ -156,16 +157,23 @@ class LastWords:
 
 
 def end_process(ending: Ending, words: LastWords, run_id: str = "") -> None:
-    """Speak, and end this process from any thread, whatever the others do. It does not return."""
+    """Speak, and end this process from any thread, whatever the others do. It does not return.
+
+    The loader's workers find within seconds that their rank is gone.
+    """
     ending = words.speak(ending, run_id)
-    end_children()
     os._exit(words.status(ending))
 
 
 def end_children() -> None:
-    """End the loader's workers, which ignore the signal that ends them usually."""
-    for child in multiprocessing.active_children():
+    """End the loader's workers, which ignore the signal that ends them usually. Called by the main thread."""
+    children = multiprocessing.active_children()
+    # torch's loader takes a worker that is killed for an error.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
         child.kill()
+        child.join()
+    signal.signal(signal.SIGCHLD, before)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -85,7 +85,7 @@ def waits_for_ranks(main: FrameType, frames: dict[int, FrameType]) -> bool:
         # A checkpoint is written beside the training, and has to be complete now.
         return any(frame.f_code is complete.__code__ for leaf in frames.values() for frame in _stack(leaf))
     # `handle.wait()` of a collective that goes on beside the computation; everything in Python waits deeper than that.
-    return ".wait(" in linecache.getline(main.f_code.co_filename, main.f_lineno)
+    return ".wait(" in linecache.getline(main.f_code.co_filename, main.f_lineno or 0)
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:

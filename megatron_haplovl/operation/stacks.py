@@ -7,7 +7,6 @@ import faulthandler
 import logging
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ class StackFile:
         """Remove the file if there was nothing to say."""
         faulthandler.disable()
         if self._was_enabled:
-            faulthandler.enable(sys.__stderr__)
+            faulthandler.enable()
         self._file.close()
         with contextlib.suppress(OSError):
             if self.path.stat().st_size == 0:

@@ -25,7 +25,9 @@ class Launch:
     began: float
     """`time.time()` when the launcher started. What is younger is of this launch."""
     restart: int
-    """How often torchrun has started the ranks anew."""
+    """How often torchrun has started the ranks anew after a fault."""
+    process_began: float
+    """The same of this process: torchrun starts ranks anew for a machine that joins, too, and does not count that."""
 
     @staticmethod
     def of_environment() -> Launch:
@@ -33,13 +35,15 @@ class Launch:
         given = os.environ.get("HAPLOVL_LAUNCH_DIR")
         parent = os.getppid()
         # A process that nobody has launched has a shell for a parent, which is older than the run.
-        began = _started(parent) if "LOCAL_RANK" in os.environ else time.time()
+        launched = "LOCAL_RANK" in os.environ
+        began = _started(parent) if launched else time.time()
         own = Path(tempfile.gettempdir()) / f"haplovl-{os.getuid()}-{parent}-{int(began)}"
         return Launch(
             folder=Path(given) if given else own,
             is_scripted=bool(given),
             began=began,
             restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            process_began=_started(os.getpid()) if launched else began,
         )
 
     def make_folder(self) -> Path:

@@ -22,7 +22,7 @@ def train(run: Run) -> Ending:
         How the run has ended: done, or to be started again. Every other end is raised.
 
     Raises:
-        FloatingPointError: see :func:`train_step`.
+        RunEnd: see :func:`train_step`; or replicas differ before a save.
         ValueError: too many checkpoints, or the last one, could not be saved; or another run has taken --save over.
     """
     config, last_step = run.config, run.config.schedule.train_iters
@@ -47,6 +47,9 @@ def train(run: Run) -> Ending:
         if is_last or _is_due(config.logging.eval_interval, step):
             with run.operation.clock.during("evaluate"):
                 evaluate(run, step)
+        if run.questions is not None and (is_last or _is_due(config.logging.sample_interval, step)):
+            with run.operation.clock.during("evaluate"):
+                run.questions.answer(step, run.engine, run.model, run.device, run.operation.clock.enter)
         reason = None if is_last else run.leaving.agreed(step)
         if _save(run, step, must=is_last or reason is not None) and not is_last and reason is None:
             # Whoever asked while it was being saved need not wait for another step and another checkpoint.
@@ -69,11 +72,13 @@ def _save(run: Run, step: int, *, must: bool) -> bool:
     run.operation.notice_lost_lock()
     if must or run.writer.is_due(step):
         with run.operation.clock.during("save"):
+            run.guard.before_save(step)
             run.writer.save(step, run.train_data.plan_key)
         return True
     if run.copies is not None and run.copies.is_due(step):
         with run.operation.clock.during("save"):
-            more_state = run.bad_samples.state(run.train_data)
+            run.guard.before_save(step)
+            more_state = {**run.bad_samples.state(run.train_data), **run.guard.state()}
             run.copies.save(run.engine, run.model, step, run.train_data.plan_key, more_state)
     return False
 

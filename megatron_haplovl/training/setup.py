@@ -29,10 +29,13 @@ from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.training.bad_samples import BadSamples
+from megatron_haplovl.training.guards.build import build_guard
+from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.resumed_schedule import resumed_schedule
+from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
 from megatron_haplovl.training.saving_report import bytes_to_save, report_saving
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
@@ -63,11 +66,15 @@ class Run:
     """None without --non-persistent-save-interval."""
     device: torch.device
     sinks: Sinks
+    questions: SampleQuestions | None
+    """None without --sample-questions."""
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
     bad_samples: BadSamples
     """What could not be read."""
+    guard: Guard
+    """Decides of every step whether it may update the weights."""
 
     @property
     def groups(self) -> ParallelGroups:
@@ -82,8 +89,10 @@ class Run:
             self.operation.watch.settle(seconds, flag)
 
     def close(self) -> None:
-        """Close the logs, let other runs write to the --save folder, and leave the process group."""
+        """Close the logs, give the --save folder free and leave the process group. Called by every rank."""
         self.sinks.close()
+        # What the ranks have to say is said before one of them says how the run ended.
+        self.groups.control.barrier()
         self.operation.release()
         torch.distributed.destroy_process_group()
 
@@ -136,6 +145,17 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
         bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
+    guard = build_guard(
+        config,
+        engine,
+        model,
+        steps,
+        terms,
+        train_data,
+        device,
+        run_id=operation.run_id,
+        state={} if resumed is None else read_json(resumed / STATE_FILE),
+    )
     if copies is not None:
         copies.keep_only(resumed)
     writer = None
@@ -143,8 +163,14 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         size = bytes_to_save(config, model)
         if groups.world.rank == 0:
             report_saving(config, size, first_step)
-        saving = Saving(operation.run_id, size, operation.require_lock, partial(bad_samples.state, train_data))
+        saving = Saving(
+            operation.run_id,
+            size,
+            operation.require_lock,
+            lambda: {**bad_samples.state(train_data), **guard.state()},
+        )
         writer = CheckpointWriter(engine, model, config, saving)
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
     return Run(
         config=config,
         model=model,
@@ -157,10 +183,12 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         writer=writer,
         copies=copies,
         device=device,
-        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
+        sinks=sinks,
+        questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
+        guard=guard,
     )
 
 

@@ -1,15 +1,13 @@
-"""One optimizer step: rate, micro-batches, losses over all ranks, and what must not be trained on."""
+"""One optimizer step: rate, micro-batches, and what must not be trained on."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from megatron_haplovl.data.batch import Batch, StepCounts
-from megatron_haplovl.engine.metrics import reduce_metrics
-from megatron_haplovl.engine.steps import StepResult, Sums
+from megatron_haplovl.data.batch import Batch
+from megatron_haplovl.engine.steps import StepResult
 from megatron_haplovl.operation.phase import PhaseClock
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import Run
@@ -40,33 +38,23 @@ class TimedBatches(Iterator[Batch]):
 
 
 def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResult:
-    """One optimizer step over the global batch number `step`.
+    """One optimizer step over the global batch number `step`, or what is left of it if it must not be trained on.
 
     Returns:
         Losses, gradient norm and counts of the step.
 
     Raises:
-        FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
-            saved.
-        RunEnd: more samples than --skip-bad-samples cannot be read.
+        RunEnd: what the guard has found, on every rank at once and before anything is saved; or more samples than
+            --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
     micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
+    if run.guard.passes_over(step):
+        for _ in range(run.steps.accumulation if run.steps.reads_data else 0):
+            next(micro_batches)
+        return StepResult({}, None, counts, visible_pairs=0, sums={})
     run.steps.set_learning_rate(learning_rate(run.config, step))
-    result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))
-    if not math.isfinite(result.grad_norm):
-        raise FloatingPointError(
-            f"step {step + 1}: the gradient norm is not finite, though the loss is: {result.losses}; the weights can "
-            "no longer be trusted and were not saved"
-        )
+    result = run.steps.train(micro_batches, counts, run.guard.judge(step, counts))
+    run.guard.after(step, result)
     return result
-
-
-def _finite_losses(run: Run, step: int, counts: StepCounts, sums: Sums) -> dict[str, float]:
-    """The step's losses over all ranks, with their weighted total as "loss"; see `engine.steps.FiniteCheck`."""
-    losses = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {losses}; the weights were not updated")
-    total = sum(term.weight * losses[term.name] for term in run.terms if term.weight is not None)
-    return {"loss": total, **losses}

@@ -43,13 +43,15 @@ class Window:
             waited: seconds of these that this rank spent waiting for batches.
         """
         self._steps += 1
-        self._tokens += result.counts.tokens
         self._consumed_tokens += result.counts.tokens
-        self._flops += _flops(self._run, result)
+        if result.losses:
+            self._tokens += result.counts.tokens
+            self._flops += _flops(self._run, result)
         self._seconds += seconds
         self._waited += waited
         counts_of_sources = self._run.train_data.counts_by_source(range(step - 1, step))
-        self._by_source.add(result.sums, counts_of_sources)
+        if result.updated:
+            self._by_source.add(result.sums, counts_of_sources)
         self._consumed += counts_of_sources
 
     def report(self, step: int, result: StepResult) -> None:
@@ -64,8 +66,9 @@ class Window:
             "learning rate": learning_rate(config, step - 1),
             "global batch size": batch_size,
             **result.losses,
-            "grad norm": result.grad_norm,
-            "number of skipped iterations": run.steps.skipped,
+            **({} if result.grad_norm is None else {"grad norm": result.grad_norm}),
+            "number of skipped iterations": run.guard.skipped,
+            "number of nan iterations": run.guard.not_finite,
             **run.bad_samples.columns(),
             "samples per second": self._steps * batch_size / self._seconds,
             "tokens per gpu per second (tgs)": self._tokens / self._seconds / ranks,

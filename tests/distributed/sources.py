@@ -99,6 +99,25 @@ def reference(folder: Path, recipe: str) -> tuple[dict[str, float], dict[str, fl
     return found[0], found[1]
 
 
+def retrieval(folder: Path) -> float:
+    """Share of the held-out patches whose feature is nearest to its own teacher's among those of its pack, in fp64."""
+    c = sources_config(parallel_case("distill", "DP 4, ZeRO 0"), folder)
+    sources = open_run_sources(c).valid
+    model = build_model(c, ONE_RANK)
+    fill_weights(model, c)
+    loader = build_loader((), c, num_steps=1, dp_rank=0, dp_size=1, shares=(sources, []), shuffle=False)
+    found = total = 0
+    for pack in range(c.schedule.global_batch_size):
+        batch = loader.packs([pack])
+        with torch.no_grad():
+            hidden = model.module.hidden_states(batch)[0, batch.patch_target_P]
+            seen, taught = model.module.distillation.vision_head(hidden).double(), random_teacher_of(c)(batch).double()
+        similar = F.cosine_similarity(seen.unsqueeze(1), taught.unsqueeze(0), dim=-1)
+        found += int((similar.argmax(dim=1) == torch.arange(len(similar))).sum())
+        total += len(similar)
+    return found / total
+
+
 def add_document(model, c, items, opened, sums, tokens) -> None:
     """Add a document's losses to `sums` and its tokens to `tokens`, under the names of the log."""
     vision, names = c.model.vision, NAMES[c.recipe.recipe]

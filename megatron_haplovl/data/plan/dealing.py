@@ -68,16 +68,15 @@ class MicroBatchNumbers:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self._steps):
-            mine = self.packs_of(step)
-            for first in range(0, len(mine), self._micro):
-                yield mine[first : first + self._micro]
-
-    def micro_batch(self, step: int, place: int) -> list[int]:
-        """The pack numbers of one micro-batch of a step."""
-        return self._sequences(step)[place * self._micro : (place + 1) * self._micro]
+            yield from self.of_step(step)
 
     def __len__(self) -> int:
         return (self._steps - self.first_step) * self.per_step
+
+    def of_step(self, step: int) -> list[list[int]]:
+        """The same for one step."""
+        mine = self.packs_of(step)
+        return [mine[first : first + self._micro] for first in range(0, len(mine), self._micro)]
 
     def packs_of(self, step: int) -> list[int]:
         """The packs that this rank reads in a step, in order, with EMPTY where there is none."""

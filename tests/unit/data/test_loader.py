@@ -95,6 +95,8 @@ def test_a_batch_names_its_packs_and_a_step_its_sources(tiny_prefix: str, tmp_pa
             of_step = batches[step * per_step : (step + 1) * per_step]
             numbers = {int(n) for b in of_step if b.source_BS is not None for n in b.source_BS.unique()} - {-1}
             assert loader.describe_step(step) == tuple(loader.source_names[number] for number in sorted(numbers))
+            names = ", ".join(loader.describe_step(step))
+            assert loader.describe(1, (step - 1) * per_step) == f"step {step + 1}, source {names}"
         assert all(torch.equal(loader.packs(b.packs).tokens_BS, b.tokens_BS) for b in batches)
 
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from megatron_haplovl.operation.exchange import Exchange
 from tests.unit.operation.beat import beat
@@ -11,7 +12,7 @@ from tests.unit.operation.beat import beat
 
 @pytest.fixture
 def store(monkeypatch):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     return store
@@ -55,7 +56,7 @@ def test_a_store_that_is_gone_ends_nothing(store, monkeypatch):
     rank = Exchange(0, 2, "0/abc", reads_all=False, beat=beat(0))
     rank.start()
     until(lambda: rank.received.number)
-    monkeypatch.setattr(rank, "_store", torch.distributed.PrefixStore("gone", torch.distributed.HashStore()))
+    monkeypatch.setattr(rank, "_store", PrefixStore("gone", HashStore()))
     monkeypatch.setenv("MASTER_PORT", "1")
     rank._store.set_timeout(torch.distributed.constants.default_pg_timeout / 1800)
     until(lambda: rank.trouble is not None)

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,12 +84,13 @@ def frames_while(action):
     time.sleep(0.3)
     frames = dict(sys._current_frames())
     released.set()
+    assert thread.ident is not None
     return frames[thread.ident], frames, thread
 
 
 def test_a_collective_is_a_wait():
     """By the file that its Python code is in."""
-    names = {}
+    names: dict[str, Any] = {}
     exec(compile("def all_reduce(event): event.wait()", "/lib/torch/distributed/distributed_c10d.py", "exec"), names)
 
     def collective(started, released):

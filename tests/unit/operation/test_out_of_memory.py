@@ -48,7 +48,7 @@ def test_all_steps_in_the_order_of_their_cost():
         (["--zero-stage", "2"], 2, ["--zero-stage 2"]),
         (["--offload-optimizer", "cpu"], 2, ["--offload-optimizer"]),
         (["--zero-stage", "0"], 2, ["--offload-optimizer"]),
-        (["--tensor-model-parallel-size", "32", "--sequence-parallel"], 64, ["--tensor-model-parallel-size 64"]),
+        (["--tensor-model-parallel-size", "16", "--sequence-parallel"], 32, ["--tensor-model-parallel-size 32"]),
     ],
 )
 def test_nothing_that_is_done_or_impossible(flags, ranks, absent):

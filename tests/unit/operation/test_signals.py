@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from megatron_haplovl.data.worker_signals import STOP_SIGNALS, ignore_stop_signals
+from megatron_haplovl.operation.last_words import end_children
 from megatron_haplovl.operation.signals import StopSignals
 from megatron_haplovl.parallel.launch import Launch
 
@@ -18,7 +19,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 def launch(folder: Path, *, scripted: bool = False) -> Launch:
-    return Launch(folder=folder, is_scripted=scripted, began=time.time(), restart=0)
+    return Launch(folder=folder, is_scripted=scripted, began=time.time(), restart=0, process_began=time.time())
 
 
 @pytest.fixture
@@ -135,4 +136,9 @@ def test_loader_workers_ignore_what_asks_a_run_to_stop():
     worker = int(next(batches))
     for number in STOP_SIGNALS:
         os.kill(worker, number)
-    assert [int(pid) for pid in batches] == [worker, worker]
+    assert int(next(batches)) == worker
+    before = signal.getsignal(signal.SIGCHLD)
+    end_children()
+    assert signal.getsignal(signal.SIGCHLD) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)

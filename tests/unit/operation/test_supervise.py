@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_haplovl.config.schema import CheckpointConfig, Config
 from megatron_haplovl.operation.endings import Ending, ExitCode, RunEnd
 from megatron_haplovl.operation.lost_peers import is_lost_peer
 from megatron_haplovl.operation.supervise import parsed, supervised
+from megatron_haplovl.parallel import launch
 
 
 @pytest.fixture
@@ -116,18 +118,34 @@ def test_a_refused_command_line_is_not_started_again(save, tmp_path, monkeypatch
     assert (tmp_path / "launch" / "ending").read_text() == "1\nunrecognized arguments: --no-such-flag\n"
 
 
+def start_again(monkeypatch, restart):
+    """As torchrun does: the same launcher, another process."""
+    now = time.time()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+    monkeypatch.setattr(launch, "_started", lambda pid: now if pid == os.getpid() else now - 100)
+
+
 @pytest.mark.parametrize("code", [0, 1, 70, 75])
 def test_a_restart_behind_a_final_ending_ends_in_the_same_way(save, monkeypatch, capsys, code):
     run(save, lambda: fail(RunEnd(ExitCode(code), "so it was", cause="x")))
     started = []
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start_again(monkeypatch, 1)
     status, _ = run(save, lambda: started.append(1))
     assert (status, started) == ((code, []) if code in (1, 75) else (0, [1]))
 
 
+def test_ranks_that_left_for_a_machine_that_joins_go_on(save, monkeypatch, capsys):
+    """The launcher ends them with SIGTERM, starts them again, and does not count that as a restart."""
+    start_again(monkeypatch, 0)
+    assert run(save, lambda: Ending(ExitCode.COME_BACK, "left", "leaving", 3))[0] == 75
+    start_again(monkeypatch, 0)
+    status, words = run(save, lambda: Ending(ExitCode.DONE, "done", "done", 6))
+    assert (status, words["sentence"], words["previous"]["code"]) == (0, "done", 75)
+
+
 def test_the_first_cause_wins_over_those_who_only_lost_a_peer(save, monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    start_again(monkeypatch, 0)
     monkeypatch.setattr("megatron_haplovl.operation.lost_peers._SECONDS_TO_WAIT", 0.2)
     lost = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7")
     assert is_lost_peer(lost)
