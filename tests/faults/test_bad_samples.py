@@ -58,7 +58,7 @@ def test_a_run_that_may_goes_on(prefix: str, tmp_path: Path) -> None:
     # After a restart, too, one more is too many.
     damaged = Path(shutil.copytree(Path(prefix).parent, tmp_path / "damaged")) / "small"
     damage_image(str(damaged), 0)
-    more = [*saved, "--train-iters", "40", "--exit-interval", "40", "--lr-decay-iters", str(STEPS)]
+    more = [*saved, "--train-iters", "12", "--exit-interval", "12", "--lr-decay-iters", str(STEPS)]
     ended = run_to_end(words("deepspeed", str(damaged), *more), tmp_path / "more.log")
     assert ended.code == 1, ended.output[-3000:]
     assert "3 samples cannot be read, more than --skip-bad-samples 1: " in ended.output
