@@ -97,9 +97,8 @@ def test_a_chunk_that_inflates_to_much_more(name: bytes) -> None:
         b"iTXt": b"Comment\0\1\0\0\0" + squeezed,
         b"iCCP": b"profile\0\0" + squeezed,
     }[name]
-    with bounded(60, MEMORY):
-        with contextlib.suppress(ImageError):
-            assert decode_image(png(chunk(name, content))).size == (8, 8)
+    with bounded(60, MEMORY), contextlib.suppress(ImageError):
+        assert decode_image(png(chunk(name, content))).size == (8, 8)
 
 
 def test_pixels_that_inflate_beyond_the_picture() -> None:
