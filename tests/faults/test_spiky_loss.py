@@ -25,9 +25,9 @@ def test_the_run_returns_and_passes_the_step_over(tmp_path):
     ended = start(tmp_path, "first", *flags, fault=f"spike@{SPIKE}:1")
     assert ended.code == 70, ended.output[-3000:]
     said = re.search(
-        rf"step {SPIKE}: the loss \S+ is (\S+) times the median of the steps before; the largest share, (?:99|100) %, is "
-        r"from rank 1 on \S+, micro-batch 1 of 2 \(mock data sample [\d, ]+\); the micro-batch is in \S+; the weights "
-        r"were not updated\. It is on the list of steps to skip, so started again, ",
+        rf"step {SPIKE}: the loss \S+ is (\S+) times the median of the steps before; the largest share, "
+        r"(?:99|100) %, is from rank 1 on \S+, micro-batch 1 of 2 \(mock data sample [\d, ]+\); the micro-batch is in "
+        r"\S+; the weights were not updated\. It is on the list of steps to skip, so started again, ",
         ended.output,
     )
     assert said is not None, ended.output[-3000:]
