@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.engine.flight_recorder import record_collectives
 from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
 from megatron_haplovl.parallel.launch import Launch
 
@@ -48,6 +49,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         _share_cores()
     else:
         accelerator.set_device(local_rank)
+        record_collectives(os.environ, config.checkpoint)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(
             dist_backend="gloo" if accelerator.device_name() == "cpu" else None,

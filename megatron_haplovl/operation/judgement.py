@@ -29,6 +29,10 @@ class Limits:
     unsettled: float = 3.0
     """Factor for a rank that is in its first step."""
 
+    def is_silent(self, age: float) -> bool:
+        """Whether a beat of this age is the last one."""
+        return age >= min(self.silent, self.end)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -63,7 +67,7 @@ def judge(seen: Sequence[Seen], limits: Limits) -> Finding | None:
         None while there is nothing to say.
     """
     staying = [one for one in seen if not one.beat.left]
-    silent = [one for one in staying if one.age >= min(limits.silent, limits.end)]
+    silent = [one for one in staying if limits.is_silent(one.age)]
     present = [one for one in staying if one not in silent]
     if silent:
         waiting = [one for one in present if one.beat.waits or one.quiet >= limits.still]

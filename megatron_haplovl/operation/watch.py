@@ -124,6 +124,8 @@ class Watch:
     def publish(self, ending: Ending) -> Ending:
         """Make an ending known to every rank; returns the one that was known first, this or another."""
         self._has_ended = time.monotonic()
+        if self._exchange is not None:
+            self._exchange.beat = _last_beat(self._exchange.beat)
         return self._publish(Published(ending)).ending
 
     def published(self) -> Ending | None:
@@ -151,7 +153,12 @@ class Watch:
             if rank != self._rank and not beat.left and now.beats[rank].number == beat.number
         ]
         if now.number == before.number:
-            gone = [beat for beat in gone if beat.rank == 0 and self._exchange.rank_0_holds]
+            if not self._exchange.rank_0_holds:
+                return (
+                    f"the launcher's store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer: "
+                    "that machine or its launcher is gone"
+                )
+            gone = [beat for beat in gone if beat.rank == 0]
         return "; ".join(hang_words.gone(beat) for beat in gone) or None
 
     def stop(self) -> None:
@@ -162,8 +169,7 @@ class Watch:
         if self._exchange is not None:
             if self._exchange.holds_store:
                 self._wait(_SECONDS_TO_ACKNOWLEDGE, self._all_have_left)
-            last = dataclasses.replace(self._exchange.beat, number=self._exchange.beat.number + 1, left=True)
-            self._exchange.stop(last, _SECONDS_TO_PUBLISH)
+            self._exchange.stop(_last_beat(self._exchange.beat), _SECONDS_TO_PUBLISH)
         if self._stacks is not None:
             self._stacks.close()
 
@@ -220,7 +226,7 @@ class Watch:
 
     def _judge(self, own: Beat) -> None:
         assert self._exchange is not None
-        is_dead = self._arrivals.silence >= self._limits.silent
+        is_dead = self._limits.is_silent(self._arrivals.silence)
         if is_dead and not self._exchange.rank_0_holds:
             self._report_once(f"the launcher's store does not answer, so nobody watches rank {self._rank}")
         holder_is_silent = is_dead and self._exchange.rank_0_holds and self._rank != 0
@@ -242,7 +248,7 @@ class Watch:
             self._end_hang(finding)
 
     def _is_first_judge(self, seen: list[Seen]) -> bool:
-        silent = {one.beat.rank for one in seen if one.age >= self._limits.silent}
+        silent = {one.beat.rank for one in seen if self._limits.is_silent(one.age)}
         return next((rank for rank in self._judges() if rank not in silent), None) == self._rank
 
     def _warn(self, finding: Finding | None) -> None:
@@ -359,6 +365,10 @@ class Watch:
         if text not in self._reported:
             self._reported.add(text)
             logger.warning(text)
+
+
+def _last_beat(beat: Beat) -> Beat:
+    return dataclasses.replace(beat, number=beat.number + 1, left=True)
 
 
 def _gives_way_to(mine: Published) -> Callable[[str], bool]:
