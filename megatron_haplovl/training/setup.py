@@ -239,6 +239,6 @@ def _checkpoint_to_resume(
 def _resumed_settings(config: Config, resumed: Path, groups: ParallelGroups) -> Config:
     """The settings with the learning rates that the run goes on with."""
     found = groups.world.together(lambda: resumed_schedule(config, resumed, read_iteration(resumed)))
-    if found.remark is not None:
+    if found.remark:
         logger.log(logging.WARNING if found.is_jump else logging.INFO, found.remark)
     return found.config

@@ -109,6 +109,8 @@ def retrieval(folder: Path) -> float:
     found = total = 0
     for pack in range(c.schedule.global_batch_size):
         batch = loader.packs([pack])
+        if not len(batch.patch_target_P):
+            continue
         with torch.no_grad():
             hidden = model.module.hidden_states(batch)[0, batch.patch_target_P]
             seen, taught = model.module.distillation.vision_head(hidden).double(), random_teacher_of(c)(batch).double()
