@@ -92,6 +92,9 @@ case $LAUNCHER in
     ;;
 esac
 
+# shellcheck source=examples/common/remote_words.sh
+source examples/common/remote_words.sh
+
 # launch SCRIPT [FLAGS]: train to the end; returns the run's exit code, behind its last sentence (docs/launching.md).
 #
 # Ranks and this shell share a folder, HAPLOVL_LAUNCH_DIR. The launcher has a session of its own and ignores what it can, so
@@ -99,7 +102,8 @@ esac
 launch() {
   # What DeepSpeed starts by ssh sees no folder of this machine: its codes and sentences come as DeepSpeed hands them on.
   if [ -n "${HOSTFILE:-}" ] && [ -z "${NODE_RANK:-}" ]; then
-    exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" "$@"
+    remote_words "$HOSTFILE" "$@" || return 1
+    exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" "${REMOTE_WORDS[@]}"
   fi
   local launcher status interrupted interrupts='' code sentence name
   HAPLOVL_LAUNCH_DIR=$(mktemp -d "${TMPDIR:-/tmp}/haplovl-launch.XXXXXX")
@@ -123,7 +127,8 @@ launch() {
     wait "$launcher" || status=$?
     [ -n "$interrupted" ] || break
   done
-  trap - TERM HUP USR1 USR2 INT
+  # Nobody is left to tell, and the code must still be said.
+  trap '' TERM HUP USR1 USR2 INT
   if [ -f "$HAPLOVL_LAUNCH_DIR/ending" ]; then
     { read -r code && sentence=$(cat); } <"$HAPLOVL_LAUNCH_DIR/ending"
     echo "$sentence" >&2

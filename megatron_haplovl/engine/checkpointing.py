@@ -98,7 +98,8 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.finish()
         interval = self._config.checkpoint.save_interval
-        self._is_retry = not self._saved and (interval is None or iteration % interval != 0)
+        again = iteration == self._at[0] or interval is None or iteration % interval != 0
+        self._is_retry = not self._saved and again
         self._at = (iteration, plan_key)
         settings, world = self._config.checkpoint, self._model.groups.world
         assert settings.save is not None

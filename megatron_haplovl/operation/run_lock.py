@@ -21,10 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_haplovl.checkpoint.files import to_disk
 from megatron_haplovl.operation.holder import Holder
-from megatron_haplovl.parallel.groups import Group
+
+if TYPE_CHECKING:
+    # torch takes seconds, and the last words of a signal that comes meanwhile look at locks.
+    from megatron_haplovl.parallel.groups import Group
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ class ResumedSchedule:
 
     config: Config
     """The settings, with the checkpoint's learning rates if they were asked for."""
-    remark: str | None
-    """What the log says about a difference."""
+    remark: str
+    """What the log says about a difference; empty if there is none."""
     is_jump: bool
     """Whether the rate of the next step is another one than it would have been, and nobody has asked for that."""
 
@@ -38,7 +38,7 @@ def resumed_schedule(config: Config, resumed: Path, step: int) -> ResumedSchedul
     was = read_config(resumed)
     differences = _differences(was, config)
     if not differences:
-        return ResumedSchedule(config, None, is_jump=False)
+        return ResumedSchedule(config, "", is_jump=False)
     old, new = learning_rate(was, step), learning_rate(config, step)
     both = f"{', '.join(differences)}: at step {step + 1} the checkpoint's rate is {old:.6g}, the flags' {new:.6g}"
     if config.checkpoint.use_checkpoint_opt_param_scheduler:

@@ -220,7 +220,9 @@ def _checkpoint_to_resume(
     """What the run goes on from, if anything; whether its own checkpoints can be written; and the local copies."""
     resumed, settings = None, config.checkpoint
     if config.resume_from is not None:
-        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=settings.allow_fallback)
+        resumed = find_resumable(
+            config.resume_from, groups.world, allow_fallback=settings.allow_fallback, is_ours=_is_ours(config)
+        )
     if settings.save is None:
         logger.info("no --save: nothing of this run is kept")
     else:
@@ -228,7 +230,7 @@ def _checkpoint_to_resume(
     copies = None
     if settings.non_persistent_local_ckpt_dir is not None and settings.save is not None:
         copies = LocalCopies(config, groups.control, run_id)
-        if config.resume_from is not None and Path(config.resume_from).resolve() == Path(settings.save).resolve():
+        if _is_ours(config):
             done = -1 if resumed is None else groups.world.together(partial(read_iteration, resumed))
             resumed = copies.newest(newer_than=done) or resumed
     if config.resume_from is not None:
@@ -236,9 +238,15 @@ def _checkpoint_to_resume(
     return resumed, copies
 
 
+def _is_ours(config: Config) -> bool:
+    """Whether the run goes on from its own --save folder, which it has locked."""
+    load, save = config.resume_from, config.checkpoint.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
+
+
 def _resumed_settings(config: Config, resumed: Path, groups: ParallelGroups) -> Config:
     """The settings with the learning rates that the run goes on with."""
     found = groups.world.together(lambda: resumed_schedule(config, resumed, read_iteration(resumed)))
-    if found.remark is not None:
+    if found.remark:
         logger.log(logging.WARNING if found.is_jump else logging.INFO, found.remark)
     return found.config

@@ -51,13 +51,13 @@ def damage(prefix: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_spm_model):
-    """One launch of all layouts."""
+    """All layouts, one after the other."""
     folder = tmp_path_factory.mktemp("damaged")
     make_sources(folder, tiny_spm_model)
     for name in ("a", "b", "aux"):
         damage(f"{folder}/{name}")
-    cases = [parallel_case(*case) for case in CASES]
-    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), str(SKIP), *cases)
+    for case in CASES:
+        run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), str(SKIP), parallel_case(*case))
     return folder
 
 

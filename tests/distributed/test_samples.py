@@ -22,21 +22,24 @@ from tests.distributed.cases import PARALLEL_RANKS
 from tests.distributed.launch import run_ranks
 from tests.distributed.samples import CASES, NEW_TOKENS, folder_of, make_questions
 
-# In bf16, two words that are nearly as likely change places when the same sums are added up in another order.
+# In bf16, two words that are nearly as likely change places when the same sums are added up in another order. Measured
+# worst case: 0.026. The same answers read backwards have more than 0.9.
 BF16_GAP = 0.05
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One launch of all cases."""
     folder = tmp_path_factory.mktemp("samples")
     make_questions(folder)
-    run_ranks("worker_samples.py", PARALLEL_RANKS, str(folder), *CASES)
     return folder
 
 
 def found(folder, case):
-    return json.loads((folder_of(case, folder) / "found.json").read_text())
+    """What the case, which runs when it is first asked for, has left behind."""
+    path = folder_of(case, folder) / "found.json"
+    if not path.is_file():
+        run_ranks("worker_samples.py", PARALLEL_RANKS, str(folder), case)
+    return json.loads(path.read_text())
 
 
 def exported(folder, case):

@@ -20,11 +20,8 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_spm_model):
-    """One launch of all layouts."""
     folder = tmp_path_factory.mktemp("sources")
     make_sources(folder, tiny_spm_model)
-    cases = [parallel_case(recipe, layout) for layout in LAYOUTS for recipe in RECIPES]
-    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), "0", *cases)
     return folder
 
 
@@ -36,6 +33,7 @@ def serial(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_source_is_as_in_one_process_with_each_document_alone(folder, serial, recipe, layout):
+    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), "0", parallel_case(recipe, layout))
     train, valid = logged(folder, recipe, layout)
     expected_train, expected_valid = serial[recipe]
     by_source = {name: value for name, value in train.items() if "/" in name}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.faults.run import command, losses, run_to_end
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_freed_costs_a_tenth_of_an_interval(tmp_path):
     flags = ["--train-iters", "25", "--save-interval", "20", "--log-interval", "1"]
     whole = [*flags, "--metrics-file", str(tmp_path / "whole.jsonl"), "--save", str(tmp_path / "whole")]

@@ -14,10 +14,10 @@ from tests.faults.run import FaultyRun, command, losses, run_to_end
 STEPS = 5
 
 
-def start(folder: Path, name: str, *flags: str, fault: str | None = None) -> FaultyRun:
+def start(folder: Path, name: str, *flags: str, fault: str = "") -> FaultyRun:
     metrics = ["--metrics-file", str(folder / f"{name}.jsonl"), "--train-iters", str(STEPS)]
     words = command("deepspeed", 2, "finetune", [*metrics, *flags])
-    return run_to_end(words, folder / f"{name}.log", **({} if fault is None else {"HAPLOVL_FAULT": fault}))
+    return run_to_end(words, folder / f"{name}.log", HAPLOVL_FAULT=fault)
 
 
 def rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:

@@ -14,7 +14,7 @@ from tests.fixtures.small_prefix import write_small_prefix
 @pytest.mark.parametrize(("suffix", "workers"), [(".bin", "2"), ("_images.bin", "0")])
 def test_the_file_is_named(tmp_path: Path, suffix: str, workers: str) -> None:
     prefix = write_small_prefix(tmp_path)
-    start = words("deepspeed", prefix, "--num-workers", workers, "--train-iters", "200", "--skip-bad-samples", "3")
+    start = words("deepspeed", prefix, "--num-workers", workers, "--train-iters", "24", "--skip-bad-samples", "3")
     ended = run_to_end(start, tmp_path / "log", HAPLOVL_FAULT="truncate@5:1", HAPLOVL_FAULT_FILE=prefix + suffix)
     assert ended.code == 1, ended.output[-3000:]
     assert f"error: {prefix}{suffix} is truncated: it has 0 bytes, it had " in ended.output

@@ -55,8 +55,6 @@ def _figure(panels: Sequence[Panel]) -> Any:
 
 
 def _draw(axis: Any, panel: Panel) -> None:
-    from matplotlib.ticker import LogFormatter
-
     several = len({curve.series for curve in panel.curves}) > 1
     for curve in panel.curves:
         axis.plot(curve.x, curve.y, **_look(curve, several))
@@ -65,8 +63,10 @@ def _draw(axis: Any, panel: Panel) -> None:
     axis.set_ylabel(panel.unit, fontsize=8)
     if panel.is_log:
         axis.set_yscale("log")
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axis.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _place: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    elif not any(curve.y.any() for curve in panel.curves):
+        axis.set_ylim(-0.05, 1)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if any(curve.label for curve in panel.curves):

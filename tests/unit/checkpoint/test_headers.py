@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.parallel.groups import Group
 
-BAD_NAMES = [
+BAD_NAMES: list[Any] = [
     *("", ".", "..", "../x", "../../x", "/etc", "a/b", "a/", "a\\b", "a\0b", "a\nb", "x" * 256, "\ud800"),
     *(None, 3, ["a"], {}),
 ]
@@ -81,13 +82,14 @@ def changed(path, *at, to):
     path.write_text(json.dumps(content))
 
 
+NO_LISTS: list[Any] = [None, {}, "x"]
 FILES, PIECE = ("files", 0), ("files", 0, "pieces", 0)
 HUGE = 10**400
-IMPOSSIBLE = [
+IMPOSSIBLE: list[Any] = [
     *[((*FILES, "file"), name, "plain name|not a string") for name in BAD_NAMES],
     *[((*FILES, "bytes"), value, "bytes .* is not a number") for value in (-1, 1.5, "9", True, None, HUGE)],
     *[((*FILES, "sha256"), value, "SHA-256|not a string") for value in ("", "0" * 63, "G" * 64, 5, None)],
-    *[((*FILES, "pieces"), value, "not a list") for value in (None, {}, "x")],
+    *[((*FILES, "pieces"), value, "not a list") for value in NO_LISTS],
     *[
         ((*PIECE, name), value, "not a number")
         for name in ("start", "length", "part")
@@ -215,7 +217,25 @@ def test_a_header_that_disagrees_with_the_manifest(folder):
 
 # ---- anything at all
 
-VALUES = [None, True, -1, 0, 3, HUGE, 1.5, math.inf, math.nan, "", "..", "a\0b", "\ud800", [], {}, [[1]], {"a": 1}]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    HUGE,
+    1.5,
+    math.inf,
+    math.nan,
+    "",
+    "..",
+    "a\0b",
+    "\ud800",
+    [],
+    {},
+    [[1]],
+    {"a": 1},
+]
 
 
 def mutated(value, chance):

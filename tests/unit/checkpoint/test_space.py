@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import itertools
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_haplovl.checkpoint import space
 from megatron_haplovl.checkpoint.pieces import MOMENTS, WEIGHT, Piece
 from megatron_haplovl.checkpoint.space import Keeping, checkpoint_bytes, free_bytes, gigabytes
 from megatron_haplovl.checkpoint.state import TrainingState
@@ -81,7 +82,7 @@ def test_the_size_of_a_checkpoint(tmp_path, dtype, ranks, tensor_ranks):
             for kind in (WEIGHT, *MOMENTS) if name in trained else (WEIGHT,):
                 size = shape.numel() // (tensor_ranks if divided else 1)
                 length = size // replicas if name in trained else size
-                place = (0, part, tensor_ranks) if divided else (None, 0, 1)
+                place: tuple[Any, int, int] = (0, part, tensor_ranks) if divided else (None, 0, 1)
                 start = replica * length if name in trained else 0
                 values = torch.zeros(length, dtype=torch.float32 if name in trained else dtype)
                 pieces.append((Piece(name, kind, *place, start, length), values))
@@ -99,7 +100,7 @@ def test_sizes_in_words(size, words):
 
 
 def test_a_file_system_that_knows_no_size_is_not_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
     assert free_bytes(tmp_path) > 10**15
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,7 @@ def writer(tmp_path, monkeypatch):
 @pytest.fixture
 def full_disk(monkeypatch):
     """Call it with True and False."""
-    original = write.save_file
+    original = vars(write)["save_file"]
 
     def switch(is_full):
         def save_file(tensors, path, metadata):
@@ -116,7 +117,7 @@ def test_the_last_checkpoint_is_tried_again_before_the_run_ends(writer, tmp_path
     saving = writer()
     full_disk(True)
     saving.save(7, "a plan")
-    monkeypatch.setattr(checkpointing.time, "sleep", lambda _: full_disk(False))
+    monkeypatch.setattr(time, "sleep", lambda _: full_disk(False))
     saving.close()
     assert damaged_files(tmp_path / "global_step7") == []
 

@@ -129,7 +129,7 @@ def test_completing_a_checkpoint_is_a_wait(tmp_path):
 
     def until_all_have_written(_started=None, _released=None):
         try:
-            complete(tmp_path, tmp_path / "done", 1, {}, torch.float32, 3.0, "abc")
+            complete(tmp_path, tmp_path / "done", 1, {}, torch.float32, 3.0, "a run")
         except OSError:
             return
 

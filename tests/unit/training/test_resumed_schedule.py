@@ -52,7 +52,7 @@ def test_an_interrupted_schedule_goes_on_exactly(saved, style):
     floor = 0.0 if style == "constant" else 1e-4
     settings = config(schedule__lr_decay_style=style, optimizer__min_lr=floor)
     found = resumed_schedule(settings, saved(settings), DONE)
-    assert found.config == settings and found.remark is None and not found.is_jump
+    assert found.config == settings and not found.remark and not found.is_jump
     expected = rates(style, 1e-3, floor if style != "constant" else 1e-3, 10, 100, 100)[DONE:]
     np.testing.assert_allclose(remaining(found, 100), expected, rtol=1e-12)
     # Interrupted or not, the same numbers to the last bit.
@@ -106,5 +106,5 @@ def test_every_rate_is_looked_at(saved, name, value):
 
 def test_the_same_end_in_other_words_is_no_difference(saved):
     found = resumed_schedule(config(schedule__lr_decay_iters=100), saved(config()), DONE)
-    assert found.remark is None
+    assert not found.remark
     assert dataclasses.replace(found.config.schedule, lr_decay_iters=None) == config().schedule
