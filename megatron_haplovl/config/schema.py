@@ -348,6 +348,16 @@ class LoggingConfig:
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
+    log_params_norm: bool = setting(False, "log the norm of all weights")
+    log_num_zeros_in_grad: bool = setting(False, "log how many elements of the gradient are zero")
+    device_peak_tflops: float | None = setting(
+        None,
+        "10^12 operations per second that the device's data sheet promises for the run's number format, without "
+        "sparsity; MFU is a share of it (default: known for common GPUs in bf16, elsewhere there is no MFU)",
+    )
+    live_display: bool = setting(
+        True, "on a terminal, show the state of the run below its lines (needs the package rich; elsewhere only lines)"
+    )
 
 
 @dataclass(frozen=True)

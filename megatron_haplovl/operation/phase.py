@@ -24,11 +24,21 @@ class Moment:
     """Phases entered so far: the rank that is behind has the smaller number."""
 
 
+@dataclass(frozen=True)
+class Spent:
+    """How often a phase was entered, and how long it took together."""
+
+    times: int = 0
+    seconds: float = 0.0
+
+
 class PhaseClock:
     """Keeps the moment. The training thread writes it and a watching thread reads it; the assignment is atomic."""
 
     def __init__(self) -> None:
         self.moment = Moment("start", 0, time.monotonic(), 0)
+        self.spent: dict[str, Spent] = {}
+        """Of the phases that were entered by :meth:`during`: how often, and how long they took."""
 
     def enter(self, phase: str) -> None:
         """Say what begins now."""
@@ -42,11 +52,13 @@ class PhaseClock:
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """A phase inside another one, which goes on behind it."""
-        before = self.moment.phase
+        before, started = self.moment.phase, time.monotonic()
         self.enter(phase)
         try:
             yield
         finally:
+            spent = self.spent.get(phase, Spent())
+            self.spent[phase] = Spent(spent.times + 1, spent.seconds + time.monotonic() - started)
             self.enter(before)
 
 

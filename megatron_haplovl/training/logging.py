@@ -48,8 +48,21 @@ def training_line(step: int, last_step: int, columns: Mapping[str, float | int],
 
 
 def _format(name: str, value: float) -> str:
-    if name in ("elapsed time per iteration (ms)", "loader wait (ms)"):
-        return f"{value:.1f}"
-    if name in ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm"):
-        return f"{value:.3f}"
+    for digits, names in _DIGITS.items():
+        if name in names:
+            return f"{value:.{digits}f}"
     return f"{value:.6E}"
+
+
+_DIGITS = {
+    1: (
+        "elapsed time per iteration (ms)",
+        "loader wait (ms)",
+        "slowest rank (ms)",
+        "fastest rank (ms)",
+        "padding (%)",
+    ),
+    2: ("MFU (%)", "peak memory (GiB)", "time to the end (h)"),
+    3: ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm", "params norm"),
+}
+"""Digits behind the point -> columns."""

@@ -16,6 +16,7 @@ from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import open_run_sources
 from megatron_haplovl.engine.checkpointing import CheckpointWriter, load_checkpoint
 from megatron_haplovl.engine.engine import build_engine
+from megatron_haplovl.engine.norms import GradientZeros
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.losses.terms import LossTerm
@@ -23,8 +24,10 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.planning.machine import peak_operations
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
+from megatron_haplovl.training.rank_figures import ForwardTime
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
@@ -56,6 +59,11 @@ class Run:
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
+    forward_time: ForwardTime
+    zeros: GradientZeros | None
+    """None without --log-num-zeros-in-grad."""
+    peak_operations: float | None
+    """Per second, as the device's data sheet says; None for a device that is not known."""
 
     @property
     def groups(self) -> ParallelGroups:
@@ -96,6 +104,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     resumed = _checkpoint_to_resume(config, groups)
     model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
+    forward_time = ForwardTime(operation.clock.enter, device)
     terms = stage.terms(config.loss)
     engine, steps = build_engine(
         model,
@@ -105,8 +114,9 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         terms,
         optimizer_groups(model, config.optimizer, config.recipe),
         train_data.sequences,
-        operation.clock.enter,
+        forward_time.enter,
     )
+    zeros = GradientZeros(engine, model) if config.logging.log_num_zeros_in_grad else None
     first_step = 0
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
@@ -125,7 +135,18 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
         operation=operation,
         leaving=Leaving(config.checkpoint, groups.control),
+        forward_time=forward_time,
+        zeros=zeros,
+        peak_operations=_peak_operations(config, device),
     )
+
+
+def _peak_operations(config: Config, device: torch.device) -> float | None:
+    if config.logging.device_peak_tflops is not None:
+        return 1e12 * config.logging.device_peak_tflops
+    if device.type == "cuda" and config.precision.bf16:
+        return peak_operations(torch.cuda.get_device_name(device))
+    return None
 
 
 def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader, BatchLoader | None]:

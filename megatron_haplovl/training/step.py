@@ -16,7 +16,7 @@ from megatron_haplovl.training.setup import Run
 
 
 class TimedBatches(Iterator[Batch]):
-    """Micro-batches, and the seconds that were spent waiting for them.
+    """Micro-batches, their size, and the seconds that were spent waiting for them.
 
     Args:
         batches: the micro-batches.
@@ -26,12 +26,15 @@ class TimedBatches(Iterator[Batch]):
     def __init__(self, batches: Iterator[Batch], clock: PhaseClock) -> None:
         self._batches, self._clock = batches, clock
         self.waited = 0.0
+        self.positions = 0
+        """Of all micro-batches so far, padding included."""
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
         with self._clock.during("loader"):
             batch = next(self._batches)
         self.waited += time.perf_counter() - started
+        self.positions += batch.tokens_BS.numel()
         return batch
 
 
