@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -66,9 +67,9 @@ class ForwardTime:
 
     def __init__(self, enter: EnterPhase, device: torch.device) -> None:
         self._enter, self._device = enter, device
-        self._clock = torch.cuda.Event if device.type == "cuda" else _HostEvent
-        self._begun: torch.cuda.Event | _HostEvent | None = None
-        self._passes: list[tuple[torch.cuda.Event | _HostEvent, torch.cuda.Event | _HostEvent]] = []
+        self._clock: Any = torch.cuda.Event if device.type == "cuda" else _HostEvent
+        self._begun: Any = None
+        self._passes: list[tuple[Any, Any]] = []
 
     def enter(self, phase: str) -> None:
         """A phase begins. Only what lies between `forward` and the `backward` that follows it is a forward pass."""
@@ -84,9 +85,9 @@ class ForwardTime:
         passes, self._passes = self._passes, []
         if passes:
             passes[-1][1].synchronize()
-        return sum(begun.elapsed_time(ended) for begun, ended in passes) / 1000.0
+        return float(sum(begun.elapsed_time(ended) for begun, ended in passes)) / 1000.0
 
-    def _now(self) -> torch.cuda.Event | _HostEvent:
+    def _now(self) -> Any:
         event = self._clock(enable_timing=True)
         event.record()
         return event

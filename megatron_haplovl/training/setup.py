@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,15 +25,18 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
+from megatron_haplovl.planning.estimate import RankMemory
 from megatron_haplovl.planning.machine import peak_operations
 from megatron_haplovl.training.logging import configure_logging
+from megatron_haplovl.training.memory import free_bytes
+from megatron_haplovl.training.memory_report import describe_memory, does_not_fit, expected_memory
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.rank_figures import ForwardTime
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
-from megatron_haplovl.training.startup_report import describe_run
+from megatron_haplovl.training.startup_report import describe_batches, describe_run
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     stages = cut_pipeline(config, groups, device, train_data)
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
+    logger.info(describe_batches(config, train_data, groups))
+    _report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
 
     resumed = _checkpoint_to_resume(config, groups)
     model = ready_model(config, groups, device, stages, resumed)
@@ -139,6 +145,16 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         zeros=zeros,
         peak_operations=_peak_operations(config, device),
     )
+
+
+def _report_memory(memory: RankMemory, groups: ParallelGroups, device: torch.device) -> None:
+    """What is expected beside what is free. Ranks other than 0 say only that it does not fit."""
+    free, host_free = free_bytes(device), free_bytes(torch.device("cpu"))
+    logger.info(describe_memory(memory, device, free, host_free))
+    warning = does_not_fit(memory, device, free, host_free)
+    # All ranks of a host are alike; the first of each tells.
+    if warning is not None and (groups.world.rank == 0 or os.environ.get("LOCAL_RANK") == "0"):
+        logger.warning(warning)
 
 
 def _peak_operations(config: Config, device: torch.device) -> float | None:
