@@ -361,6 +361,23 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of some steps goes."""
+
+    profile: bool = setting(False, "record some steps with torch's profiler, with a named range for every part")
+    profile_step_start: int = setting(10, "steps that are done when recording begins")
+    profile_step_end: int = setting(12, "steps that are done when it ends")
+    profile_ranks: tuple[int, ...] = setting((0,), "ranks that record", metavar="RANK")
+    profile_dir: str | None = setting(None, "folder for the traces (default: profile in --save)")
+    record_memory_history: bool = setting(
+        False, "with --profile on a GPU: keep who allocated what, as a snapshot for pytorch.org/memory_viz"
+    )
+    wall_clock_breakdown: bool = setting(
+        False, "print DeepSpeed's timers in every step; they wait for the device, so the run becomes slower"
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run as such."""
 
@@ -368,6 +385,13 @@ class RunConfig:
     device: str = setting(
         "auto", "auto: a GPU if DeepSpeed's accelerator offers one, else the CPU", choices=("auto", "cpu", "cuda")
     )
+    manual_gc: bool = setting(
+        False, "turn Python's automatic garbage collection off; it collects on all ranks at the same step instead"
+    )
+    manual_gc_interval: int = setting(
+        0, "with --manual-gc: steps between collections; 0: none but those of evaluations"
+    )
+    manual_gc_eval: bool = setting(True, "with --manual-gc: collect before and after every evaluation")
 
 
 @dataclass(frozen=True)
@@ -385,6 +409,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

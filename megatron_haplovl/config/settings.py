@@ -64,7 +64,7 @@ class Setting:
             return [self.flag if value else self.flag.replace("--", "--no-", 1)]
         if value is None:
             return ["without", self.flag]
-        return [self.flag, *(value if self.is_list else [str(value)])]
+        return [self.flag, *(map(str, value) if self.is_list else [str(value)])]
 
 
 def iterate_settings(section: type, path: SettingPath = (), prefix: str = "") -> Iterator[Setting]:

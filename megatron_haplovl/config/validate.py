@@ -7,6 +7,7 @@ from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
+from megatron_haplovl.config.validate_profile import validate_profile
 from megatron_haplovl.config.vision import VisionConfig
 
 
@@ -22,6 +23,7 @@ def validate(config: Config) -> None:
     _validate_checkpoint(config)
     _validate_recipe(config)
     _validate_parallel(config)
+    validate_profile(config)
 
 
 def validate_model(model: ModelConfig) -> None:

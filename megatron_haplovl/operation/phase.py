@@ -11,6 +11,10 @@ PHASES = ("start", "loader", "forward", "backward", "reduce", "evaluate", "save"
 """In a step: loader, forward and backward for each micro-batch, then reduce (sums over ranks, optimizer)."""
 
 
+EnterPhase = Callable[[str], None]
+"""`PhaseClock.enter`, for code that must not know who watches."""
+
+
 @dataclass(frozen=True)
 class Moment:
     """A rank's place in the run."""
@@ -37,6 +41,8 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.moment = Moment("start", 0, time.monotonic(), 0)
+        self.listeners: list[EnterPhase] = []
+        """Are told of every phase, in the training thread."""
         self.spent: dict[str, Spent] = {}
         """Of the phases that were entered by :meth:`during`: how often, and how long they took."""
 
@@ -44,6 +50,8 @@ class PhaseClock:
         """Say what begins now."""
         assert phase in PHASES, phase
         self.moment = Moment(phase, self.moment.step, time.monotonic(), self.moment.order + 1)
+        for listener in self.listeners:
+            listener(phase)
 
     def start_step(self, step: int) -> None:
         """Say which optimizer step begins, counted from 1."""
@@ -60,7 +68,3 @@ class PhaseClock:
             spent = self.spent.get(phase, Spent())
             self.spent[phase] = Spent(spent.times + 1, spent.seconds + time.monotonic() - started)
             self.enter(before)
-
-
-EnterPhase = Callable[[str], None]
-"""`PhaseClock.enter`, for code that must not know who watches."""

@@ -27,10 +27,13 @@ from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.planning.estimate import RankMemory
 from megatron_haplovl.planning.machine import peak_operations
+from megatron_haplovl.training.collection import GarbageCollection
+from megatron_haplovl.training.live_display import LiveDisplay
 from megatron_haplovl.training.logging import configure_logging
 from megatron_haplovl.training.memory import free_bytes
 from megatron_haplovl.training.memory_report import describe_memory, does_not_fit, expected_memory
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
+from megatron_haplovl.training.profiling import Profiler
 from megatron_haplovl.training.rank_figures import ForwardTime
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
@@ -68,6 +71,9 @@ class Run:
     """None without --log-num-zeros-in-grad."""
     peak_operations: float | None
     """Per second, as the device's data sheet says; None for a device that is not known."""
+    display: LiveDisplay
+    profiler: Profiler
+    collection: GarbageCollection
 
     @property
     def groups(self) -> ParallelGroups:
@@ -76,6 +82,9 @@ class Run:
 
     def close(self) -> None:
         """Close the logs and leave the process group."""
+        self.profiler.close()
+        self.collection.close()
+        self.display.close()
         self.sinks.close()
         torch.distributed.destroy_process_group()
 
@@ -93,7 +102,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     """
     operation = operation or Operation()
     device, groups = initialize_processes(config)
-    configure_logging(groups.world.rank)
+    handler = configure_logging(groups.world.rank)
     operation.meet(groups.control)
     check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
@@ -110,6 +119,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     resumed = _checkpoint_to_resume(config, groups)
     model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
+    profiler = _profiler(config, model, device)
+    operation.clock.listeners.append(profiler.enter)
     forward_time = ForwardTime(operation.clock.enter, device)
     terms = stage.terms(config.loss)
     engine, steps = build_engine(
@@ -144,6 +155,11 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         forward_time=forward_time,
         zeros=zeros,
         peak_operations=_peak_operations(config, device),
+        display=LiveDisplay(
+            config.schedule.train_iters, handler, wanted=config.logging.live_display and groups.world.rank == 0
+        ),
+        profiler=profiler,
+        collection=GarbageCollection(config.run),
     )
 
 
@@ -155,6 +171,11 @@ def _report_memory(memory: RankMemory, groups: ParallelGroups, device: torch.dev
     # All ranks of a host are alike; the first of each tells.
     if warning is not None and (groups.world.rank == 0 or os.environ.get("LOCAL_RANK") == "0"):
         logger.warning(warning)
+
+
+def _profiler(config: Config, model: ShardedModel, device: torch.device) -> Profiler:
+    folder = config.profile.profile_dir or f"{config.checkpoint.save}/profile"
+    return Profiler(config.profile, Path(folder), model.groups.world.rank, model.module, device)
 
 
 def _peak_operations(config: Config, device: torch.device) -> float | None:

@@ -49,6 +49,7 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
             saved.
     """
     run.operation.clock.start_step(step + 1)
+    run.profiler.before_step(step)
     counts = run.train_data.counts(step)
     run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))

@@ -23,7 +23,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
     number = steps * run.valid_data.micro_batches_per_step
     micro_batches = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
-    sums = run.steps.evaluate(micro_batches, number)
+    with run.collection.around_evaluation():
+        sums = run.steps.evaluate(micro_batches, number)
     counts = run.valid_data.counts_before(steps)
     reduced = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
     by_source = SourceLosses(run.valid_data.source_names, run.terms, run.device)

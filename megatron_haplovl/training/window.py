@@ -59,6 +59,9 @@ class Window:
         self._seconds += seconds
         self._waited += waited
         self._forecast.add(seconds)
+        self._run.display.step(step, seconds)
+        self._run.profiler.after_step(step)
+        self._run.collection.after_step(step)
         counts_of_sources = self._run.train_data.counts_by_source(range(step - 1, step))
         self._by_source.add(result.sums, counts_of_sources)
         self._consumed += counts_of_sources
@@ -105,6 +108,7 @@ class Window:
         }
         logger.info(training_line(step, config.schedule.train_iters, columns), extra=NO_PREFIX)
         run.sinks.record(step, columns)
+        run.display.report(columns)
         self._clear()
 
     def _learning_rates(self) -> dict[str, float]:
