@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 benchmarks/log_cost.py [--json PATH] [--steps N]
 
 A run of haplovl-debug with a log line after every step, a metrics file, TensorBoard, the norm of the weights and the
-zeros of the gradient. Numerator and denominator are of one run: the seconds in `Window.add` and `Window.report`, messages
-between ranks included, over those in the steps. A real step is far longer, so that this is an upper bound.
+zeros of the gradient. Numerator and denominator are of one run: the seconds in `Window.add` and `Window.report`,
+messages between ranks included, over those in the steps. A real step is far longer, so that this is an upper bound.
 """
 
 from __future__ import annotations
