@@ -1,6 +1,11 @@
 """Stage 2 from this checkout; see `megatron_haplovl/finetune.py`."""
 
-from megatron_haplovl.finetune import main
+from megatron_haplovl.operation.signals import StopSignals
+from megatron_haplovl.parallel.launch import Launch
 
 if __name__ == "__main__":
-    main()
+    # Before the libraries are loaded, which takes a while: from here on a signal ends the run with a sentence.
+    signals = StopSignals(Launch.of_environment())
+    from megatron_haplovl.finetune import main
+
+    main(signals)

@@ -26,6 +26,7 @@ setup(
             ),
             # A module of the name `inspect` would hide Python's own from those beside it.
             "haplovl-inspect = megatron_haplovl.commands.inspect_data:main",
+            "haplovl-report = megatron_haplovl.commands.report_run:main",
         ]
     },
     python_requires=">=3.11",
@@ -50,6 +51,7 @@ setup(
     ],
     extras_require={
         "examples": ["matplotlib>=3.8"],
+        "report": ["matplotlib>=3.8"],
         "video": ["av>=18.1"],
         "tracking": ["tensorboard", "wandb"],
         "live": ["rich>=13"],

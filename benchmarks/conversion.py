@@ -107,7 +107,9 @@ def measure(model: ModelConfig, folder: Path) -> list[dict[str, Any]]:
         write_initial_checkpoint([source], Config(model=found), folder / "again")
 
     def through_the_library() -> None:
-        network = AutoModelForCausalLM.from_pretrained(folder / "language", dtype=torch.bfloat16, local_files_only=True)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder / "language", dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+        )
         network.save_pretrained(folder / "library")
         _to_disk(folder / "library")
 

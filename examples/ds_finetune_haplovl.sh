@@ -20,9 +20,10 @@ TRAINING_ARGS=(
   --save "${SAVE:?folder for checkpoints}"
   --load "$SAVE"
   --save-interval 500
+  --keep-last 2
   --metrics-file "$SAVE/metrics.jsonl"
 )
 DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py \
+launch finetune_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

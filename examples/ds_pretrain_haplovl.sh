@@ -18,9 +18,11 @@ TRAINING_ARGS=(
   --save "${SAVE:?folder for checkpoints}"
   --load "$SAVE"
   --save-interval 1000
+  --keep-last 2
+  --keep-every 10000
   --metrics-file "$SAVE/metrics.jsonl"
 )
 DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" pretrain_haplovl.py \
+launch pretrain_haplovl.py \
   "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DATA_ARGS[@]}" "$@"

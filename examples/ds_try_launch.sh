@@ -12,4 +12,4 @@ source examples/common/launch.sh
 
 MODEL_ARGS=(--config "${RECIPE:-examples/recipes/haplovl-debug/try_launch.yaml}")
 
-exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" finetune_haplovl.py "${MODEL_ARGS[@]}" "$@"
+launch finetune_haplovl.py "${MODEL_ARGS[@]}" "$@"

@@ -4,20 +4,20 @@ deepspeed --module megatron_haplovl.finetune --model haplovl-debug --mock-data -
 """
 
 from megatron_haplovl.config.cli import parse_command_line
-from megatron_haplovl.operation.streams import forgive_broken_streams
-from megatron_haplovl.operation.supervise import finish, supervised
+from megatron_haplovl.operation.signals import StopSignals
+from megatron_haplovl.operation.supervise import parsed, supervised
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 
 
-def main() -> None:
-    forgive_broken_streams()
-    command = parse_command_line("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
-    with supervised(command.config) as operation:
+def main(signals: StopSignals | None = None) -> None:
+    command = parsed(
+        lambda: parse_command_line("finetune", "Stage 2: next-token prediction on the answers of visual instructions.")
+    )
+    with supervised(command.config, signals) as operation:
         run = setup(command.config, command.differences, operation)
-        ending = train(run)
+        operation.ending = train(run)
         run.close()
-    finish(ending)
 
 
 if __name__ == "__main__":

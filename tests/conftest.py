@@ -22,6 +22,9 @@ from transformers import PreTrainedTokenizerFast
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What takes minutes starts first and files of a second end the suite, so that processes that share it end together.
+_LONG_FIRST = ("tests/distributed/", "tests/faults/", "tests/integration/", "tests/unit/kernels/", "tests/")
+
 CONTROL_MARKS = [
     "<|im_start|>",
     "<|im_end|>",
@@ -93,6 +96,16 @@ def byte_level_folder(folder: Path, *, trim_offsets: bool = True) -> Path:
     backend.train_from_iterator(["What color is it?", "It is red.", "The circle is blue."] * 5, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist from ordering files by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the folders of tests."""
+    items.sort(key=lambda item: next(i for i, folder in enumerate(_LONG_FIRST) if item.nodeid.startswith(folder)))
 
 
 @pytest.fixture

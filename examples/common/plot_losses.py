@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from megatron_haplovl.evaluation.run_report.metrics import read_metrics
 
 _HELDOUT = "valid "
 _COLUMNS = 3
@@ -20,13 +21,12 @@ Series = dict[str, list[tuple[int, float]]]
 
 def read_losses(path: Path) -> Series:
     """Every value whose name ends in `loss` or `accuracy`, from a file written by --metrics-file."""
-    series: Series = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        for name, value in values.items():
-            if name.endswith(("loss", "accuracy")):
-                series.setdefault(name, []).append((int(values["iteration"]), float(value)))
-    return series
+    columns = read_metrics(path).columns
+    return {
+        name: list(zip(column.steps, column.values, strict=True))
+        for name, column in columns.items()
+        if name.endswith(("loss", "accuracy"))
+    }
 
 
 def plot(stages: dict[str, Series], output: Path) -> None:

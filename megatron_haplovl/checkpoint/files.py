@@ -9,11 +9,15 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once, so that neither a reader nor a crash sees half of it."""
     aside = path.with_name(f"unfinished-{path.name}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     to_disk(path.parent)
 
 

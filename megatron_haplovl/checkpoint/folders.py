@@ -14,10 +14,11 @@ import re
 from pathlib import Path
 
 from megatron_haplovl.checkpoint.manifest import MANIFEST
+from megatron_haplovl.checkpoint.names import plain_name
+from megatron_haplovl.checkpoint.typed import Fields
 from megatron_haplovl.config.files import read_json
 
 _STEP_FOLDER = re.compile(r"global_step(\d+)")
-STATE_FILE = "training_state.json"
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
@@ -35,9 +36,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         if (path / "config.json").is_file():
             return path
         raise ValueError(f"{path}: neither a --save folder (no file `latest`) nor a checkpoint (no config.json)")
-    name = latest.read_text(encoding="utf-8").strip()
-    if not name or Path(name).name != name:
-        raise ValueError(f"{latest}: {name!r} is not the name of a folder beside it")
+    # Bytes that are no text become characters that no name can have.
+    name = plain_name(latest.read_text(encoding="utf-8", errors="surrogateescape").strip(), str(latest))
     if not (path / name).is_dir():
         raise ValueError(f"{latest}: names the checkpoint {name!r}, but {path / name} is missing")
     return path / name
@@ -56,6 +56,11 @@ def complete_checkpoints(root: Path, up_to: Path | None = None) -> list[Path]:
     return [found[step] for step in steps if last is None or step <= int(last[1])]
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("global_step"))
+
+
 def read_iteration(checkpoint: str | Path) -> int:
     """Optimizer steps that the model of a `global_stepN` folder has seen.
 
@@ -63,10 +68,7 @@ def read_iteration(checkpoint: str | Path) -> int:
         ValueError: config.json is missing or does not say.
     """
     path = Path(checkpoint) / "config.json"
-    iteration = read_json(path).get("iteration")
-    if not isinstance(iteration, int):
-        raise ValueError(f"{path}: has no iteration")
-    return iteration
+    return Fields(read_json(path), str(path)).count("iteration")
 
 
 def unfinished(folder: Path) -> Path:

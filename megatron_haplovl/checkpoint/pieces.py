@@ -131,7 +131,7 @@ class PieceReader:
             first, end = max(start, piece.start), min(start + length, piece.start + piece.length)
             if piece.part != part or first >= end:
                 continue
-            values = self._header(item.file)[item.key].read(first - piece.start, end - piece.start)
+            values = self._stored_values(item).read(first - piece.start, end - piece.start)
             if result is None:
                 result = torch.empty(length, dtype=values.dtype)
             result[first - start : end - start] = values
@@ -140,6 +140,15 @@ class PieceReader:
             name = next(iter(stored)).piece.name
             raise ValueError(f"{self.folder}: {found} of {length} elements of {name} are there")
         return result
+
+    def _stored_values(self, item: _Stored) -> StoredTensor:
+        tensor = self._header(item.file).get(item.key)
+        if tensor is None or tensor.count != item.piece.length:
+            raise ValueError(
+                f"{self.folder / item.file}: its header and {MANIFEST} disagree about piece {item.key} "
+                f"({item.piece.length} elements of {item.piece.name})"
+            )
+        return tensor
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         if file not in self._headers:

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+
+from megatron_haplovl.checkpoint.typed import Fields, shown
 
 # Where the values begin. The header in front of them names every tensor, so it can only be written at the end; the
 # format allows spaces behind it. About a thousand entries fit.
 _DATA_START = 128 * 1024
 _HEADER_START = 8  # the header's length, as a little-endian integer
-_METADATA = '{"__metadata__":{"format":"pt"}'
+_METADATA_KEY = "__metadata__"
+_METADATA = f'{{"{_METADATA_KEY}":{{"format":"pt"}}'
 
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -69,23 +73,64 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.
 
     Raises:
+        ValueError: it is no safetensors file, or its header says something that cannot be.
+    """
+    entries, data_start = _read_entries(path)
+    end = path.stat().st_size
+    found = {}
+    for name, entry in entries.items():
+        if name != _METADATA_KEY:
+            found[name] = _stored(path, name, Fields(entry, f"{path}: {shown(name)}"), data_start, end)
+    last = data_start
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].count)):
+        if tensor.start < last:
+            raise ValueError(f"{path}: broken safetensors file ({shown(name)} overlaps the tensor before it)")
+        last = tensor.start + tensor.count * tensor.dtype.itemsize
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that the header of a file holds beside its tensors; empty if there are none.
+
+    Raises:
         ValueError: it is no safetensors file.
     """
+    metadata = _read_entries(path)[0].get(_METADATA_KEY, {})
+    fields = Fields(metadata, f"{path}: {_METADATA_KEY}")
+    return {name: fields.text(name) for name in metadata}
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the values begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_START), "little")
         # The format's own limit; anything longer is another kind of file.
         text = file.read(length) if length <= 100_000_000 else b""
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        return {
-            name: StoredTensor(
-                path, _TYPES[entry["dtype"]], _HEADER_START + length + entry["data_offsets"][0], prod(entry["shape"])
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors file ({error})") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: broken safetensors file (its header is no object)")
+    return entries, _HEADER_START + length
+
+
+def _stored(path: Path, name: str, fields: Fields, data_start: int, end: int) -> StoredTensor:
+    try:
+        dtype = _TYPES.get(fields.text("dtype"))
+        shape, offsets = fields.counts("shape"), fields.counts("data_offsets")
+    except ValueError as error:
+        raise ValueError(f"{path}: broken safetensors file ({error})") from error
+    if dtype is None:
+        raise ValueError(f"{path}: broken safetensors file ({shown(name)} has the type {shown(fields.text('dtype'))})")
+    number = prod(shape)
+    if len(offsets) != 2 or offsets[1] - offsets[0] != number * dtype.itemsize:
+        raise ValueError(
+            f"{path}: broken safetensors file ({shown(name)} of the shape {shown(shape)} lies at {shown(offsets)})"
+        )
+    if data_start + offsets[1] > end:
+        raise ValueError(f"{path}: ends {data_start + offsets[1] - end} bytes before the tensor that its header names")
+    return StoredTensor(path, dtype, data_start + offsets[0], number)
 
 
 class SafetensorsFile:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_haplovl.checkpoint.files import to_disk, write_text
+from megatron_haplovl.checkpoint.names import plain_name
 from megatron_haplovl.checkpoint.safetensors_stream import SafetensorsFile
 from megatron_haplovl.config.files import read_json
 
@@ -131,9 +132,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: has no weight_map")
-    for file_name in set(weight_map.values()):
-        if Path(file_name).name != file_name:
-            raise ValueError(f"{index}: {file_name!r} is not a plain file name")
+    for file_name in {plain_name(value, str(index)) for value in weight_map.values()}:
         if not (index.parent / file_name).is_file():
             missing = sum(value == file_name for value in weight_map.values())
             raise ValueError(f"{index}: names the file {file_name} ({missing} tensors), which is missing")

@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_haplovl.config.files import SettingsFile, read_settings
 from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS
@@ -30,6 +30,25 @@ class CommandLine:
     """The model preset's name, or the checkpoint's configuration file that stands in its place."""
     differences: str
     """What differs from the base, as flags, with the file or the command line that says so; for the log."""
+
+
+class RefusedCommandLine(SystemExit):  # noqa: N818 (it ends the process, as argparse does)
+    """A malformed, unknown or contradictory setting; status 2.
+
+    Args:
+        sentence: which, and what to change.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(2)
+        self.sentence = sentence
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        raise RefusedCommandLine(message)
 
 
 def add_settings(parser: argparse.ArgumentParser, section: type, path: tuple[str, ...], prefix: str = "") -> None:
@@ -88,7 +107,7 @@ def build_parser(stage: str, description: str) -> argparse.ArgumentParser:
         stage: "pretrain" or "finetune"; selects the defaults named in `--help`.
         description: first lines of `--help`.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         usage=f"deepspeed {_started(stage)} [--config FILE ...] [--model NAME] [flags]",
         description=description,
         epilog=f"What no flag or file sets has the model preset's value, then the default of this stage: "
@@ -130,7 +149,8 @@ def parse_command_line(stage: str, description: str = "", argv: Sequence[str] | 
         argv: the words; default `sys.argv[1:]`.
 
     Raises:
-        SystemExit: for a malformed, unknown or contradictory setting, with a sentence that says which.
+        RefusedCommandLine: a malformed, unknown or contradictory setting, with a sentence that says which.
+        SystemExit: for `--help`.
     """
     parser = build_parser(stage, description)
     given = vars(parser.parse_args(argv))

@@ -15,6 +15,9 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.config.settings import Setting, SettingPath, iterate_settings, with_settings
 from megatron_haplovl.config.strict_yaml import load_yaml
 
+_LARGEST = 1e300
+"""No setting is larger; a number that no float can hold is not even compared with anything."""
+
 
 @dataclass(frozen=True)
 class SettingsFile:
@@ -82,7 +85,7 @@ def _read(path: Path, load: Any, language: str) -> Any:
         return load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid {language} ({error})") from error
 
 
@@ -164,7 +167,7 @@ def _checked(s: Setting, value: Any, where: str) -> Any:
         return None
     if s.is_list:
         return _checked_list(value, where)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
     fits, expected = {
         bool: (isinstance(value, bool), "true or false"),
         int: (number and isinstance(value, int), "a whole number"),

@@ -170,7 +170,15 @@ class DataConfig:
     seq_length: int = setting(2048, "tokens in one packed sequence, visual tokens included")
     packing: bool = setting(True, "put several samples into one sequence; without it, one sample per sequence")
     skip_long_samples: bool = setting(False, "leave out samples longer than --seq-length (otherwise an error)")
+    skip_bad_samples: int = setting(
+        0,
+        "go on without a document that cannot be read, and name it; the run ends after more than this many such "
+        "samples, restarts included (default: after the first one)",
+    )
     num_workers: int = setting(2, "data loading processes per rank; 0 loads in the training process")
+    loader_timeout_seconds: int = setting(
+        120, "seconds that a rank waits for its next micro-batch before the run ends and names step and source"
+    )
 
 
 @dataclass(frozen=True)
@@ -282,8 +290,20 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     distributed_timeout_minutes: int = setting(
-        10, "minutes until a stuck collective of ours ends the run; a pipeline's messages have the backend's own limit"
+        10,
+        "minutes that ranks may wait for one another, in every process group; the run ends somewhat earlier, and the "
+        "rank that keeps the others waiting is named",
     )
+    distributed_timeout_seconds_after_init: int | None = setting(
+        None, "seconds that ranks may wait for one another once the first step is done (default: as before it)"
+    )
+
+    @property
+    def timeout_of_steps(self) -> tuple[float, str]:
+        """Seconds that ranks may wait for one another once the first step is done, and the flag that says so."""
+        if self.distributed_timeout_seconds_after_init is not None:
+            return float(self.distributed_timeout_seconds_after_init), "--distributed-timeout-seconds-after-init"
+        return 60.0 * self.distributed_timeout_minutes, "--distributed-timeout-minutes"
 
 
 @dataclass(frozen=True)
@@ -328,11 +348,37 @@ class CheckpointConfig:
     )
     save_interval: int | None = setting(None, "steps between checkpoints (default: only at the end)")
     keep_last: int | None = setting(None, "checkpoints to keep in --save, the newest ones (default: all)")
+    keep_every: int | None = setting(
+        None, "beside those of --keep-last, keep for good the checkpoints whose step this divides"
+    )
+    max_failed_saves: int = setting(3, "end the run when so many saves that were due have failed one after the other")
+    non_persistent_save_interval: int | None = setting(
+        None, "steps between copies in --non-persistent-local-ckpt-dir, of which the newest is kept"
+    )
+    non_persistent_local_ckpt_dir: str | None = setting(
+        None,
+        "folder on each machine's own disk for copies that cost little; a restart goes on from the newest one if it is "
+        "whole and newer than the newest checkpoint in --save",
+    )
     async_save: bool = setting(False, "write checkpoints while training goes on; it waits only for a copy on the host")
     allow_fallback: bool = setting(
         False, "if the newest checkpoint in --load is damaged, resume from the newest one before it that is whole"
     )
+    override_opt_param_scheduler: bool = setting(
+        False, "when resuming, the learning rates of the flags win over the checkpoint's, and no warning says so"
+    )
+    use_checkpoint_opt_param_scheduler: bool = setting(
+        False, "when resuming, go on with the checkpoint's learning rates and their schedule instead of the flags'"
+    )
     exit_interval: int | None = setting(None, "save and stop after every step divisible by this")
+    exit_duration_in_mins: int | None = setting(
+        None, "save and stop after the first step that ends this many minutes after the start"
+    )
+    kill_switch_file: str | None = setting(
+        None,
+        "save and stop when this file appears; it is removed then (default: a file named exit in --save)",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)
@@ -345,6 +391,21 @@ class LoggingConfig:
         "steps between evaluations on --valid-data-path; one is always made before the first step and after the last",
     )
     eval_iters: int = setting(10, "global batches per evaluation")
+    sample_questions: str | None = setting(
+        None,
+        "stage 2: answer these questions with the model in training, greedily, every --sample-interval steps and after "
+        "the last one. A file as haplovl-evaluate reads it; the true answers may be left out",
+        metavar="FILE",
+    )
+    sample_image_folder: str | None = setting(None, "folder in which the image paths of --sample-questions begin")
+    sample_interval: int | None = setting(
+        None, "steps between answers to --sample-questions (default: only after the last step)"
+    )
+    sample_max_new_tokens: int = setting(32, "longest answer to one of --sample-questions, in tokens")
+    sample_chat_template: str | None = setting(
+        None,
+        "chat template of --sample-questions: a name or a .jinja file (default: the one of the training data)",
+    )
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
@@ -374,6 +435,43 @@ class ProfileConfig:
     )
     wall_clock_breakdown: bool = setting(
         False, "print DeepSpeed's timers in every step; they wait for the device, so the run becomes slower"
+    )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is checked in every step, and what happens to a step that must not be trained on."""
+
+    check_for_nan_in_loss_and_grad: bool = setting(
+        True,
+        "before every update, look whether losses and gradients are finite. Off, nothing is looked at, and what is not "
+        "finite goes into the weights",
+    )
+    iterations_to_skip: tuple[int, ...] = setting(
+        (),
+        "steps that are passed over, counted from 1 as in the log: their data is consumed, nothing is computed or "
+        "updated",
+        metavar="STEP",
+    )
+    max_skipped_steps: int = setting(
+        0,
+        "steps in a row that may be left out because a loss or a gradient is not finite; one more ends the run. With 0 "
+        "the first one does",
+    )
+    check_for_spiky_loss: bool = setting(
+        False, "name a step whose loss is far above the median of the last 100 steps, and keep its batch"
+    )
+    spiky_loss_factor: float = setting(10.0, "how many times the median a loss must be to be called a spike")
+    spiky_loss_action: str = setting(
+        "warn",
+        "warn: the step is trained on; return: it is not, the run goes back to its last checkpoint and passes the step "
+        "over from then on",
+        choices=("warn", "return"),
+    )
+    check_replicas: int | None = setting(
+        None,
+        "every so many steps, and before every save, compare the weights that several ranks hold, bit for bit "
+        "(default: never)",
     )
 
 
@@ -410,6 +508,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

@@ -15,8 +15,12 @@ SettingPath = tuple[str, ...]
 
 _Section = TypeVar("_Section")
 
-# Spelt with an underscore by every DeepSpeed user.
-_SPELLING = {"deepspeed-config": "deepspeed_config"}
+# Spelt with an underscore by every user of DeepSpeed and of Megatron.
+_SPELLING = {
+    "deepspeed-config": "deepspeed_config",
+    "override-opt-param-scheduler": "override-opt_param-scheduler",
+    "use-checkpoint-opt-param-scheduler": "use-checkpoint-opt_param-scheduler",
+}
 
 
 @dataclass(frozen=True)

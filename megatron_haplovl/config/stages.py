@@ -91,6 +91,11 @@ FINETUNE = StageSpec(
         "schedule.train_iters": 30000,
         "schedule.lr_warmup_iters": 0,
     },
+    # Stage 1 has no output head, so it has no answers.
+    own_settings=(
+        *("logging.sample_questions", "logging.sample_image_folder", "logging.sample_interval"),
+        *("logging.sample_max_new_tokens", "logging.sample_chat_template"),
+    ),
 )
 STAGES: Mapping[str, StageSpec] = MappingProxyType({stage.name: stage for stage in (PRETRAIN, FINETUNE)})
 

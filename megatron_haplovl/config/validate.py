@@ -7,6 +7,8 @@ from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
+from megatron_haplovl.config.validate_checkpoint import validate_checkpoint
+from megatron_haplovl.config.validate_guard import validate_guard
 from megatron_haplovl.config.validate_profile import validate_profile
 from megatron_haplovl.config.vision import VisionConfig
 
@@ -20,10 +22,13 @@ def validate(config: Config) -> None:
     validate_model(config.model)
     _validate_schedule(config)
     _validate_data(config)
-    _validate_checkpoint(config)
+    validate_checkpoint(config)
+    Allowed(config.init.allow_missing, config.init.allow_unexpected)
     _validate_recipe(config)
+    _validate_samples(config)
     _validate_parallel(config)
     validate_profile(config)
+    validate_guard(config)
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -126,12 +131,14 @@ def _validate_schedule(config: Config) -> None:
             "or torch"
         )
     for section, name in (
-        (config.checkpoint, "save_interval"),
-        (config.checkpoint, "exit_interval"),
-        (config.checkpoint, "keep_last"),
+        (config.parallel, "distributed_timeout_minutes"),
+        (config.parallel, "distributed_timeout_seconds_after_init"),
+        (config.data, "loader_timeout_seconds"),
         (config.logging, "log_interval"),
         (config.logging, "eval_interval"),
         (config.logging, "eval_iters"),
+        (config.logging, "sample_interval"),
+        (config.logging, "sample_max_new_tokens"),
     ):
         value = getattr(section, name)
         if value is not None and value < 1:
@@ -140,6 +147,8 @@ def _validate_schedule(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
+    if data.skip_bad_samples < 0:
+        raise ValueError(f"--skip-bad-samples {data.skip_bad_samples} is negative; 0 skips none")
     by_flags = data.data_path or data.aux_data_path or data.valid_data_path
     if data.mock_data and by_flags:
         raise ValueError("--mock-data reads no files; leave out --data-path, --aux-data-path and --valid-data-path")
@@ -165,30 +174,19 @@ def _validate_data(config: Config) -> None:
         raise ValueError("--eval-interval needs --valid-data-path, --split or --data-config")
 
 
-def _validate_checkpoint(config: Config) -> None:
-    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
-        raise ValueError("--save-interval needs --save")
-    if (config.checkpoint.keep_last is not None or config.checkpoint.async_save) and config.checkpoint.save is None:
-        raise ValueError("--keep-last and --async-save need --save")
-    if config.checkpoint.allow_fallback and config.checkpoint.load is None:
-        raise ValueError("--allow-fallback needs --load")
-    if config.checkpoint.finetune:
-        _validate_finetune(config)
-    if config.checkpoint.exit_interval is not None and config.checkpoint.save is None:
-        raise ValueError("--exit-interval saves before it leaves, so it needs --save")
-    Allowed(config.init.allow_missing, config.init.allow_unexpected)
-
-
-def _validate_finetune(config: Config) -> None:
-    if config.checkpoint.load is None:
-        raise ValueError("--finetune takes the weights of --load; give that, too")
-    if config.init.pretrained_checkpoint is not None:
-        raise ValueError("--finetune starts from the weights of --load; leave --pretrained-checkpoint out")
-    if config.checkpoint.save == config.checkpoint.load:
+def _validate_samples(config: Config) -> None:
+    logging, defaults = config.logging, Config().logging
+    if logging.sample_questions is None:
+        for name in ("sample_image_folder", "sample_interval", "sample_max_new_tokens", "sample_chat_template"):
+            if getattr(logging, name) != getattr(defaults, name):
+                raise ValueError(f"--{name.replace('_', '-')} is about --sample-questions; give that, or leave it out")
+    elif config.data.tokenizer_model is None:
         raise ValueError(
-            "--finetune starts anew from --load, so with the same --save a restart would lose what the run has done; "
-            "give another --save, or --pretrained-checkpoint instead of --finetune, and --load for the run's own folder"
+            "--sample-questions needs --tokenizer-model: the tokenizer makes tokens of a question and a text of the "
+            "answer"
         )
+    elif data_is_mock(config) and logging.sample_chat_template is None:
+        raise ValueError("--sample-questions with --mock-data needs --sample-chat-template, because no data names one")
 
 
 def validate_freezing(config: Config) -> None:

@@ -115,12 +115,13 @@ def is_released(folder: str | Path) -> bool:
     return config.is_file() and read_json(config).get("model_type") == HaploConfig.model_type
 
 
-def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
+def training_template(config: Config, tokenizer: TextTokenizer, flag: str = "--chat-template") -> ChatTemplate:
     """The chat template that a run's data was preprocessed with, read from the data's manifests.
 
     Args:
         config: the run's settings.
         tokenizer: checked against the manifests, too.
+        flag: what names a template, for messages.
 
     Raises:
         ValueError: there are no manifests (mock data, or data that has moved); they name several templates, or one that
@@ -137,16 +138,13 @@ def training_template(config: Config, tokenizer: TextTokenizer) -> ChatTemplate:
             logger.warning(f"{prefix}: {blind}")
     names = sorted({manifest.chat_template for manifest in manifests.values()})
     if len(names) != 1:
-        raise ValueError(f"the training data was made with {names or 'no'} chat templates; give --chat-template NAME")
+        raise ValueError(f"the training data was made with {names or 'no'} chat templates; give {flag} NAME")
     if names[0] not in TEMPLATE_NAMES:
-        raise ValueError(
-            f"the training data was made with the chat template {names[0]!r}; give its --chat-template FILE"
-        )
+        raise ValueError(f"the training data was made with the chat template {names[0]!r}; give its {flag} FILE")
     template = load_chat_template(names[0])
     if not all(template.is_the_one_of(manifest.chat_template_sha256) for manifest in manifests.values()):
         raise ValueError(
-            f"the chat template {names[0]!r} has changed since the training data was made with it; give "
-            "--chat-template FILE"
+            f"the chat template {names[0]!r} has changed since the training data was made with it; give {flag} FILE"
         )
     return template
 

@@ -30,7 +30,7 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         raise ValueError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return config
 
 

@@ -35,7 +35,7 @@ def open_released(folder: str | Path, model: ModelConfig, allow: Allowed = STRIC
     where = Path(folder) / "config.json"
     if not is_released(folder):
         raise ValueError(f"{where}: model_type {read_json(where).get('model_type')!r} is not 'haplo'")
-    config = HaploConfig.from_pretrained(folder, local_files_only=True)
+    config = HaploConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     rows = config.post_decoder.vocab_size
     model = dataclasses.replace(model, text_embedding="folded")
     theirs = _described_model(config, model, where)

@@ -49,7 +49,7 @@ def compare_logits(
     """
     config = read_config(checkpoint)
     tokenizer = load_tokenizer(folder)
-    processor = HaploProcessor.from_pretrained(folder, local_files_only=True)
+    processor = HaploProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     texts, images = fixed_inputs(config.model.vision.image_size)
     inputs = processor(text=texts, images=images, padding_side="right")
     token_ids = [tokenizer.encode(text)[0] for text in texts]
@@ -61,7 +61,11 @@ def compare_logits(
         ours = HaploVL(config.model, attention_backend="reference")
     ours.load_state_dict({name: reader.get(name).float() for name in reader.names()}, assign=True)
     theirs = HaploForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     real_BS = inputs["attention_mask"].bool()
     ours_MV = ours.eval().logits(batch)[real_BS]

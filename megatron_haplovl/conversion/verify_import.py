@@ -59,7 +59,7 @@ def compare_vision_tower(checkpoint: str | Path, folder: str | Path) -> TowerDif
     ours = _Parts(checkpoint, config)
     family, _ = vision_tower_of(folder)
     tower = family.model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
     )
     inner: Any = getattr(tower.eval(), "vision_model", tower)  # The names differ between releases of transformers.
     side, cells = config.vision.image_size, config.vision.cells_per_tile
@@ -92,7 +92,7 @@ def compare_language_model(checkpoint: str | Path, folder: str | Path) -> TowerD
     config = read_config(checkpoint).model
     ours = _Parts(checkpoint, config)
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
     ).eval()
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(0, config.vocab_size, (2, _TOKENS), generator=generator)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_haplovl.data.gaps import Gap
 from megatron_haplovl.data.image_processing import CLIP_MEAN, CLIP_STD
 
 IGNORE_INDEX = -100
@@ -63,6 +64,10 @@ class Batch:
     """int32 number of the source that a token is from, -1 at padding; None if there is one source only."""
     num_sources: int = 1
     """Sources that there are, whether they are in this batch or not."""
+    packs: tuple[int, ...] = ()
+    """Number of each sequence in the plan, `plan.dealing.EMPTY` for one that the step has no pack for."""
+    gaps: tuple[Gap, ...] = ()
+    """What of these packs could not be read, and is not in the batch."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; only the mask's vectors stay on the host.

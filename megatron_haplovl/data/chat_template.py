@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_haplovl.data.answer_end import Rendered, check_answer_end, trained_tokens
+from megatron_haplovl.data.bounded import TooLongError, bounded
 from megatron_haplovl.data.literal_marks import LiteralTokenizer, exchange, has_literal_mark
 from megatron_haplovl.data.records import Image, Message, Reason, Record, RecordError, Video
 from megatron_haplovl.data.tokenizer import IMAGE_MARK, VIDEO_MARK, TextTokenizer
@@ -34,6 +35,23 @@ TEMPLATE_NAMES = ("plain", "vicuna_v1", "llama3", "chatml")
 
 # SHA-256 of earlier texts of these templates. What they could render, today's text renders in the same way.
 _EARLIER_TEXTS = {"plain": ("fbca264fb586a15ea4b1280d546aa9d1eef1d20635bb3075c0c89b3a299a69ee",)}  # without videos
+
+RENDER_SECONDS = 10
+"""Longest time that a template may take for one conversation; a usual one takes less than a millisecond."""
+RENDER_BYTES = 1 << 30
+"""Most memory that it may take for that."""
+RENDER_CHARACTERS = 1 << 26
+"""Longest text that it may make of one."""
+# What a template's own mistakes end in: Jinja's errors, and Python's, which it hands on.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Tokens such as <|im_end|>, which a template writes and a tokenizer must know as one.
@@ -137,18 +155,33 @@ class ConversationEncoder:
         """
         hf = self.tokenizer.hf
         try:
-            # It is declared to return a string, and returns (texts, spans).
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self.template.source,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=hf.bos_token,
-                eos_token=hf.eos_token,
-            )
-        except TemplateError as error:
-            raise RecordError(Reason.TEMPLATE, str(error)) from error
+            # A template is a program. Its sandbox keeps it from files, and neither from looping nor from memory.
+            with bounded(RENDER_SECONDS, RENDER_BYTES):
+                # It is declared to return a string, and returns (texts, spans).
+                rendered: Any = render_jinja_template(
+                    [messages],
+                    chat_template=self.template.source,
+                    return_assistant_tokens_mask=True,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=hf.bos_token,
+                    eos_token=hf.eos_token,
+                )
+        except TooLongError:
+            raise RecordError(
+                Reason.TEMPLATE, f"the template has not written the conversation in {RENDER_SECONDS} s; does it loop?"
+            ) from None
+        except MemoryError:
+            raise RecordError(
+                Reason.TEMPLATE, f"the template takes more than {RENDER_BYTES >> 20} MiB to write the conversation"
+            ) from None
+        except _TEMPLATE_ERRORS as error:
+            raise RecordError(Reason.TEMPLATE, str(error) or type(error).__name__) from error
         texts, spans = rendered
+        if len(texts[0]) > RENDER_CHARACTERS:
+            raise RecordError(
+                Reason.TEMPLATE,
+                f"the template makes {len(texts[0])} characters of the conversation, more than {RENDER_CHARACTERS}",
+            )
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def encode(self, record: Record) -> EncodedConversation:

@@ -1,4 +1,4 @@
-"""From pack numbers to a batch: read samples, expand image placeholders, lay documents out behind each other."""
+"""From samples to a batch: expand image placeholders, lay documents out behind each other."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
-from megatron_haplovl.config.schema import ModelConfig
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.image_geometry import (
@@ -21,9 +19,7 @@ from megatron_haplovl.data.image_geometry import (
     visual_layouts,
 )
 from megatron_haplovl.data.image_processing import cut_tiles, decode_image
-from megatron_haplovl.data.plan.dealing import EMPTY
-from megatron_haplovl.data.plan.packs import PackPlan
-from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample, Source
+from megatron_haplovl.data.sources import EncodedImage, EncodedVideo, Sample
 from megatron_haplovl.data.tile_rule import narrowed
 from megatron_haplovl.kernels.mask import mixed_mask
 
@@ -239,40 +235,3 @@ def collate(
         source_BS=torch.from_numpy(source_BS) if num_sources > 1 else None,
         num_sources=num_sources,
     )
-
-
-class PackDataset(Dataset[Batch]):
-    """Micro-batches by lists of pack numbers. Reading is deterministic: the same numbers give the same batch.
-
-    Args:
-        plan: the documents of each pack.
-        sources: where samples are read, as the plan numbers them.
-        seq_length: length of a sequence.
-        model: what the batches are for.
-        empty_length: length of the sequences of a micro-batch without any document.
-    """
-
-    def __init__(
-        self, plan: PackPlan, sources: Sequence[Source], seq_length: int, model: ModelConfig, empty_length: int
-    ) -> None:
-        self._plan, self._sources = plan, sources
-        self._seq_length, self._empty_length = seq_length, empty_length
-        self._vision, self._image_attention = model.vision, model.image_attention
-
-    def __getitem__(self, packs: Sequence[int]) -> Batch:
-        documents = [self._documents(pack) for pack in packs]
-        length = self._seq_length if any(documents) else self._empty_length
-        return collate(documents, length, self._vision, self._image_attention, len(self._sources))
-
-    def _documents(self, pack: int) -> list[Document]:
-        documents: list[Document] = []
-        if pack == EMPTY:
-            return documents
-        for items in self._plan.documents(pack):
-            try:
-                samples = [self._sources[source].read(sample) for source, sample in items]
-                documents.append(lay_out_document(samples, self._vision, [source for source, _ in items]))
-            except ValueError as error:
-                where = ", ".join(f"{self._sources[source].name} sample {sample}" for source, sample in items)
-                raise ValueError(f"{where}: {error}") from error
-        return documents

@@ -14,6 +14,7 @@ from documents.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from megatron_haplovl.data.hashed_files import HashedFile
 from megatron_haplovl.data.manifest import FileEntry
+from megatron_haplovl.data.steady_file import SteadyFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -132,41 +134,42 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """Reads a pair of files through memory maps; `dataset[i]` is the i-th sequence, without a copy.
+    """Reads a pair of files; `dataset[i]` is the i-th sequence.
 
     Opening takes as long for many sequences as for few: it looks at the header and at the last sequence. Each sequence
-    is checked when it is read, and all of them by :meth:`flat`.
+    is checked when it is read, and all of them by :meth:`check_order`.
 
     Args:
         prefix: path without `.bin` and `.idx`.
+        dtype: what its numbers must be; without it, any type will do.
 
     Raises:
-        ValueError: a file is missing, truncated or not of this format.
+        ValueError: a file is missing, truncated, not of this format, or has numbers of another type.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
-        self._prefix = str(prefix)
-        self._dtype, self.lengths, self._pointers = _map_index(idx_path(prefix))
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike | None = None) -> None:
+        self._prefix, self._expected = str(prefix), dtype
+        path = idx_path(prefix)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; is the prefix right, and was the data preprocessed?")
+        self._index = SteadyFile(path)
+        self._dtype, self._count = _read_header(self._index)
+        if dtype is not None and self._dtype != np.dtype(dtype):
+            raise ValueError(f"{path} is damaged: it says that the numbers are {self._dtype}, not {np.dtype(dtype)}")
         data = bin_path(prefix)
         if not data.is_file():
-            raise ValueError(f"{data} does not exist, but its index {idx_path(prefix)} does")
-        size = data.stat().st_size
-        needed = self._bounds(len(self) - 1)[1] if len(self) else 0
-        if size < needed:
-            raise ValueError(f"{data} is truncated: it has {size} bytes, its index needs {needed}")
-        self._bytes = _map(data)
+            raise ValueError(f"{data} does not exist, but its index {path} does")
+        self._data = SteadyFile(data)
+        needed = self._bounds(self._count - 1, self._count)[0][1] if self._count else 0
+        if self._data.size < needed:
+            raise ValueError(f"{data} is truncated: it has {self._data.size} bytes, its index needs {needed}")
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
 
     def __getitem__(self, index: int) -> npt.NDArray[Any]:
-        start, end = self._bounds(index)
-        if not 0 <= start <= end <= len(self._bytes):
-            raise ValueError(
-                f"{idx_path(self._prefix)} is damaged: sequence {index} would be the bytes {start} to {end} of "
-                f"{len(self._bytes)}"
-            )
-        return self._bytes[start:end].view(self._dtype)
+        assert 0 <= index < self._count
+        return self._sequence(index, *self._bounds(index, index + 1)[0])
 
     def in_order(self, index: int) -> npt.NDArray[Any]:
         """`dataset[index]`, of a file whose sequences follow each other, as the writer's do.
@@ -174,65 +177,119 @@ class IndexedDataset:
         Raises:
             ValueError: this one does not begin where the one before it ends, or end where the next one begins.
         """
-        for before in range(max(index - 1, 0), min(index + 1, len(self) - 1)):
-            end = int(self._pointers[before]) + int(self.lengths[before]) * self._dtype.itemsize
-            if end != int(self._pointers[before + 1]):
+        first = max(index - 1, 0)
+        bounds = self._bounds(first, min(index + 2, self._count))
+        for before, ((_, end), (start, _)) in enumerate(itertools.pairwise(bounds), first):
+            if end != start:
                 raise ValueError(
-                    f"{idx_path(self._prefix)} is damaged: sequence {before} ends at byte {end}, the next one begins "
-                    f"at {int(self._pointers[before + 1])}"
+                    f"{self._index.path} is damaged: sequence {before} ends at byte {end}, the next one begins at "
+                    f"{start}"
                 )
-        return self[index]
+        return self._sequence(index, *bounds[index - first])
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        # Each data loading process opens the files itself; pickling a map would copy the whole file.
-        return IndexedDataset, (self._prefix,)
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str, npt.DTypeLike | None]]:
+        # Each data loading process opens the files itself.
+        return IndexedDataset, (self._prefix, self._expected)
 
-    def flat(self) -> npt.NDArray[Any]:
-        """All sequences in one array, in order. Only for files whose sequences follow each other, as the writer's do.
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Length of every sequence in numbers, read anew."""
+        return self._lengths(0, self._count)
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Index in `flat()` of the first number of each sequence, `[len(self)]`."""
+        return self._pointers(0, self._count) // self._dtype.itemsize
+
+    def check_order(self) -> int:
+        """Check that the sequences follow each other from the first byte on, as the writer's do.
+
+        Returns:
+            The bytes that they have together.
 
         Raises:
             ValueError: they do not, or a length is negative.
         """
-        if len(self) and int(self.lengths.min()) < 0:
-            raise ValueError(f"{idx_path(self._prefix)} is damaged: it has negative lengths")
-        ends = self._pointers + self.lengths.astype(np.int64) * self._dtype.itemsize
-        if len(ends) and (self._pointers[0] != 0 or not np.array_equal(ends[:-1], self._pointers[1:])):
-            raise ValueError(f"the sequences of {bin_path(self._prefix)} do not follow each other in order")
-        return self._bytes[: int(ends[-1]) if len(ends) else 0].view(self._dtype)
+        lengths, pointers = self.lengths, self._pointers(0, self._count)
+        if len(lengths) and int(lengths.min()) < 0:
+            raise ValueError(f"{self._index.path} is damaged: it has negative lengths")
+        ends = pointers + lengths.astype(np.int64) * self._dtype.itemsize
+        if len(ends) and (pointers[0] != 0 or not np.array_equal(ends[:-1], pointers[1:])):
+            raise ValueError(f"the sequences of {self._data.path} do not follow each other in order")
+        return int(ends[-1]) if len(ends) else 0
 
-    def starts(self) -> npt.NDArray[np.int64]:
-        """Index in `flat()` of the first number of each sequence, `[len(self)]`."""
-        return self._pointers // self._dtype.itemsize
+    def read_range(self, first: int, stop: int) -> npt.NDArray[Any]:
+        """Neighbouring sequences in one array in memory, of a file whose sequences follow each other."""
+        bounds = self._bounds(first, stop)
+        start = bounds[0][0]
+        return np.frombuffer(self._data.read(start, bounds[-1][1] - start), dtype=self._dtype)
 
-    def _bounds(self, index: int) -> tuple[int, int]:
-        start = int(self._pointers[index])
-        return start, start + int(self.lengths[index]) * self._dtype.itemsize
+    def read_all(self) -> npt.NDArray[Any]:
+        """All sequences in one array in memory, in order.
+
+        Raises:
+            ValueError: see :meth:`check_order`.
+        """
+        return np.frombuffer(self._data.read(0, self.check_order()), dtype=self._dtype)
+
+    def flat(self) -> npt.NDArray[Any]:
+        """All sequences in one array, in order: a map, for programs that go once through files larger than memory.
+
+        Raises:
+            ValueError: see :meth:`check_order`.
+        """
+        size = self.check_order()
+        if size == 0:  # An empty file cannot be mapped.
+            return np.zeros(0, dtype=self._dtype)
+        # A plain array: numpy's own class takes ten times as long to cut.
+        return np.asarray(np.memmap(self._data.path, dtype=np.uint8, mode="r", shape=(size,))).view(self._dtype)
+
+    def check(self) -> None:
+        """Look whether a file has changed; see :meth:`SteadyFile.check`."""
+        self._index.check()
+        self._data.check()
+
+    def _sequence(self, index: int, start: int, end: int) -> npt.NDArray[Any]:
+        if not 0 <= start <= end <= self._data.size:
+            raise ValueError(
+                f"{self._index.path} is damaged: sequence {index} would be the bytes {start} to {end} of "
+                f"{self._data.size}"
+            )
+        return np.frombuffer(self._data.read(start, end - start), dtype=self._dtype)
+
+    def _bounds(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The first byte of some sequences, and the one behind their last."""
+        lengths, pointers = self._lengths(first, stop).tolist(), self._pointers(first, stop).tolist()
+        size = self._dtype.itemsize
+        return [(start, start + size * length) for start, length in zip(pointers, lengths, strict=True)]
+
+    def _lengths(self, first: int, stop: int) -> npt.NDArray[np.int32]:
+        return np.frombuffer(self._index.read(_START + 4 * first, 4 * (stop - first)), dtype="<i4")
+
+    def _pointers(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        start = _START + 4 * self._count + 8 * first
+        return np.frombuffer(self._index.read(start, 8 * (stop - first)), dtype="<i8")
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file. An empty one cannot be mapped."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=np.uint8)
-    # A plain array: numpy's own class takes ten times as long to cut.
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+_START = len(_MAGIC) + _HEADER.size
+"""Where the lengths begin in an index."""
 
 
-def _map_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; is the prefix right, and was the data preprocessed?")
-    raw = _map(path)
-    start = len(_MAGIC) + _HEADER.size
-    head = raw[:start].tobytes()
+def _read_header(file: SteadyFile) -> tuple[np.dtype[Any], int]:
+    """The type of the numbers, and how many sequences there are."""
+    path, size = file.path, file.size
+    head = file.read(0, min(size, _START))
     if not head.startswith(_MAGIC):
         raise ValueError(f"{path} is not an index of Megatron's format: it does not start with MMIDIDX")
-    if len(raw) < start:
-        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, its header needs {start}")
+    if size < _START:
+        raise ValueError(f"{path} is truncated: it has {size} bytes, its header needs {_START}")
     version, code, count, boundaries = _HEADER.unpack_from(head, len(_MAGIC))
     if version != _VERSION or code not in _DTYPES:
         raise ValueError(f"{path} has version {version} and number type {code}; version 1, types 1 to 8 are known")
-    needed = start + count * 12 + boundaries * 8
-    if len(raw) < needed:
-        raise ValueError(f"{path} is truncated: it has {len(raw)} bytes, {count} sequences need {needed}")
-    lengths = raw[start : start + 4 * count].view("<i4")
-    pointers = raw[start + 4 * count : start + 12 * count].view("<i8")
-    return np.dtype(_DTYPES[code]), lengths, pointers
+    needed = _START + count * 12 + boundaries * 8
+    if size < needed:
+        raise ValueError(f"{path} is truncated: it has {size} bytes, {count} sequences need {needed}")
+    if size > needed:
+        raise ValueError(
+            f"{path} is damaged: it has {size} bytes, {count} sequences and {boundaries} boundaries need {needed}"
+        )
+    return np.dtype(_DTYPES[code]), count

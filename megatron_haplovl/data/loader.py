@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.utils.data import DataLoader
 from megatron_haplovl.config.layout import check_batch
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
-from megatron_haplovl.data.dataset import PackDataset
+from megatron_haplovl.data.gaps import Missing
+from megatron_haplovl.data.known_gaps import KnownGaps
 from megatron_haplovl.data.mock_source import MockSource
+from megatron_haplovl.data.pack_dataset import ErrorsAsValues, PackDataset, Received
 from megatron_haplovl.data.plan.cache import PlanInputs, SourceShare, cached_plan
-from megatron_haplovl.data.plan.dealing import MicroBatchNumbers
+from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers
 from megatron_haplovl.data.plan.epoch import PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan, StepPlan, step_counts
 from megatron_haplovl.data.source_counts import IntArray, counts_by_source
@@ -28,6 +31,7 @@ from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
+from megatron_haplovl.data.worker_signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,10 @@ class BatchLoader:
         """Hash of all that the order of the data depends on; equal keys give equal batches."""
         self.source_names = source_names
         """What the log calls the sources."""
+        self.gaps = KnownGaps()
+        """What could not be read so far. Every count below is without it."""
+        self.prefixes = tuple(source.name for source in sources)
+        """Where the sources are, as the plan numbers them."""
         self._plan = plan
         schedule = config.schedule
         if schedule.batch_unit == "packs":
@@ -76,16 +84,23 @@ class BatchLoader:
             if sentence is not None:
                 raise ValueError(sentence)
         self._sampler = MicroBatchNumbers(plan, steps_available, schedule.micro_batch_size, dp_rank, dp_size)
-        workers = config.data.num_workers
+        workers, skips_bad = config.data.num_workers, config.data.skip_bad_samples > 0
+        empty_length = shortest_length(config)
+        self._dataset = PackDataset(
+            plan.packs, sources, config.data.seq_length, config.model, empty_length, skips_bad=skips_bad
+        )
+        # Where samples may be skipped, a step begins when all of it has been read.
+        ahead = max(_PREFETCH, -(-self._sampler.per_step // workers) if skips_bad and workers else 0)
         # A generator of its own: otherwise starting to read would advance the global random state.
         self._loader = DataLoader(
-            PackDataset(plan.packs, sources, config.data.seq_length, config.model, shortest_length(config)),
+            ErrorsAsValues(self._dataset),
             batch_size=None,
             sampler=self._sampler,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=ignore_stop_signals,
             persistent_workers=workers > 0,
-            prefetch_factor=_PREFETCH if workers else None,
+            prefetch_factor=ahead if workers else None,
             pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
             generator=torch.Generator(),
         )
@@ -107,12 +122,41 @@ class BatchLoader:
         ends the one before it.
         """
         self._sampler.first_step = first_step
-        return iter(self._loader)
+        return Received(iter(self._loader))
 
-    def packs(self, numbers: Sequence[int]) -> Batch:
-        """Some packs of the plan as one batch, apart from the iteration."""
-        batch: Batch = self._loader.dataset[list(numbers)]
-        return batch
+    def describe_step(self, step: int) -> tuple[str, ...]:
+        """Names of the sources that this rank reads in a step."""
+        packs = [pack for pack in self._sampler.packs_of(step) if pack != EMPTY]
+        numbers = {source for pack in packs for items in self.plan.documents(pack) for source, _ in items}
+        return tuple(self.source_names[number] for number in sorted(numbers))
+
+    def numbers(self, step: int) -> list[list[int]]:
+        """The packs of each of this rank's micro-batches in a step, for :meth:`packs`."""
+        return self._sampler.of_step(step)
+
+    def packs(self, numbers: Sequence[int], missing: Missing = MappingProxyType({})) -> Batch:
+        """Some packs of the plan as one batch, apart from the iteration, without the documents in `missing`."""
+        return self._dataset.read(numbers, missing)
+
+    def describe(self, first_step: int, number: int) -> str:
+        """What a micro-batch of this rank is of, in words: the step, counted from 1, and the step's sources.
+
+        Args:
+            first_step: where reading began.
+            number: micro-batches that were read before it.
+        """
+        step = first_step + number // self.micro_batches_per_step
+        return f"step {step + 1}, source {', '.join(self.describe_step(step)) or 'none'}"
+
+    def samples(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """The samples in some packs, in order: name of the source (a prefix), number in it."""
+        filled = [number for number in numbers if number != EMPTY]
+        return [
+            (self.prefixes[source], sample)
+            for number in filled
+            for document in self.plan.documents(number)
+            for source, sample in document
+        ]
 
     @property
     def plan(self) -> PackPlan:
@@ -121,20 +165,18 @@ class BatchLoader:
 
     def counts(self, step: int) -> StepCounts:
         """Valid tokens in the whole global batch of a step, over all ranks."""
-        return self._plan.counts(step)
+        return self.gaps.taken_off(self._plan.counts(step), self._plan.packs_of(step))
 
     def counts_before(self, step: int) -> StepCounts:
         """The same over all steps before this one; as quick for a late step as for an early one."""
-        return self._plan.counts_before(step)
+        packs = range(self._plan.packs_of(step).start)
+        return self.gaps.taken_off(self._plan.packs.counts(packs), packs)
 
     def counts_by_source(self, steps: range) -> IntArray:
         """What some steps hold of each source, over all ranks; see :func:`data.source_counts.counts_by_source`."""
         packs = range(self._plan.packs_of(steps.start).start, self._plan.packs_of(steps.stop).start)
-        return counts_by_source(self._plan.packs, packs, len(self.source_names))
-
-
-_PREFETCH = 4
-"""Micro-batches that each worker keeps ready: enough to hide one that takes a few times as long as the others."""
+        counts_NC = counts_by_source(self._plan.packs, packs, len(self.source_names))
+        return self.gaps.taken_off_sources(counts_NC, packs)
 
 
 _PREFETCH = 4

@@ -143,8 +143,11 @@ def load_manifest(prefix: str) -> Manifest:
         fields = json.loads(path.read_text(encoding="utf-8"))
         stated = fields.pop(_CONTENT_HASH, None)
         manifest = _from_json(fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        _check_kinds(manifest)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a manifest: {error}") from error
     if not OLDEST_VERSION <= manifest.format_version <= FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {manifest.format_version}, this program reads versions {OLDEST_VERSION} to "
@@ -174,6 +177,37 @@ def read_manifest(prefix: str) -> Manifest:
             problem = "truncated" if size < expected else "not the file that was written"
             raise ValueError(f"{file} is {problem}: it has {size} bytes, {path.name} says {expected}")
     return manifest
+
+
+_LARGEST = 1 << 62
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Look at the kind of every value, which JSON leaves open.
+
+    Raises:
+        ValueError: one is of another kind, or no number that a file can have.
+    """
+    counts = {f"counts.{name}": value for name, value in vars(manifest.counts).items()}
+    sizes = {f"files.{suffix}.bytes": entry.bytes for suffix, entry in manifest.files.items()}
+    whole = {name: getattr(manifest, name) for name in ("format_version", "image_token_id", "video_token_id")}
+    if manifest.num_frames is not None:
+        whole["num_frames"] = manifest.num_frames
+    for name, value in (whole | counts | sizes).items():
+        # True and False are numbers to Python.
+        if type(value) is not int:
+            raise ValueError(f"{name} is {value!r} and no whole number")
+        if not 0 <= value <= _LARGEST:
+            raise ValueError(f"{name} is {value}")
+    texts = {name: getattr(manifest, name) for name in ("tokenizer_fingerprint", "chat_template")}
+    texts |= {"chat_template_sha256": manifest.chat_template_sha256}
+    texts |= {f"files.{suffix}.sha256": entry.sha256 for suffix, entry in manifest.files.items()}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r} and no text")
+    for name in ("skipped", "repairs", "unread_keys", "left_out"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r} and no object")
 
 
 def _from_json(value: dict[str, Any]) -> Manifest:

@@ -91,6 +91,9 @@ class MockSource:
         loss_mask = (np.arange(total) >= total - length // 2).astype(np.uint8)
         return Sample(token_ids, loss_mask, is_visual, tuple(self._visual(random, visual) for visual in visuals))
 
+    def check_files(self) -> None:
+        """There are none."""
+
     def _outline(self, index: int) -> tuple[int, list[Picture | Frames]]:
         """Text tokens of a sample, and its images and videos."""
         random = np.random.default_rng([self._seed, index, 0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,13 @@ import numpy.typing as npt
 from megatron_haplovl.config.mixture import TileRule
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.array_file import map_array
+from megatron_haplovl.data.array_file import ArrayFile, read_array
 from megatron_haplovl.data.image_geometry import Frames, Picture
 from megatron_haplovl.data.image_references import ImageReferences, segment_sums, split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, read_manifest
 from megatron_haplovl.data.sample_hash import sample_hash
+from megatron_haplovl.data.steady_file import ChangedFileError
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class Source(Protocol):
     def read(self, index: int) -> Sample:
         """One sample."""
 
+    def check_files(self) -> None:
+        """Look whether a file has another size than when it was opened, which is no sample's fault."""
+
 
 class IndexedSource:
     """The samples of one prefix written by haplovl-preprocess.
@@ -126,26 +130,20 @@ class IndexedSource:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.manifest: Manifest = read_manifest(prefix)
-        self._tokens = IndexedDataset(prefix + names.TOKENS)
-        self._loss_mask = IndexedDataset(prefix + names.LOSS_MASK)
-        self._images = IndexedDataset(prefix + names.IMAGES)
-        self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS)
-        self._image_sizes_I2 = self._map_sizes()
+        self._tokens = IndexedDataset(prefix + names.TOKENS, np.int32)
+        self._loss_mask = IndexedDataset(prefix + names.LOSS_MASK, np.uint8)
+        self._images = IndexedDataset(prefix + names.IMAGES, np.uint8)
+        self._image_refs = IndexedDataset(prefix + names.IMAGE_REFS, np.int32)
+        self._image_sizes_I2 = ArrayFile(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
+        if len(self._tokens) != self.manifest.counts.samples:
+            raise ValueError(
+                f"{prefix}: the manifest says {self.manifest.counts.samples} samples, its files have "
+                f"{len(self._tokens)}; {_AGAIN}"
+            )
         if len(self._tokens) != len(self._loss_mask):
             raise ValueError(f"{prefix}: {len(self._tokens)} samples have {len(self._loss_mask)} loss masks; {_AGAIN}")
         if len(self._image_refs) != len(self._tokens):
             raise ValueError(f"{prefix}: the image files belong to other data than the tokens; {_AGAIN}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Each data loading process maps the file itself; pickling a map would copy all of it.
-        return {name: value for name, value in vars(self).items() if name != "_image_sizes_I2"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._image_sizes_I2 = self._map_sizes()
-
-    def _map_sizes(self) -> npt.NDArray[np.int32]:
-        return map_array(Path(self._prefix + names.IMAGE_SIZES), np.int32, (len(self._images), 2))
 
     @property
     def name(self) -> str:
@@ -172,7 +170,7 @@ class IndexedSource:
             raise ValueError(f"{self._prefix}: tokens and loss mask have different lengths; {_AGAIN}")
         references = self._references()
         visuals = references.visuals
-        visual = references.count(self._image_sizes_I2, vision)
+        visual = references.count(self._image_sizes_I2.all(), vision)
         text = self._tokens.lengths.astype(np.int64) - visuals
         return SampleCounts(
             tokens=text + visual.tokens,
@@ -185,27 +183,32 @@ class IndexedSource:
 
     def _references(self) -> ImageReferences:
         try:
-            return ImageReferences(self._image_refs.flat(), self._image_refs.lengths, len(self._image_sizes_I2))
+            return ImageReferences(self._image_refs.read_all(), self._image_refs.lengths, len(self._image_sizes_I2))
+        except ChangedFileError:
+            raise
         except ValueError as error:
             raise ValueError(f"{self._prefix}: {error}; {_AGAIN}") from error
 
     def _lm_tokens(self) -> npt.NDArray[np.int64]:
         if self.manifest.format_version >= 2:
             path = Path(self._prefix + names.SAMPLE_LM_TOKENS)
-            return map_array(path, np.int32, (len(self._tokens),)).astype(np.int64)
-        mask, starts, lengths = self._loss_mask.flat(), self._loss_mask.starts(), self._loss_mask.lengths
+            return read_array(path, np.int32, (len(self._tokens),)).astype(np.int64)
+        self._loss_mask.check_order()
+        starts, lengths = self._loss_mask.starts(), self._loss_mask.lengths
         counts = np.empty(len(lengths), dtype=np.int64)
         # Some thousand samples at a time: the masks of a large data set would not fit into memory.
         for first in range(0, len(lengths), _BLOCK):
-            block = slice(first, first + _BLOCK)
+            block = slice(first, min(first + _BLOCK, len(lengths)))
+            mask = self._loss_mask.read_range(block.start, block.stop)
             # The first token of each sample has no predecessor, so it is not counted.
-            counts[block] = segment_sums(mask, starts[block] + 1, np.maximum(lengths[block] - 1, 0))
+            behind_first = starts[block] - starts[first] + 1
+            counts[block] = segment_sums(mask, behind_first, np.maximum(lengths[block] - 1, 0))
         return counts
 
     def hashes(self) -> npt.NDArray[np.uint64]:
         """`[samples]`, hash of what each sample holds (`data.sample_hash`)."""
         if self.manifest.format_version >= 2:
-            return map_array(Path(self._prefix + names.SAMPLE_HASHES), np.uint64, (len(self._tokens),))
+            return read_array(Path(self._prefix + names.SAMPLE_HASHES), np.uint64, (len(self._tokens),))
         digests = [hashlib.sha256(self._images[number].tobytes()).digest() for number in range(len(self._images))]
         references = (self._image_refs[index].tolist() for index in range(len(self._tokens)))
         return np.array(
@@ -221,10 +224,31 @@ class IndexedSource:
 
         Raises:
             ValueError: the sample's files are damaged, or its loss mask or image references do not fit its tokens.
+            ChangedFileError: a file is not what it was when it was opened.
+            OSError: a file cannot be read.
         """
+        try:
+            return self._read(index)
+        except ValueError:
+            self.check_files()
+            raise
+
+    def check_files(self) -> None:
+        """Look at the sizes of the files that samples are read from.
+
+        Raises:
+            ChangedFileError: one is not what it was when it was opened.
+        """
+        for dataset in (self._tokens, self._loss_mask, self._images, self._image_refs):
+            dataset.check()
+        self._image_sizes_I2.check()
+
+    def _read(self, index: int) -> Sample:
         try:
             token_ids, loss_mask = self._tokens.in_order(index), self._loss_mask.in_order(index)
             references = split_references(self._image_refs.in_order(index).tolist(), len(self._images))
+        except ChangedFileError:
+            raise
         except ValueError as error:
             raise ValueError(f"{self._prefix}: sample {index}: {error}") from error
         if len(loss_mask) != len(token_ids):

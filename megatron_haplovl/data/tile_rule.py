@@ -70,3 +70,7 @@ class NarrowedSource:
     def read(self, index: int) -> Sample:
         """One sample, which carries the rule."""
         return dataclasses.replace(self.inner.read(index), tiles=self.rule)
+
+    def check_files(self) -> None:
+        """See :meth:`IndexedSource.check_files`."""
+        self.inner.check_files()

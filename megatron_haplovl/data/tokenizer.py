@@ -89,7 +89,9 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
 
 def _from_folder(path: Path) -> PreTrainedTokenizerFast:
     try:
-        hf: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, use_fast=True)
+        hf: Any = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, use_fast=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be loaded as a Hugging Face tokenizer: {error}") from error
     if not isinstance(hf, PreTrainedTokenizerFast):

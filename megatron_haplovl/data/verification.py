@@ -12,7 +12,7 @@ import numpy as np
 from megatron_haplovl.data import manifest as names
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Manifest, load_manifest
-from megatron_haplovl.data.verify_contents import ProblemList, check_contents, map_digests
+from megatron_haplovl.data.verify_contents import ProblemList, check_contents, read_digests
 
 _BLOCK = 1 << 20
 
@@ -81,7 +81,7 @@ def _verify_images(prefix: str, size: int, expected: str) -> tuple[str, ...]:
     """Hash every image. The manifest has the hash of all digests, which stand in a file of their own."""
     try:
         images = IndexedDataset(prefix + names.IMAGES)
-        covered = images.flat().nbytes
+        covered = images.check_order()
     except ValueError as error:
         return (f"its images cannot be found: {error}",)
     if covered != size:
@@ -91,7 +91,7 @@ def _verify_images(prefix: str, size: int, expected: str) -> tuple[str, ...]:
         return ()
     problems = ProblemList()
     try:
-        stored_I32 = map_digests(prefix, len(images))
+        stored_I32 = read_digests(prefix, len(images))
     except ValueError:  # the digests' own file is a finding of its own
         stored_I32 = np.zeros((0, 32), dtype=np.uint8)
     for number, (digest, stored) in enumerate(zip(digests, stored_I32, strict=False)):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.array_file import map_array
+from megatron_haplovl.data.array_file import read_array
 from megatron_haplovl.data.image_references import split_references
 from megatron_haplovl.data.indexed_dataset import IndexedDataset
 from megatron_haplovl.data.manifest import Counts, Manifest
@@ -80,14 +80,14 @@ class _Contents:
             IndexedDataset(prefix + part) for part in (names.TOKENS, names.LOSS_MASK, names.IMAGES, names.IMAGE_REFS)
         )
         for dataset in (self.tokens, self.loss_mask, self.images, self.references):
-            dataset.flat()  # raises if the sequences do not follow each other
-        self.sizes_I2 = map_array(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self.images), 2))
+            dataset.check_order()  # raises if the sequences do not follow each other
+        self.sizes_I2 = read_array(Path(prefix + names.IMAGE_SIZES), np.int32, (len(self.images), 2))
         self._has_hashes = manifest.format_version >= 2
         if self._has_hashes:
-            self._digests_I32 = map_digests(prefix, len(self.images))
+            self._digests_I32 = read_digests(prefix, len(self.images))
             samples = (len(self.tokens),)
-            self._lm_tokens_N = map_array(Path(prefix + names.SAMPLE_LM_TOKENS), np.int32, samples)
-            self._hashes_N = map_array(Path(prefix + names.SAMPLE_HASHES), np.uint64, samples)
+            self._lm_tokens_N = read_array(Path(prefix + names.SAMPLE_LM_TOKENS), np.int32, samples)
+            self._hashes_N = read_array(Path(prefix + names.SAMPLE_HASHES), np.uint64, samples)
 
     def unequal_files(self) -> tuple[str, ...]:
         """Files that hold another number of samples than the tokens do."""
@@ -132,10 +132,10 @@ class _Contents:
         return problems
 
 
-def map_digests(prefix: str, num_images: int) -> npt.NDArray[np.uint8]:
+def read_digests(prefix: str, num_images: int) -> npt.NDArray[np.uint8]:
     """The SHA-256 of each image, `[I, 32]`.
 
     Raises:
         ValueError: the file is damaged, or belongs to other images.
     """
-    return map_array(Path(prefix + names.IMAGE_DIGESTS), np.uint8, (num_images, 32))
+    return read_array(Path(prefix + names.IMAGE_DIGESTS), np.uint8, (num_images, 32))

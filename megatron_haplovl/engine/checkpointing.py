@@ -4,44 +4,86 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_haplovl.checkpoint import write
-from megatron_haplovl.checkpoint.folders import STATE_FILE, unfinished
+from megatron_haplovl.checkpoint.folders import unfinished
 from megatron_haplovl.checkpoint.pieces import MOMENTS, PieceReader
-from megatron_haplovl.config.files import read_json
+from megatron_haplovl.checkpoint.state import TrainingState, read_state
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.engine.engine_state import local_pieces, make_optimizer_state
+from megatron_haplovl.engine.engine_state import (
+    HostPiece,
+    dtype_of,
+    local_pieces,
+    make_optimizer_state,
+    pieces_on_host,
+)
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 
 logger = logging.getLogger(__name__)
+
+
+# A failed save is tried again so often in an interval, and so long after another at the end of a run (seconds).
+_TRIES_IN_AN_INTERVAL = 10
+_PAUSE_AT_THE_END = 5.0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a writer must know beside the settings."""
+
+    run_id: str
+    """See `Operation.run_id`."""
+    bytes: int
+    """Of one checkpoint."""
+    require_lock: Callable[[], None]
+    """Raises if the --save folder is no longer this run's."""
+    more_state: Callable[[], Mapping[str, Any]] = dict
+    """Says what else is in `training_state.json`."""
 
 
 class CheckpointWriter:
     """Writes checkpoints of a run, at once or beside the training (--async-save).
 
     A full disk or another error of the file system is reported and does not end the run, and what was saved before
-    stays. Only the failure of the last checkpoint ends it, in :meth:`close`.
+    stays. The save is tried again ten times in a --save-interval. When --max-failed-saves of those that were due have
+    failed one after the other, or the last one, the run ends.
 
     Args:
         engine: the DeepSpeed engine.
         model: what it trains.
         config: `config.checkpoint` says where and how.
+        saving: see :class:`Saving`.
     """
 
-    def __init__(self, engine: Any, model: ShardedModel, config: Config) -> None:
-        self._engine, self._model, self._config = engine, model, config
+    def __init__(self, engine: Any, model: ShardedModel, config: Config, saving: Saving) -> None:
+        self._engine, self._model, self._config, self._saving = engine, model, config, saving
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[str | None] | None = None
+        self._writing: Future[_Failure | None] | None = None
         self._done = ""
         self._saved = True
+        self._is_retry = False
+        self._failed = 0
+        self._at = (0, "")
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step. Called by every rank after every step; the same answer on all."""
+        interval = self._config.checkpoint.save_interval
+        if interval is None:
+            return False
+        if step % interval == 0:
+            return True
+        if step % max(1, interval // _TRIES_IN_AN_INTERVAL):
+            return False
+        world = self._model.groups.world
+        if self._writing is not None and all(world.gather_objects(self._writing.done())):
+            self.finish()
+        return not self._saved
 
     def save(self, iteration: int, plan_key: str) -> None:
         """Write everything that a resumed run needs. Called by every rank.
@@ -49,95 +91,151 @@ class CheckpointWriter:
         Args:
             iteration: optimizer steps done.
             plan_key: the training data's `BatchLoader.plan_key`; with the iteration, the position in the data.
+
+        Raises:
+            ValueError: another run has taken the folder over, or --max-failed-saves have failed.
         """
         started = time.perf_counter()
         self.finish()
+        interval = self._config.checkpoint.save_interval
+        again = iteration == self._at[0] or interval is None or iteration % interval != 0
+        self._is_retry = not self._saved and again
+        self._at = (iteration, plan_key)
         settings, world = self._config.checkpoint, self._model.groups.world
         assert settings.save is not None
         folder = Path(settings.save) / f"global_step{iteration}"
-        aside = unfinished(folder)
-        error = self._attempt(
-            lambda: write.prepare(aside, self._config, iteration, plan_key) if world.rank == 0 else None
-        )
-        self._saved = not self._agree(error)
+        self._report(self._attempt(lambda: self._prepare(folder) if world.rank == 0 else None))
         if not self._saved:
             return
-        # The pieces are copied, because the training goes on.
-        make_optimizer_state(self._engine, None)
-        pieces = [
-            (local.piece, local.values.to("cpu", copy=True))
-            for local in local_pieces(self._engine, self._model)
-            if local.is_written
-        ]
+        pieces = pieces_on_host(self._engine, self._model)
         stalled = time.perf_counter() - started
 
-        def write_all() -> str | None:
-            return self._attempt(lambda: self._write(aside, folder, pieces, started, stalled))
+        def write_all() -> _Failure | None:
+            return self._attempt(lambda: self._write(folder, pieces, started, stalled))
 
         if settings.async_save:
             self._writing = self._pool.submit(write_all)
         else:
-            self._report(write_all())
+            self._report(write_all(), self._done_text)
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is still being written. Called by every rank."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self._report(writing.result())
-
-    def close(self) -> None:
-        """Finish the last checkpoint at the end of a run.
+        """Wait for a checkpoint that is still being written. Called by every rank.
 
         Raises:
-            OSError: the run's last checkpoint could not be saved.
+            ValueError: see :meth:`save`.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._report(writing.result(), self._done_text)
+
+    def close(self) -> None:
+        """Finish the last checkpoint at the end of a run; if it has failed, try it again. Called by every rank.
+
+        Raises:
+            ValueError: the run's last checkpoint could not be saved.
         """
         self.finish()
+        for _ in range(self._config.checkpoint.max_failed_saves - 1):
+            if not self._saved:
+                time.sleep(_PAUSE_AT_THE_END)
+                self.save(*self._at)
+                self.finish()
         if not self._saved:
-            raise OSError(f"the last checkpoint could not be saved to {self._config.checkpoint.save}; see above")
+            raise ValueError(
+                f"the last checkpoint could not be saved to {self._config.checkpoint.save}; see above. Make room or "
+                "mend it, and start the run again: it goes on from the checkpoint before"
+            )
 
-    def _report(self, error: str | None) -> None:
-        self._saved = not self._agree(error)
-        if self._saved:
-            logger.info(self._done)
+    def _done_text(self) -> str:
+        return self._done
 
-    def _agree(self, error: str | None) -> bool:
-        """Whether any rank has failed; the answer is the same on every rank, and one rank logs it."""
-        errors = [text for text in self._model.groups.world.gather_objects(error) if text is not None]
-        if errors and self._model.groups.world.rank == 0:
-            logger.warning(f"saving failed, the run goes on: {'; '.join(dict.fromkeys(errors))}")
-        return bool(errors)
+    def _report(self, failure: _Failure | None, done: Callable[[], str] | None = None) -> None:
+        """Agree on whether any rank has failed, clean up, and count. The answer is the same on every rank."""
+        found = [failure for failure in self._model.groups.world.gather_objects(failure) if failure is not None]
+        self._saved = not found
+        if not found:
+            if done is not None:
+                self._failed = 0
+                logger.info(done())
+            return
+        text = "; ".join(dict.fromkeys(failure.text for failure in found))
+        if lost := [failure for failure in found if failure.is_final]:
+            raise ValueError(lost[0].text)
+        settings, first = self._config.checkpoint, self._model.groups.world.rank == 0
+        assert settings.save is not None
+        if first:
+            write.discard(unfinished(Path(settings.save) / f"global_step{self._at[0]}"))
+        self._failed += not self._is_retry
+        if self._failed >= settings.max_failed_saves and settings.save_interval is not None:
+            raise ValueError(
+                f"{self._failed} saves in a row have failed (--max-failed-saves {settings.max_failed_saves}), the last "
+                f"one after step {self._at[0]}: {text}. Make room or mend it, and start the run again: it goes on from "
+                f"the newest checkpoint in {settings.save}"
+            )
+        if first:
+            logger.warning(f"saving failed{' again' if self._is_retry else ''}, the run goes on: {text}")
 
-    def _attempt(self, action: Callable[[], None]) -> str | None:
+    def _attempt(self, action: Callable[[], None]) -> _Failure | None:
+        rank = self._model.groups.world.rank
         try:
             action()
         except OSError as error:
-            return f"rank {self._model.groups.world.rank}: {error}"
+            # Said at once: the next collective may never end, if another rank hangs.
+            logger.warning(f"saving failed: {error}")
+            return _Failure(f"rank {rank}: {error}", is_final=False)
+        except ValueError as error:
+            return _Failure(str(error), is_final=True)
         return None
 
-    def _write(self, aside: Path, folder: Path, pieces: list[Any], started: float, stalled: float) -> None:
-        world = self._model.groups.world
+    def _prepare(self, folder: Path) -> None:
+        self._saving.require_lock()
+        iteration, plan_key = self._at
+        state = TrainingState(
+            iteration,
+            self._config.schedule.global_batch_size,
+            plan_key,
+            self._saving.run_id,
+            more=self._saving.more_state(),
+        )
+        write.prepare(unfinished(folder), self._config, state, self._saving.bytes)
+
+    def _write(self, folder: Path, pieces: list[HostPiece], started: float, stalled: float) -> None:
+        world, aside = self._model.groups.world, unfinished(folder)
         try:
-            write.write_rank(aside, world.rank, pieces)
+            write.write_rank(aside, world.rank, pieces, self._saving.run_id)
         except OSError:
             with contextlib.suppress(OSError):
                 write.mark_failed(aside, world.rank)
             raise
         if world.rank == 0:
-            try:
-                self._publish(aside, folder)
-            except OSError:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
+            self._publish(aside, folder)
         seconds = time.perf_counter() - started
         waited = stalled if self._config.checkpoint.async_save else seconds
         self._done = f"saved {folder} ({seconds:.1f} s, of which training waited {waited:.1f} s)"
 
     def _publish(self, aside: Path, folder: Path) -> None:
-        dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
         # Gives up before the other ranks do; they wait in a collective for this rank's answer.
-        patience = 30.0 * self._config.parallel.distributed_timeout_minutes
-        write.complete(aside, folder, self._model.groups.world.size, self._model.shapes, dtype, patience)
-        write.publish(folder, self._config.checkpoint.keep_last)
+        patience = self._config.parallel.timeout_of_steps[0] / 2
+        write.complete(
+            aside,
+            folder,
+            self._model.groups.world.size,
+            self._model.shapes,
+            dtype_of(self._engine),
+            patience,
+            self._saving.run_id,
+            self._saving.require_lock,
+        )
+        write.publish(folder, self._config.checkpoint.keep_last, self._config.checkpoint.keep_every)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank could not do its part of a save."""
+
+    text: str
+    is_final: bool
+    """Whether it will not be better another time."""
 
 
 def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Config, plan_key: str) -> int:
@@ -160,24 +258,24 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
         ValueError: the global batch size or the data has changed, so that the position in the data would be lost, or
             other parameters are trained than before.
     """
-    state = read_json(folder / STATE_FILE)
-    if state["global_batch_size"] != config.schedule.global_batch_size:
+    state = read_state(folder)
+    if state.global_batch_size != config.schedule.global_batch_size:
         raise ValueError(
-            f"{folder} was saved with --global-batch-size {state['global_batch_size']}, this run has "
+            f"{folder} was saved with --global-batch-size {state.global_batch_size}, this run has "
             f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it, or start anew "
             "from its weights: add --finetune, with another --save"
         )
-    if state["plan_key"] != plan_key:
+    if state.plan_key != plan_key:
         raise ValueError(
             f"{folder} was trained on other data, or on the same in another order; to resume, keep the preprocessed "
             "data, --data-path with its weights, --aux-data-path, --seed, --seq-length, --packing and the image flags; "
             "to start anew from its weights, add --finetune, with another --save"
         )
     reader = PieceReader(folder)
-    make_optimizer_state(engine, state["iteration"])
+    make_optimizer_state(engine, state.iteration - state.skipped_iterations)
     model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
-    engine.global_steps = state["iteration"]
-    return int(state["iteration"])
+    engine.global_steps = state.iteration
+    return state.iteration
 
 
 def _copy_pieces(engine: Any, model: ShardedModel, reader: PieceReader) -> None:

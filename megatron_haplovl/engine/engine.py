@@ -101,7 +101,8 @@ def build_engine(
     engine, *_ = initialize(model=pipeline_module(stage, model.groups))
     separate_buffers(engine, device)
     reads_data = stage.is_first or stage.is_last
-    return engine, PipelinedSteps(engine, stage.slot, loss, grad_norm, optimizer, enter_phase, reads_data=reads_data)
+    pipelined = PipelinedSteps(engine, stage.slot, loss, grad_norm, enter_phase, device=device, reads_data=reads_data)
+    return engine, pipelined
 
 
 def _fill_empty_groups(groups: list[dict[str, Any]]) -> torch.nn.ParameterList:

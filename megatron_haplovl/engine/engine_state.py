@@ -81,6 +81,23 @@ def gradient_places(engine: Any, model: ShardedModel) -> Iterator[tuple[torch.Te
             yield place.key, place.offset, place.length
 
 
+HostPiece = tuple[Piece, torch.Tensor]
+"""A piece with its values, flat, in the host's memory."""
+
+
+def pieces_on_host(engine: Any, model: ShardedModel) -> list[HostPiece]:
+    """What this rank writes into a checkpoint, copied, because the training goes on."""
+    make_optimizer_state(engine, None)
+    return [
+        (local.piece, local.values.to("cpu", copy=True)) for local in local_pieces(engine, model) if local.is_written
+    ]
+
+
+def dtype_of(engine: Any) -> torch.dtype:
+    """Number format that the model computes with."""
+    return torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+
+
 def make_optimizer_state(engine: Any, step: int | None) -> None:
     """Give AdamW the state that it otherwise makes in its first step: moments of zero, if it has none.
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 import warnings
 from datetime import timedelta
 
 import torch
 
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.engine.flight_recorder import record_collectives
 from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
+from megatron_haplovl.parallel.launch import Launch
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -27,17 +31,16 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
 
     if "RANK" not in os.environ:
         check_started_alone()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ.update(
             RANK="0",
             WORLD_SIZE="1",
             LOCAL_RANK="0",
             LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(free_port()),
         )
+    elif "LOCAL_SIZE" in os.environ:
+        settle_port(Launch.of_environment(), 60 * config.parallel.distributed_timeout_minutes)
     # DeepSpeed calls collectives by names that newer torch versions warn about on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     accelerator = get_accelerator()
@@ -46,6 +49,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         _share_cores()
     else:
         accelerator.set_device(local_rank)
+        record_collectives(os.environ, config.checkpoint)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(
             dist_backend="gloo" if accelerator.device_name() == "cpu" else None,
@@ -59,6 +63,61 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
     )
     return torch.device(accelerator.device_name(local_rank)), groups
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def settle_port(launch: Launch, patience: float) -> None:
+    """Set MASTER_PORT for ranks that `deepspeed` has started: all its runs have the same one, if nobody chooses.
+
+    On one machine rank 0 takes a free port and tells the others by a file; torchrun does so by itself. Several machines
+    cannot see one file, so there the port must be free.
+
+    Args:
+        launch: whose folder the ranks of this machine share.
+        patience: seconds until rank 0 must have chosen.
+
+    Raises:
+        ValueError: several machines, and the port is taken.
+        TimeoutError: rank 0 has chosen none.
+    """
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    if os.environ["LOCAL_SIZE"] != os.environ["WORLD_SIZE"]:
+        if rank == 0 and _is_taken(port):
+            raise ValueError(
+                f"port {port} of {socket.gethostname()} is taken, most often by another run; give another one with "
+                "--master_port N to deepspeed, or MASTER_PORT=N to a launch script"
+            )
+        return
+    file = launch.make_folder() / "port"
+    if rank == 0:
+        aside = file.with_suffix(".new")
+        aside.write_text(str(free_port()), encoding="utf-8")
+        aside.replace(file)
+    end = time.monotonic() + patience
+    while not file.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank 0 has not said in {patience:.0f} s which port it listens on ({file})")
+        time.sleep(0.02)
+    os.environ["MASTER_PORT"] = file.read_text(encoding="utf-8")
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as listener:
+        # As torch does: what only lingers after a run's end is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise
+    return False
 
 
 def check_started_alone() -> None:

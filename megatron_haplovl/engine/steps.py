@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_haplovl.data.batch import Batch, StepCounts
+from megatron_haplovl.engine.gate import UpdateGate, Verdict, gradients_are_finite
 from megatron_haplovl.engine.metrics import total_loss
 from megatron_haplovl.engine.pipeline import MicroBatchSlot
 from megatron_haplovl.losses.terms import LossTerm
@@ -23,8 +25,9 @@ compute losses (`losses.by_source`)."""
 EnterPhase = Callable[[str], None]
 """Is told what a rank begins to do; see `operation.phase.PHASES`."""
 
-FiniteCheck = Callable[[Sums], dict[str, float]]
-"""From this rank's sums to the step's losses, equal on every rank. Raises FloatingPointError if one is not finite."""
+Judge = Callable[[Sums, Sequence[Sums]], Verdict]
+"""From this rank's sums over a step, and those of each of its micro-batches, to the step's losses and whether the
+weights may be updated. Called once in a step by every rank, when gradients are complete and no weight has changed."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,40 @@ class StepResult:
     """What one optimizer step reports."""
 
     losses: dict[str, float]
-    """Losses of the whole global batch by name; "loss" is the trained total. Equal on every rank."""
-    grad_norm: float
-    """Norm of the gradients before clipping, over all ranks."""
+    """Losses of the whole global batch by name; "loss" is the trained total. Equal on every rank. Empty for a step that
+    was passed over."""
+    grad_norm: float | None
+    """Norm of the gradients before clipping, over all ranks; None if the weights were not updated."""
     counts: StepCounts
     """Valid tokens of the whole global batch."""
     visible_pairs: int
     """(query, key) pairs that attended in the micro-batches that this rank read."""
     sums: Sums
     """This rank's."""
+    each: tuple[Sums, ...] = ()
+    """The same for each of its micro-batches, on ranks that compute losses."""
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights were updated."""
+        return self.grad_norm is not None
 
 
 class _EngineSteps:
     """What both kinds of steps are asked about DeepSpeed's engine."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, grad_norm: Callable[[], float], device: torch.device) -> None:
+        self._engine, self._grad_norm, self._device = engine, grad_norm, device
+        self._gate = UpdateGate(engine)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches that a rank goes through in one optimizer step."""
         return int(self._engine.gradient_accumulation_steps())
 
-    @property
-    def skipped(self) -> int:
-        """Optimizer steps that DeepSpeed has skipped since the start of this process."""
-        return int(self._engine.skipped_steps)
+    def gradients_are_finite(self) -> torch.Tensor:
+        """See :func:`engine.gate.gradients_are_finite`; for a :data:`Judge`."""
+        return gradients_are_finite(self._engine, self._device)
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each trained part, as the optimizer has it."""
@@ -67,6 +78,11 @@ class _EngineSteps:
         """Set the rate of the next step; a group's own is in proportion (`lr_ratio`)."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
+
+    def _result(self, counts: StepCounts, visible_pairs: int, sums: Sums, each: list[Sums]) -> StepResult:
+        verdict = self._gate.verdict()
+        norm = self._grad_norm() if verdict.update else None
+        return StepResult(verdict.losses, norm, counts, visible_pairs, sums, tuple(each))
 
 
 class DirectSteps(_EngineSteps):
@@ -96,24 +112,22 @@ class DirectSteps(_EngineSteps):
         replicas: int,
         device: torch.device,
     ) -> None:
-        super().__init__(engine)
-        self._losses, self._terms, self._grad_norm = losses, terms, grad_norm
-        self._enter_phase, self._replicas, self._device = enter_phase, replicas, device
+        super().__init__(engine, grad_norm, device)
+        self._losses, self._terms = losses, terms
+        self._enter_phase, self._replicas = enter_phase, replicas
 
-    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, judge: Judge) -> StepResult:
         """One optimizer step.
 
         Args:
             micro_batches: as many as the engine accumulates are taken.
             counts: valid tokens of the whole global batch.
-            check_finite: called once, when all losses are known and no weight has changed yet.
-
-        Raises:
-            FloatingPointError: see `check_finite`.
+            judge: whether the weights may be updated.
         """
         sums, visible_pairs = _zeros(self._terms, self._device), 0
-        losses: dict[str, float] = {}
-        for micro_step in range(self.accumulation):
+        each: list[Sums] = []
+        self._gate.expect(lambda: judge(sums, each))
+        for _ in range(self.accumulation):
             batch = next(micro_batches)
             visible_pairs += batch.visible_pairs
             self._enter_phase("forward")
@@ -124,11 +138,10 @@ class DirectSteps(_EngineSteps):
             self._enter_phase("backward")
             self._engine.backward(loss, scale_wrt_gas=False)
             _add(sums, found)
+            each.append(_detached(found))
             self._enter_phase("reduce")
-            if micro_step == self.accumulation - 1:
-                losses = check_finite(sums)
             self._engine.step()
-        return StepResult(losses, self._grad_norm(), counts, visible_pairs, sums)
+        return self._result(counts, visible_pairs, sums, each)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
@@ -166,15 +179,17 @@ class PipelineLoss:
         self.counts = StepCounts(0, 0, 0, 0, 0)
         """Valid tokens of the whole global batch that is under way."""
         self.sums = _zeros(terms, device)
+        self.each: list[Sums] = []
 
     def __call__(self, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
         found = self._losses(hidden_BSD, batch.to(self._device))
         _add(self.sums, found)
+        self.each.append(_detached(found))
         return total_loss(found, self._terms, self.counts) * self._scale
 
     def start(self, counts: StepCounts | None = None) -> None:
         """Forget the sums and begin anew; without counts, only sums are wanted."""
-        self.sums = _zeros(self._terms, self._device)
+        self.sums, self.each = _zeros(self._terms, self._device), []
         if counts is not None:
             self.counts = counts
 
@@ -187,8 +202,8 @@ class PipelinedSteps(_EngineSteps):
         slot: where the stage looks for whole micro-batches.
         loss: the end of the last stage.
         grad_norm: as for :class:`DirectSteps`.
-        optimizer: the optimizer that is behind the engine's.
         enter_phase: is told what begins.
+        device: where the losses are.
         reads_data: whether this is the first or the last stage.
     """
 
@@ -198,29 +213,25 @@ class PipelinedSteps(_EngineSteps):
         slot: MicroBatchSlot,
         loss: PipelineLoss,
         grad_norm: Callable[[], float],
-        optimizer: torch.optim.Optimizer,
         enter_phase: EnterPhase,
         *,
+        device: torch.device,
         reads_data: bool,
     ) -> None:
-        super().__init__(engine)
-        self._slot, self._loss, self._grad_norm = slot, loss, grad_norm
+        super().__init__(engine, grad_norm, device)
+        self._slot, self._loss = slot, loss
         self._enter_phase, self.reads_data = enter_phase, reads_data
-        self._check_finite: FiniteCheck | None = None
-        self._losses: dict[str, float] = {}
         self._visible_pairs = 0
-        # The schedule ends in the optimizer's step, so whatever must come before the step is hooked in.
-        optimizer.register_step_pre_hook(lambda *_: self._check_once())
 
-    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, check_finite: FiniteCheck) -> StepResult:
+    def train(self, micro_batches: Iterator[Batch], counts: StepCounts, judge: Judge) -> StepResult:
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
         self._loss.start(counts)
-        self._check_finite, self._visible_pairs = check_finite, 0
+        self._visible_pairs = 0
+        self._gate.expect(partial(self._judge, judge))
         # Forward and backward passes of several micro-batches alternate in the schedule.
         self._enter_phase("forward")
         self._engine.train_batch(self._for_schedule(micro_batches))
-        self._check_once()
-        return StepResult(self._losses, self._grad_norm(), counts, self._visible_pairs, self._loss.sums)
+        return self._result(counts, self._visible_pairs, self._loss.sums, self._loss.each)
 
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
         """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
@@ -237,16 +248,17 @@ class PipelinedSteps(_EngineSteps):
             self._visible_pairs += batch.visible_pairs
             yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
-    def _check_once(self) -> None:
-        # ZeRO steps group by group, and not at all if gradients are not finite.
-        if self._check_finite is not None:
-            self._enter_phase("reduce")
-            check_finite, self._check_finite = self._check_finite, None
-            self._losses = check_finite(self._loss.sums)
+    def _judge(self, judge: Judge) -> Verdict:
+        self._enter_phase("reduce")
+        return judge(self._loss.sums, self._loss.each)
 
 
 def _zeros(terms: Sequence[LossTerm], device: torch.device) -> Sums:
     return {term.name: torch.zeros((), device=device) for term in terms}
+
+
+def _detached(found: Sums) -> Sums:
+    return {name: value.detach() for name, value in found.items()}
 
 
 def _add(sums: Sums, found: Sums) -> None:

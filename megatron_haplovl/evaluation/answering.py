@@ -87,5 +87,9 @@ def load_answerer(folder: str | Path, device: str = "auto") -> Answerer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: there is no GPU that torch can use")
-    model = HaploForConditionalGeneration.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return Answerer(model.eval().to(device), HaploProcessor.from_pretrained(folder, local_files_only=True))
+    model = HaploForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
+    return Answerer(
+        model.eval().to(device), HaploProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )

@@ -24,10 +24,17 @@ class Question:
     """The prompt, with one image mark for each image."""
     images: tuple[Path, ...]
     answer: str
+    """Empty if the file gives none, where none is needed."""
     type: str
 
 
-def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Question]:
+def load_questions(
+    path: str | Path,
+    image_folder: str | Path | None,
+    *,
+    needs_answers: bool = True,
+    folder_flag: str = "--image-folder",
+) -> list[Question]:
     """Read a `.jsonl` file (one question per line) or a `.json` file (a list).
 
     A question has `question_id` or `id` (default: its place in the file), `image` (a path or a list of paths;
@@ -37,6 +44,8 @@ def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Qu
     Args:
         path: the file.
         image_folder: where the image paths begin; may be None if no question has an image.
+        needs_answers: False if a question may come without its true answer.
+        folder_flag: what gives the image folder, for messages.
 
     Raises:
         ValueError: the file cannot be read or is empty, or a question lacks its text or its answer, names an image that
@@ -51,7 +60,7 @@ def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Qu
     questions = []
     for raw in read([path]):
         try:
-            questions.append(_parse(raw, folder))
+            questions.append(_parse(raw, folder, needs_answers, folder_flag))
         except ValueError as error:
             raise ValueError(f"{path}, {raw.location}: {error}") from error
     if not questions:
@@ -59,7 +68,7 @@ def load_questions(path: str | Path, image_folder: str | Path | None) -> list[Qu
     return questions
 
 
-def _parse(raw: RawRecord, folder: Path | None) -> Question:
+def _parse(raw: RawRecord, folder: Path | None, needs_answers: bool, folder_flag: str) -> Question:
     value = raw.value
     if isinstance(value, RecordError):
         raise value
@@ -68,11 +77,12 @@ def _parse(raw: RawRecord, folder: Path | None) -> Question:
     text, answer = _conversation(value) if "conversations" in value else _fields(value)
     if not isinstance(text, str) or not text.strip():
         raise ValueError("the question has no text")
-    if answer is None or not str(answer).strip():
+    answer = "" if answer is None else str(answer).strip()
+    if needs_answers and not answer:
         raise ValueError("the question has no answer (`answer`, `label`, or a turn from gpt)")
     names = _image_names(value)
     if names and folder is None:
-        raise ValueError(f"the question has the image {names[0]!r}, but no --image-folder is given")
+        raise ValueError(f"the question has the image {names[0]!r}, but no {folder_flag} is given")
     images = tuple(resolve_image(name, folder) for name in names) if folder is not None else ()
     marks = text.count(IMAGE_MARK)
     if marks == 0:
@@ -83,7 +93,7 @@ def _parse(raw: RawRecord, folder: Path | None) -> Question:
         question_id=str(_first(value, ("question_id", "id"), raw.location)),
         text=text,
         images=images,
-        answer=str(answer).strip(),
+        answer=answer,
         type=str(_first(value, ("type", "category", "question_type"), UNTYPED)),
     )
 

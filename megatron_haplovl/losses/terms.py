@@ -34,6 +34,12 @@ def distillation_terms(weights: LossConfig) -> tuple[LossTerm, ...]:
     )
 
 
+DISTILLATION_FIGURES = (
+    LossTerm("patch cosine", "patch_tokens", weight=None),
+    LossTerm("patch retrieval", "patch_tokens", weight=None),
+)
+"""What stage 1 also measures on held-out data (`losses.distillation_figures`)."""
+
 BY_SOURCE = ("vision loss", "feature loss", "ctp loss", "lm loss")
 """Terms that a loss function also returns by source (`losses.by_source`)."""
 

@@ -21,6 +21,10 @@ class ExitCode(enum.IntEnum):
     """Start the same command again when there is time: everything is saved."""
 
 
+BY_AGREEMENT = ("done", "leaving")
+"""Causes of endings that every rank comes to by itself, after the same step."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """The end of a run, as this rank knows it."""

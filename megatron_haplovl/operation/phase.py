@@ -25,7 +25,8 @@ class Moment:
     since: float
     """`time.monotonic()` when the phase began."""
     order: int
-    """Phases entered so far: the rank that is behind has the smaller number."""
+    """Phases entered so far, without `loader`, which not every stage of a pipeline has: in one step, the rank that is
+    behind has the smaller number."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class PhaseClock:
         """Are told of every phase, in the training thread."""
         self.spent: dict[str, Spent] = {}
         """Of the phases that were entered by :meth:`during`: how often, and how long they took."""
+        self.reading: Callable[[], str] = lambda: ""
+        """Says what the loader is asked for: step and sources. Called by the watching thread in the phase `loader`."""
 
     def enter(self, phase: str) -> None:
         """Say what begins now."""
         assert phase in PHASES, phase
-        self.moment = Moment(phase, self.moment.step, time.monotonic(), self.moment.order + 1)
-        for listener in self.listeners:
-            listener(phase)
+        self._begin(phase, self.moment.order + 1)
 
     def start_step(self, step: int) -> None:
         """Say which optimizer step begins, counted from 1."""
@@ -60,11 +61,17 @@ class PhaseClock:
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """A phase inside another one, which goes on behind it."""
-        before, started = self.moment.phase, time.monotonic()
-        self.enter(phase)
+        assert phase in PHASES, phase
+        before, counted, started = self.moment.phase, int(phase != "loader"), time.monotonic()
+        self._begin(phase, self.moment.order + counted)
         try:
             yield
         finally:
             spent = self.spent.get(phase, Spent())
             self.spent[phase] = Spent(spent.times + 1, spent.seconds + time.monotonic() - started)
-            self.enter(before)
+            self._begin(before, self.moment.order + counted)
+
+    def _begin(self, phase: str, order: int) -> None:
+        self.moment = Moment(phase, self.moment.step, time.monotonic(), order)
+        for listener in self.listeners:
+            listener(phase)

@@ -36,6 +36,12 @@ class Group:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Largest value over the group for each element, in place; the same tensor is returned."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
+        return tensor
+
     def gather_objects(self, mine: Any) -> list[Any]:
         """Every rank's (picklable) object, by rank, on every rank."""
         found = [mine]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.schema import Config
-from megatron_haplovl.operation.phase import PhaseClock, Spent
+from megatron_haplovl.operation.phase import PhaseClock
 
 
 class Forecast:
@@ -12,10 +12,11 @@ class Forecast:
     Args:
         config: says what is still to be done.
         clock: knows what saves and evaluations took.
+        first_step: steps that were done when it began to count.
     """
 
-    def __init__(self, config: Config, clock: PhaseClock) -> None:
-        self._config, self._clock = config, clock
+    def __init__(self, config: Config, clock: PhaseClock, first_step: int = 0) -> None:
+        self._config, self._clock, self._first_step = config, clock, first_step
         self._steps, self._seconds, self._first = 0, 0.0, 0.0
 
     def add(self, seconds: float) -> None:
@@ -30,17 +31,19 @@ class Forecast:
         """From the end of this step to the end of the run."""
         each = self._seconds / self._steps if self._steps else self._first
         left = each * (self._config.schedule.train_iters - step)
-        for phase, interval, wanted in (
-            ("evaluate", self._config.logging.eval_interval, True),
-            ("save", self._config.checkpoint.save_interval, self._config.checkpoint.save is not None),
+        last = self._config.schedule.train_iters
+        for phase, interval in (
+            ("evaluate", self._config.logging.eval_interval),
+            ("save", self._config.checkpoint.save_interval),
         ):
-            spent = self._clock.spent.get(phase, Spent())
-            if spent.times and wanted:
-                left += self._times(step, interval) * spent.seconds / spent.times
+            # Whatever else the phase holds (questions, copies on local disks) comes in proportion.
+            done = self._due(self._first_step, step, interval)
+            if done and phase in self._clock.spent:
+                left += self._clock.spent[phase].seconds * self._due(step, last, interval) / done
         return left
 
-    def _times(self, step: int, interval: int | None) -> int:
-        """How often something is due after a step: at every multiple of the interval, and at the end."""
+    def _due(self, after: int, step: int, interval: int | None) -> int:
+        """How often something is due behind one step and up to another: at multiples of the interval, and last."""
         last = self._config.schedule.train_iters
-        due = 0 if interval is None else last // interval - step // interval
-        return due + (step < last and (interval is None or last % interval != 0))
+        at_end = after < last == step and (interval is None or last % interval != 0)
+        return (0 if interval is None else step // interval - after // interval) + at_end

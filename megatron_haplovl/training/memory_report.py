@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 import torch
 
 from megatron_haplovl.config.layout import Layout, Workload
@@ -12,8 +15,10 @@ from megatron_haplovl.parallel.pipeline import PipelineCut
 from megatron_haplovl.planning.estimate import RankMemory, estimate
 from megatron_haplovl.planning.machine import DataSheet
 from megatron_haplovl.planning.work import Work
-from megatron_haplovl.training.memory import GIB
+from megatron_haplovl.training.memory import GIB, free_bytes
 from megatron_haplovl.training.recipe import trained_parts
+
+logger = logging.getLogger(__name__)
 
 
 def expected_memory(
@@ -46,6 +51,16 @@ def mean_sequence(config: Config, data: BatchLoader) -> Work:
         tiles=tiles,
         head_tokens={"lm_tokens": lm, "text_tokens": text}[config.stage.head_tokens],
     )
+
+
+def report_memory(memory: RankMemory, groups: ParallelGroups, device: torch.device) -> None:
+    """Log what is expected of this rank beside what is free for it."""
+    free, host_free = free_bytes(device), free_bytes(torch.device("cpu"))
+    logger.info(describe_memory(memory, device, free, host_free))
+    warning = does_not_fit(memory, device, free, host_free)
+    # All ranks of a host are alike; the first of each tells.
+    if warning is not None and (groups.world.rank == 0 or os.environ.get("LOCAL_RANK") == "0"):
+        logger.warning(warning)
 
 
 def describe_memory(memory: RankMemory, device: torch.device, free: int | None, host_free: int | None) -> str:

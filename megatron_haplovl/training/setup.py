@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,15 @@ from typing import Any
 import torch
 
 from megatron_haplovl.checkpoint.find import check_save_folder, find_resumable
+from megatron_haplovl.checkpoint.folders import read_iteration
+from megatron_haplovl.checkpoint.state import STATE_FILE
+from megatron_haplovl.config.files import read_json
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from megatron_haplovl.data.mixture_sources import open_run_sources
-from megatron_haplovl.engine.checkpointing import CheckpointWriter, load_checkpoint
+from megatron_haplovl.engine.checkpointing import CheckpointWriter, Saving, load_checkpoint
 from megatron_haplovl.engine.engine import build_engine
+from megatron_haplovl.engine.local_copies import LocalCopies
 from megatron_haplovl.engine.norms import GradientZeros
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
@@ -25,17 +28,22 @@ from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-from megatron_haplovl.planning.estimate import RankMemory
+from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.planning.machine import peak_operations
+from megatron_haplovl.training.bad_samples import BadSamples
 from megatron_haplovl.training.collection import GarbageCollection
+from megatron_haplovl.training.guards.build import build_guard
+from megatron_haplovl.training.guards.guard import Guard
 from megatron_haplovl.training.live_display import LiveDisplay
 from megatron_haplovl.training.logging import configure_logging
-from megatron_haplovl.training.memory import free_bytes
-from megatron_haplovl.training.memory_report import describe_memory, does_not_fit, expected_memory
+from megatron_haplovl.training.memory_report import expected_memory, report_memory
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
 from megatron_haplovl.training.profiling import Profiler
 from megatron_haplovl.training.rank_figures import ForwardTime
 from megatron_haplovl.training.recipe import optimizer_groups
+from megatron_haplovl.training.resumed_schedule import resumed_schedule
+from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
+from megatron_haplovl.training.saving_report import bytes_to_save, report_saving
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
@@ -61,8 +69,12 @@ class Run:
     """Optimizer steps already done when the run was resumed."""
     writer: CheckpointWriter | None
     """None without --save."""
+    copies: LocalCopies | None
+    """None without --non-persistent-save-interval."""
     device: torch.device
     sinks: Sinks
+    questions: SampleQuestions | None
+    """None without --sample-questions."""
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
@@ -74,18 +86,32 @@ class Run:
     display: LiveDisplay
     profiler: Profiler
     collection: GarbageCollection
+    bad_samples: BadSamples
+    """What could not be read."""
+    guard: Guard
+    """Decides of every step whether it may update the weights."""
 
     @property
     def groups(self) -> ParallelGroups:
         """Every process group."""
         return self.model.groups
 
+    def settle(self) -> None:
+        """The first step is done: compilers and lazily made connections are behind us, so ranks may wait less long."""
+        seconds, flag = self.config.parallel.timeout_of_steps
+        set_timeouts(seconds)
+        if self.operation.watch is not None:
+            self.operation.watch.settle(seconds, flag)
+
     def close(self) -> None:
-        """Close the logs and leave the process group."""
+        """Close the logs, give the --save folder free and leave the process group. Called by every rank."""
         self.profiler.close()
         self.collection.close()
         self.display.close()
         self.sinks.close()
+        # What the ranks have to say is said before one of them says how the run ended.
+        self.groups.control.barrier()
+        self.operation.release()
         torch.distributed.destroy_process_group()
 
 
@@ -104,6 +130,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     device, groups = initialize_processes(config)
     handler = configure_logging(groups.world.rank)
     operation.meet(groups.control)
+    if config.checkpoint.save is not None:
+        operation.lock_folder(config.checkpoint.save, groups.control)
     check_packages(config.logging)
     logger.info(describe_run(config, groups, device))
     if differences is not None:
@@ -114,9 +142,11 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
     logger.info(describe_batches(config, train_data, groups))
-    _report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
+    report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
 
-    resumed = _checkpoint_to_resume(config, groups)
+    resumed, copies = _checkpoint_to_resume(config, groups, operation.run_id)
+    if resumed is not None:
+        config = _resumed_settings(config, resumed, groups)
     model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
     profiler = _profiler(config, model, device)
@@ -134,10 +164,37 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         forward_time.enter,
     )
     zeros = GradientZeros(engine, model) if config.logging.log_num_zeros_in_grad else None
-    first_step = 0
+    set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
+    first_step, bad_samples = 0, BadSamples(config, groups.control)
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-    writer = None if config.checkpoint.save is None else CheckpointWriter(engine, model, config)
+        bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
+    guard = build_guard(
+        config,
+        engine,
+        model,
+        steps,
+        terms,
+        train_data,
+        device,
+        run_id=operation.run_id,
+        state={} if resumed is None else read_json(resumed / STATE_FILE),
+    )
+    if copies is not None:
+        copies.keep_only(resumed)
+    writer = None
+    if config.checkpoint.save is not None:
+        size = bytes_to_save(config, model)
+        if groups.world.rank == 0:
+            report_saving(config, size, first_step)
+        saving = Saving(
+            operation.run_id,
+            size,
+            operation.require_lock,
+            lambda: {**bad_samples.state(train_data), **guard.state()},
+        )
+        writer = CheckpointWriter(engine, model, config, saving)
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
     return Run(
         config=config,
         model=model,
@@ -148,10 +205,11 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         valid_data=valid_data,
         first_step=first_step,
         writer=writer,
+        copies=copies,
         device=device,
-        sinks=Sinks(config, first_step, enabled=groups.world.rank == 0),
+        sinks=sinks,
+        questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
-        leaving=Leaving(config.checkpoint, groups.control),
         forward_time=forward_time,
         zeros=zeros,
         peak_operations=_peak_operations(config, device),
@@ -160,17 +218,10 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         ),
         profiler=profiler,
         collection=GarbageCollection(config.run),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
+        bad_samples=bad_samples,
+        guard=guard,
     )
-
-
-def _report_memory(memory: RankMemory, groups: ParallelGroups, device: torch.device) -> None:
-    """What is expected beside what is free. Ranks other than 0 say only that it does not fit."""
-    free, host_free = free_bytes(device), free_bytes(torch.device("cpu"))
-    logger.info(describe_memory(memory, device, free, host_free))
-    warning = does_not_fit(memory, device, free, host_free)
-    # All ranks of a host are alike; the first of each tells.
-    if warning is not None and (groups.world.rank == 0 or os.environ.get("LOCAL_RANK") == "0"):
-        logger.warning(warning)
 
 
 def _profiler(config: Config, model: ShardedModel, device: torch.device) -> Profiler:
@@ -208,15 +259,31 @@ def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader,
     return train_data, build((), num_steps=config.logging.eval_iters, shares=(sources.valid, []), shuffle=False)
 
 
-def _checkpoint_to_resume(config: Config, groups: ParallelGroups) -> Path | None:
-    """What the run goes on from, if anything; and whether its own checkpoints can be written."""
-    resumed = None
+def _checkpoint_to_resume(
+    config: Config, groups: ParallelGroups, run_id: str
+) -> tuple[Path | None, LocalCopies | None]:
+    """What the run goes on from, if anything; whether its own checkpoints can be written; and the local copies."""
+    resumed, settings = None, config.checkpoint
     if config.resume_from is not None:
-        fallback = config.checkpoint.allow_fallback
-        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=fallback)
-        logger.info(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
-    if config.checkpoint.save is None:
+        resumed = find_resumable(config.resume_from, groups.world, allow_fallback=settings.allow_fallback)
+    if settings.save is None:
         logger.info("no --save: nothing of this run is kept")
     else:
-        check_save_folder(config.checkpoint.save, resumed, groups.world)
-    return resumed
+        check_save_folder(settings.save, resumed, groups.world)
+    copies = None
+    if settings.non_persistent_local_ckpt_dir is not None and settings.save is not None:
+        copies = LocalCopies(config, groups.control, run_id)
+        if config.resume_from is not None and Path(config.resume_from).resolve() == Path(settings.save).resolve():
+            done = -1 if resumed is None else groups.world.together(partial(read_iteration, resumed))
+            resumed = copies.newest(newer_than=done) or resumed
+    if config.resume_from is not None:
+        logger.info(f"{config.resume_from}: {'no checkpoint yet' if resumed is None else f'resuming {resumed}'}")
+    return resumed, copies
+
+
+def _resumed_settings(config: Config, resumed: Path, groups: ParallelGroups) -> Config:
+    """The settings with the learning rates that the run goes on with."""
+    found = groups.world.together(lambda: resumed_schedule(config, resumed, read_iteration(resumed)))
+    if found.remark:
+        logger.log(logging.WARNING if found.is_jump else logging.INFO, found.remark)
+    return found.config

@@ -17,9 +17,16 @@ from megatron_haplovl.config.stages import FINETUNE, PRETRAIN
 from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.engine.engine import HeadInputs
 from megatron_haplovl.losses.distillation import distillation_loss
+from megatron_haplovl.losses.distillation_figures import Candidates, vision_figures
 from megatron_haplovl.losses.language_modeling import next_token_loss
-from megatron_haplovl.losses.terms import LANGUAGE_MODELING_TERMS, LossTerm, distillation_terms
+from megatron_haplovl.losses.terms import (
+    DISTILLATION_FIGURES,
+    LANGUAGE_MODELING_TERMS,
+    LossTerm,
+    distillation_terms,
+)
 from megatron_haplovl.model.haplovl import HaploVL, HaploVLForDistillation, LayeredModel
+from megatron_haplovl.parallel.context_parallel import share_of_batch
 from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.teacher import build_teacher, teacher_width
@@ -41,6 +48,10 @@ class Stage:
     build_targets: Callable[[Config, torch.device], Targets]
     """Targets of a micro-batch that are not in the batch itself, such as a teacher's features. A first target that is a
     tensor has one row per patch, because context parallelism takes this rank's rows of it."""
+    figures: tuple[LossTerm, ...] = ()
+    """What is measured beside the losses on held-out data."""
+    build_figures: Callable[[Batch, tuple[Any, ...], Group], Callable[..., dict[str, torch.Tensor]]] | None = None
+    """(micro-batch, targets, context-parallel ranks) -> sums of the figures, from the arguments of the loss."""
 
 
 def _distillation_model(config: Config) -> LayeredModel:
@@ -60,8 +71,21 @@ def _nothing(_config: Config, _device: torch.device) -> Targets:
     return lambda _batch: ()
 
 
+def _vision_figures(batch: Batch, targets: tuple[Any, ...], context: Group) -> Callable[..., dict[str, torch.Tensor]]:
+    own_P = torch.ones_like(batch.patch_target_P, dtype=torch.bool)
+    if context.size > 1:
+        _, own_P = share_of_batch(batch, context)
+    sequence_P = batch.patch_target_P // batch.tokens_BS.shape[1]
+    candidates = Candidates(targets[0], sequence_P, own_P.nonzero().flatten())
+    return lambda student_MD, *_others: vision_figures(student_MD, candidates)
+
+
 BUILDERS: dict[str, Stage] = {
-    PRETRAIN.name: Stage(_distillation_model, distillation_loss, distillation_terms, _teacher_features),
+    PRETRAIN.name: Stage(
+        *(_distillation_model, distillation_loss, distillation_terms, _teacher_features),
+        figures=DISTILLATION_FIGURES,
+        build_figures=_vision_figures,
+    ),
     FINETUNE.name: Stage(_whole_model, next_token_loss, lambda _weights: LANGUAGE_MODELING_TERMS, _nothing),
 }
 """`StageSpec.name` -> how the stage is built."""
@@ -86,7 +110,16 @@ def head_inputs(stage: Stage, config: Config, model: ShardedModel, device: torch
         return _no_head
     loss = partial(stage.loss, **_vocabulary_shard(config.model.vocab_size, model.groups.tensor))
     targets = stage.build_targets(config, device)
-    return lambda batch: (batch, *targets(batch), loss)
+
+    def inputs(batch: Batch) -> tuple[Any, ...]:
+        found = targets(batch)
+        # Only an evaluation wants no gradient; training must not pay for figures that nobody trains.
+        if torch.is_grad_enabled() or stage.build_figures is None:
+            return (batch, *found, loss)
+        figures = stage.build_figures(batch, found, model.groups.context)
+        return (batch, *found, lambda *arguments: {**loss(*arguments), **figures(*arguments)})
+
+    return inputs
 
 
 def _no_head(_batch: Batch) -> tuple[Any, ...]:

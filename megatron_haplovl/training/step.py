@@ -1,15 +1,13 @@
-"""One optimizer step: rate, micro-batches, losses over all ranks, and what must not be trained on."""
+"""One optimizer step: rate, micro-batches, and what must not be trained on."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from megatron_haplovl.data.batch import Batch, StepCounts
-from megatron_haplovl.engine.metrics import reduce_metrics
-from megatron_haplovl.engine.steps import StepResult, Sums
+from megatron_haplovl.data.batch import Batch
+from megatron_haplovl.engine.steps import StepResult
 from megatron_haplovl.operation.phase import PhaseClock
 from megatron_haplovl.training.schedule import learning_rate
 from megatron_haplovl.training.setup import Run
@@ -21,50 +19,46 @@ class TimedBatches(Iterator[Batch]):
     Args:
         batches: the micro-batches.
         clock: is told when the rank waits for the loader.
+        describe: number of a micro-batch, counted from 0 -> what it is of.
     """
 
-    def __init__(self, batches: Iterator[Batch], clock: PhaseClock) -> None:
-        self._batches, self._clock = batches, clock
+    def __init__(self, batches: Iterator[Batch], clock: PhaseClock, describe: Callable[[int], str]) -> None:
+        self._batches, self._clock, self._describe = batches, clock, describe
+        self._number = 0
         self.waited = 0.0
         self.positions = 0
         """Of all micro-batches so far, padding included."""
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
+        self._clock.reading = partial(self._describe, self._number)
         with self._clock.during("loader"):
             batch = next(self._batches)
+        self._number += 1
         self.waited += time.perf_counter() - started
         self.positions += batch.tokens_BS.numel()
         return batch
 
 
 def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResult:
-    """One optimizer step over the global batch number `step`.
+    """One optimizer step over the global batch number `step`, or what is left of it if it must not be trained on.
 
     Returns:
         Losses, gradient norm and counts of the step.
 
     Raises:
-        FloatingPointError: a loss or the gradient norm is not finite, on every rank at once and before anything is
-            saved.
+        RunEnd: what the guard has found, on every rank at once and before anything is saved; or more samples than
+            --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
     run.profiler.before_step(step)
+    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
+    if run.guard.passes_over(step):
+        for _ in range(run.steps.accumulation if run.steps.reads_data else 0):
+            next(micro_batches)
+        return StepResult({}, None, counts, visible_pairs=0, sums={})
     run.steps.set_learning_rate(learning_rate(run.config, step))
-    result = run.steps.train(micro_batches, counts, partial(_finite_losses, run, step, counts))
-    if not math.isfinite(result.grad_norm):
-        raise FloatingPointError(
-            f"step {step + 1}: the gradient norm is not finite, though the loss is: {result.losses}; the weights can "
-            "no longer be trusted and were not saved"
-        )
+    result = run.steps.train(micro_batches, counts, run.guard.judge(step, counts))
+    run.guard.after(step, result)
     return result
-
-
-def _finite_losses(run: Run, step: int, counts: StepCounts, sums: Sums) -> dict[str, float]:
-    """The step's losses over all ranks, with their weighted total as "loss"; see `engine.steps.FiniteCheck`."""
-    losses = reduce_metrics(sums, run.terms, counts, run.groups.stages_of_replicas)
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise FloatingPointError(f"step {step + 1}: a loss is not finite: {losses}; the weights were not updated")
-    total = sum(term.weight * losses[term.name] for term in run.terms if term.weight is not None)
-    return {"loss": total, **losses}

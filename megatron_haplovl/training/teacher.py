@@ -94,7 +94,9 @@ def load_teacher(folder: str, model: ModelConfig, layer: int) -> VisionTeacher:
                 f"the vision teacher in {folder} has {ours} {theirs}, the model {getattr(model.vision, ours)}; "
                 f"set --{ours.replace('_', '-')} {theirs}"
             )
-    return VisionTeacher(family.model_class.from_pretrained(folder, local_files_only=True), family, layer)
+    return VisionTeacher(
+        family.model_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False), family, layer
+    )
 
 
 def random_teacher(model: ModelConfig, layer: int, seed: int) -> VisionTeacher:

@@ -32,14 +32,14 @@ class Window:
         self._kinds = TokenKinds(run.terms, run.train_data.counts_before(run.first_step))
         self._consumed = run.train_data.counts_by_source(range(run.first_step))
         self._by_source = SourceLosses(run.train_data.source_names, run.terms, run.device)
-        self._forecast = Forecast(run.config, run.operation.clock)
+        self._forecast = Forecast(run.config, run.operation.clock, run.first_step)
         self._forward_counts = forward_is_alone(run.groups, run.config.parallel.zero_stage)
         self._positions = 0
         self._clear()
         self._expect(run.first_step + 1)
 
     def _clear(self) -> None:
-        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        self._steps, self._tokens, self._read_tokens, self._flops = 0, 0, 0, 0.0
         self._seconds, self._waited = 0.0, 0.0
         self._by_source.clear()
 
@@ -53,9 +53,12 @@ class Window:
             waited: seconds of these that this rank spent waiting for batches.
         """
         self._steps += 1
-        self._tokens += result.counts.tokens
         self._kinds.add(result.counts)
-        self._flops += _flops(self._run, result)
+        # A step that is passed over is read, too.
+        self._read_tokens += result.counts.tokens
+        if result.losses:
+            self._tokens += result.counts.tokens
+            self._flops += _flops(self._run, result)
         self._seconds += seconds
         self._waited += waited
         self._forecast.add(seconds)
@@ -63,7 +66,8 @@ class Window:
         self._run.profiler.after_step(step)
         self._run.collection.after_step(step)
         counts_of_sources = self._run.train_data.counts_by_source(range(step - 1, step))
-        self._by_source.add(result.sums, counts_of_sources)
+        if result.updated:
+            self._by_source.add(result.sums, counts_of_sources)
         self._consumed += counts_of_sources
         self._expect(step + 1)
 
@@ -93,10 +97,12 @@ class Window:
             **self._learning_rates(),
             "global batch size": batch_size,
             **result.losses,
-            "grad norm": result.grad_norm,
+            **({} if result.grad_norm is None else {"grad norm": result.grad_norm}),
             **self._norms(),
-            "number of skipped iterations": run.steps.skipped,
-            "padding (%)": 100.0 * (1.0 - self._tokens / read),
+            "number of skipped iterations": run.guard.skipped,
+            "number of nan iterations": run.guard.not_finite,
+            **run.bad_samples.columns(),
+            "padding (%)": 100.0 * (1.0 - self._read_tokens / read),
             "samples per second": self._steps * batch_size / self._seconds,
             "tokens per gpu per second (tgs)": self._tokens / self._seconds / ranks,
             "TFLOPs": rate / 1e12,

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.forks import run_copies
 
 
 def run_ranks(script: str, ranks: int, *words: str, timeout: int = 1200) -> str:
@@ -17,7 +13,7 @@ def run_ranks(script: str, ranks: int, *words: str, timeout: int = 1200) -> str:
 
 
 def run_program(path: str, ranks: int, *words: str, timeout: int = 1200) -> str:
-    """Run a program of the repository on several ranks with torchrun and return what it printed.
+    """Run a program of the repository on several ranks, as torchrun starts them, and return what they printed.
 
     Raises:
         AssertionError: a rank failed or the time ran out; the output is the message.
@@ -25,16 +21,11 @@ def run_program(path: str, ranks: int, *words: str, timeout: int = 1200) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(
-        [*launcher, str(REPOSITORY / path), *words],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
-    return result.stdout
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [
+        {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(ranks)
+    ]
+    codes, output = run_copies(path, words, variables, timeout=timeout)
+    assert not any(codes), f"the ranks ended with {codes}\n{output[-6000:]}"
+    return output

@@ -58,7 +58,6 @@ CASES = (
     *(("DP 4", zero, "bf16", "none", "distill") for zero in (0, 1)),
     ("TP 2 + SP x DP 2", 1, "bf16", "none", "distill"),
     ("PP 2 x DP 2", 1, "bf16", "none", "distill"),
-    # Last, because ZeRO 3 replaces torch's linear function for the rest of the process.
     *(("DP 4", 3, precision, "none", "full") for precision in ("bf16", "fp32")),
     ("DP 4", 3, "bf16", "none", "distill"),
 )

@@ -45,7 +45,7 @@ def make_sources(folder: Path, tokenizer: Path) -> None:
     assert main([*words, "--tokenizer-model", str(tokenizer), "--chat-template", "llama3"]) == 0
 
 
-def sources_config(case: str, folder: Path) -> Config:
+def sources_config(case: str, folder: Path, skip_bad_samples: int = 0) -> Config:
     """A run of :func:`parallel_config` on the sources, whose weights stay as they are."""
     recipe = case.partition(": ")[0]
     c = parallel_config(case, "torch")
@@ -54,6 +54,7 @@ def sources_config(case: str, folder: Path) -> Config:
         "data_config": f"{folder}/{recipe}.yaml",
         "seq_length": 240,
         "data_cache_path": str(folder),
+        "skip_bad_samples": skip_bad_samples,
     }
     return dataclasses.replace(
         c,
@@ -91,14 +92,35 @@ def reference(folder: Path, recipe: str) -> tuple[dict[str, float], dict[str, fl
         sums, tokens = defaultdict[str, float](float), Counter[str]()
         for pack in range(c.schedule.global_batch_size * steps):
             for items in loader._plan.packs.documents(pack):
-                _add_document(
+                add_document(
                     whole.module, c, items, [share.source for group in shares for share in group], sums, tokens
                 )
         found.append({name: sums[name] / tokens[name] if sums[name] else float(tokens[name]) for name in tokens})
     return found[0], found[1]
 
 
-def _add_document(model, c, items, opened, sums, tokens) -> None:
+def retrieval(folder: Path) -> float:
+    """Share of the held-out patches whose feature is nearest to its own teacher's among those of its pack, in fp64."""
+    c = sources_config(parallel_case("distill", "DP 4, ZeRO 0"), folder)
+    sources = open_run_sources(c).valid
+    model = build_model(c, ONE_RANK)
+    fill_weights(model, c)
+    loader = build_loader((), c, num_steps=1, dp_rank=0, dp_size=1, shares=(sources, []), shuffle=False)
+    found = total = 0
+    for pack in range(c.schedule.global_batch_size):
+        batch = loader.packs([pack])
+        if not len(batch.patch_target_P):
+            continue
+        with torch.no_grad():
+            hidden = model.module.hidden_states(batch)[0, batch.patch_target_P]
+            seen, taught = model.module.distillation.vision_head(hidden).double(), random_teacher_of(c)(batch).double()
+        similar = F.cosine_similarity(seen.unsqueeze(1), taught.unsqueeze(0), dim=-1)
+        found += int((similar.argmax(dim=1) == torch.arange(len(similar))).sum())
+        total += len(similar)
+    return found / total
+
+
+def add_document(model, c, items, opened, sums, tokens) -> None:
     """Add a document's losses to `sums` and its tokens to `tokens`, under the names of the log."""
     vision, names = c.model.vision, NAMES[c.recipe.recipe]
     samples = [opened[source].read(sample) for source, sample in items]

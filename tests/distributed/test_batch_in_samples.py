@@ -11,24 +11,20 @@ from megatron_haplovl.data.batch import Batch
 from megatron_haplovl.data.loader import BatchLoader, build_loader
 from tests.distributed.cases import (
     IN_SAMPLES,
-    PARALLEL_RANKS,
     SAMPLES_LAYOUTS,
     SHARED_HEADS,
     config,
     parallel_case,
     parallel_config,
 )
-from tests.distributed.launch import run_ranks
+from tests.distributed.parallel_runs import ParallelRuns
 from tests.distributed.reference import train_serially
-from tests.distributed.test_parallel import BOTH_STAGES, compare, read
+from tests.distributed.test_parallel import BOTH_STAGES, compare
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    cases = [parallel_case(recipe, f"samples {layout}") for layout in SAMPLES_LAYOUTS for recipe in BOTH_STAGES]
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
-    return folder
+def runs(tmp_path_factory):
+    return ParallelRuns(tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture(scope="module")
@@ -56,5 +52,5 @@ def test_ranks_have_empty_micro_batches_beside_full_ones() -> None:
 
 @pytest.mark.parametrize("layout", SAMPLES_LAYOUTS)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_equals_one_sample_per_row(distributed, serial, recipe, layout):
-    compare(read(distributed, f"samples {layout}", recipe), serial[recipe])
+def test_equals_one_sample_per_row(runs, serial, recipe, layout):
+    compare(runs.result(recipe, f"samples {layout}"), serial[recipe])

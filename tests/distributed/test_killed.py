@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import REPOSITORY
+from tests.forks import run_copies
 
 
 @pytest.mark.slow
 def test_kill_9_while_saving(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(Path(__file__).parent / "worker_killed.py"), str(tmp_path)]
-    result = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-    )
+    codes, output = run_copies("tests/distributed/worker_killed.py", [str(tmp_path)], timeout=1200)
     log = (tmp_path / "killed.log").read_text() if (tmp_path / "killed.log").is_file() else ""
-    assert result.returncode == 0, result.stdout[-3000:] + log[-3000:]
+    assert codes == [0], output[-3000:] + log[-3000:]
 
     def read(name):
         lines = [

@@ -30,14 +30,12 @@ from tests.distributed.cases import (
     LARGE_LAYOUTS,
     LARGE_RANKS,
     PARALLEL_LAYOUTS,
-    PARALLEL_RANKS,
     RELEASED_BLOCKS,
     RELEASED_LAYOUTS,
     SHARED_HEADS,
     config,
-    parallel_case,
 )
-from tests.distributed.launch import run_ranks
+from tests.distributed.parallel_runs import ParallelRuns
 from tests.distributed.reference import train_serially
 
 # Measured worst cases over all layouts: loss 1.2e-7, norm 9.1e-8 (both relative), gradients 1.4e-6 (relative to the
@@ -53,42 +51,21 @@ OFFLOADED = [name for name, layout in PARALLEL_LAYOUTS.items() if "offload_optim
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    """One launch of all layouts of four ranks."""
-    folder = tmp_path_factory.mktemp("parallel")
-    layouts = [*PARALLEL_LAYOUTS, *(f"bf16 {layout}" for layout in BF16_LAYOUTS)]
-    cases = [parallel_case(recipe, layout) for layout in layouts for recipe in BOTH_STAGES]
-    cases += [parallel_case("align", layout) for layout in ALIGN_LAYOUTS]
-    cases += [parallel_case("full", f"released {layout}") for layout in RELEASED_LAYOUTS]
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
-    return folder
+def runs(tmp_path_factory):
+    """Of four ranks."""
+    return ParallelRuns(tmp_path_factory.mktemp("parallel"))
 
 
 @pytest.fixture(scope="module")
-def distributed_8(tmp_path_factory):
-    """One launch of all layouts of eight ranks."""
-    folder = tmp_path_factory.mktemp("parallel8")
-    cases = [parallel_case(recipe, layout) for layout in LARGE_LAYOUTS for recipe in BOTH_STAGES]
-    run_ranks("worker_parallel.py", LARGE_RANKS, str(folder), "torch", *cases)
-    return folder
+def runs_of_8(tmp_path_factory):
+    """Of eight ranks."""
+    return ParallelRuns(tmp_path_factory.mktemp("parallel8"), LARGE_RANKS)
 
 
 @pytest.fixture(scope="module")
-def distributed_cpu_adam(tmp_path_factory):
-    """One launch of the layouts with an offloaded optimizer, here DeepSpeed's own."""
-    folder = tmp_path_factory.mktemp("cpu_adam")
-    cases = [parallel_case(recipe, layout) for layout in OFFLOADED for recipe in BOTH_STAGES]
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "auto", *cases)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def distributed_compiled(tmp_path_factory):
-    """One launch with --compile."""
-    folder = tmp_path_factory.mktemp("compiled")
-    cases = [parallel_case("full", f"compiled {layout}") for layout in COMPILED_LAYOUTS]
-    run_ranks("worker_parallel.py", PARALLEL_RANKS, str(folder), "torch", *cases)
-    return folder
+def runs_with_cpu_adam(tmp_path_factory):
+    """With DeepSpeed's own optimizer where it is offloaded."""
+    return ParallelRuns(tmp_path_factory.mktemp("cpu_adam"), adamw="auto")
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +76,15 @@ def serial():
 
 @pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_equals_one_plain_process(distributed, serial, recipe, layout):
-    compare(read(distributed, layout, recipe), serial[recipe])
+def test_equals_one_plain_process(runs, serial, recipe, layout):
+    compare(runs.result(recipe, layout), serial[recipe])
 
 
 @pytest.mark.parametrize("layout", PARALLEL_LAYOUTS)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_deepspeed_offloads_what_it_is_told_to(distributed, recipe, layout):
+def test_deepspeed_offloads_what_it_is_told_to(runs, recipe, layout):
     settings = PARALLEL_LAYOUTS[layout]
-    assert read(distributed, layout, recipe)["on the host"] == {
+    assert runs.result(recipe, layout)["on the host"] == {
         "optimizer": settings.get("offload_optimizer") == "cpu",
         "parameters": settings.get("offload_param") == "cpu",
     }
@@ -116,8 +93,8 @@ def test_deepspeed_offloads_what_it_is_told_to(distributed, recipe, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", OFFLOADED)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_deepspeeds_cpu_adam_equals_one_plain_process(distributed_cpu_adam, serial, recipe, layout):
-    result = read(distributed_cpu_adam, layout, recipe)
+def test_deepspeeds_cpu_adam_equals_one_plain_process(runs_with_cpu_adam, serial, recipe, layout):
+    result = runs_with_cpu_adam.result(recipe, layout)
     assert result["optimizer"] == "DeepSpeedCPUAdam"
     compare(result, serial[recipe])
 
@@ -125,14 +102,14 @@ def test_deepspeeds_cpu_adam_equals_one_plain_process(distributed_cpu_adam, seri
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_eight_ranks_equal_one_plain_process(distributed_8, serial, recipe, layout):
-    compare(read(distributed_8, layout, recipe), serial[recipe])
+def test_eight_ranks_equal_one_plain_process(runs_of_8, serial, recipe, layout):
+    compare(runs_of_8.result(recipe, layout), serial[recipe])
 
 
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)
 @pytest.mark.parametrize("recipe", BOTH_STAGES)
-def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
-    result = read(distributed, f"bf16 {layout}", recipe)
+def test_bf16_stays_near_fp32(runs, serial, recipe, layout):
+    result = runs.result(recipe, f"bf16 {layout}")
     metrics, gradients, weights = serial[recipe]
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
@@ -147,24 +124,20 @@ def test_bf16_stays_near_fp32(distributed, serial, recipe, layout):
 
 
 @pytest.mark.parametrize("layout", ALIGN_LAYOUTS)
-def test_the_connector_alone_equals_one_plain_process(distributed, serial, layout):
-    compare(read(distributed, layout, "align"), serial["align"])
+def test_the_connector_alone_equals_one_plain_process(runs, serial, layout):
+    compare(runs.result("align", layout), serial["align"])
 
 
-def test_released_blocks_equal_one_plain_process(distributed):
+def test_released_blocks_equal_one_plain_process(runs):
     serial = train_serially(config("full", **SHARED_HEADS, **RELEASED_BLOCKS))
     for layout in RELEASED_LAYOUTS:
-        compare(read(distributed, f"released {layout}", "full"), serial)
+        compare(runs.result("full", f"released {layout}"), serial)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", COMPILED_LAYOUTS)
-def test_compiled_blocks_equal_one_plain_process(distributed_compiled, serial, layout):
-    compare(read(distributed_compiled, f"compiled {layout}", "full"), serial["full"])
-
-
-def read(folder, layout, recipe):
-    return torch.load(folder / f"{parallel_case(recipe, layout)}.pt", weights_only=True)
+def test_compiled_blocks_equal_one_plain_process(runs, serial, layout):
+    compare(runs.result("full", f"compiled {layout}"), serial["full"])
 
 
 def compare(result, expected):

@@ -76,16 +76,14 @@ TIMES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    run_ranks("worker_resume.py", 2, str(folder))
-    return folder
+    return tmp_path_factory.mktemp("resume")
 
 
-@pytest.fixture(scope="module")
-def folder_4(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume4")
-    run_ranks("worker_resume.py", 4, str(folder))
-    return folder
+def run(folder, name, ranks):
+    """The folder of a case, which runs when it is first asked for."""
+    if not (folder / name).exists():
+        run_ranks("worker_resume.py", ranks, str(folder), name)
+    return folder / name
 
 
 def read(path):
@@ -94,29 +92,31 @@ def read(path):
 
 
 @pytest.mark.parametrize("name", [case[0] for case in CASES])
-def test_resumed_equals_undisturbed(folder, name):
-    whole, stopped, resumed = (read(folder / name / f"{part}.jsonl") for part in ("whole", "stopped", "resumed"))
+def test_resumed_equals_undisturbed(folder, name, ranks=2):
+    case = run(folder, name, ranks)
+    whole, stopped, resumed = (read(case / f"{part}.jsonl") for part in ("whole", "stopped", "resumed"))
     assert [line["iteration"] for line in resumed] == list(range(RESUMED_AFTER + 1, TRAIN_ITERS + 1))
     assert stopped + resumed == whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [case[0] for case in CASES_OF_4_RANKS])
-def test_resumed_equals_undisturbed_on_4_ranks(folder_4, name):
-    test_resumed_equals_undisturbed(folder_4, name)
-    test_final_weights_are_identical(folder_4, name)
+def test_resumed_equals_undisturbed_on_4_ranks(folder, name):
+    test_resumed_equals_undisturbed(folder, name, ranks=4)
+    test_final_weights_are_identical(folder, name)
 
 
 @pytest.mark.parametrize("name", [case[0] for case in CASES])
 def test_final_weights_are_identical(folder, name):
-    whole, broken = (PieceReader(folder / name / part / f"global_step{TRAIN_ITERS}") for part in ("whole", "broken"))
+    case = run(folder, name, 2)
+    whole, broken = (PieceReader(case / part / f"global_step{TRAIN_ITERS}") for part in ("whole", "broken"))
     assert whole.names() == broken.names()
     assert all((whole.get(n) == broken.get(n)).all() for n in whole.names())
 
 
 @pytest.mark.parametrize("name", [case[0] for case in CASES])
 def test_the_checkpoint_folder_has_its_files(folder, name):
-    save = folder / name / "broken"
+    save = run(folder, name, 2) / "broken"
     assert (save / "latest").read_text().strip() == f"global_step{TRAIN_ITERS}"
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(TRAIN_ITERS)
     saved = json.loads((save / "latest").with_name(f"global_step{RESUMED_AFTER}").joinpath("config.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.cases import PARALLEL_RANKS, parallel_case
 from tests.distributed.launch import run_ranks
-from tests.distributed.sources import LAYOUTS, NAMES, logged, make_sources, reference
+from tests.distributed.sources import LAYOUTS, NAMES, logged, make_sources, reference, retrieval
 
 RECIPES = ("distill", "full")
 TERMS = {"distill": ("vision loss", "feature loss", "ctp loss"), "full": ("lm loss",)}
@@ -20,11 +20,8 @@ TOLERANCE = 2e-6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_spm_model):
-    """One launch of all layouts."""
     folder = tmp_path_factory.mktemp("sources")
     make_sources(folder, tiny_spm_model)
-    cases = [parallel_case(recipe, layout) for layout in LAYOUTS for recipe in RECIPES]
-    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), *cases)
     return folder
 
 
@@ -36,6 +33,7 @@ def serial(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_source_is_as_in_one_process_with_each_document_alone(folder, serial, recipe, layout):
+    run_ranks("worker_sources.py", PARALLEL_RANKS, str(folder), "0", parallel_case(recipe, layout))
     train, valid = logged(folder, recipe, layout)
     expected_train, expected_valid = serial[recipe]
     by_source = {name: value for name, value in train.items() if "/" in name}
@@ -46,6 +44,20 @@ def test_each_source_is_as_in_one_process_with_each_document_alone(folder, seria
     of_valid = {name.removeprefix("valid "): value for name, value in valid.items() if "/" in name}
     losses = {name: value for name, value in expected_valid.items() if not name.startswith("consumed")}
     assert of_valid == pytest.approx(losses, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def found_again(folder):
+    return retrieval(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stage_1s_held_out_figures_are_as_in_one_process(folder, found_again, layout):
+    train, valid = logged(folder, "distill", layout)
+    assert valid["valid patch cosine"] == pytest.approx(1 - valid["valid vision loss"], abs=TOLERANCE)
+    assert valid["valid patch retrieval"] == pytest.approx(found_again, rel=TOLERANCE)
+    assert 0 < found_again < 1
+    assert not any("patch" in name for name in train)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

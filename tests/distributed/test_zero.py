@@ -29,14 +29,6 @@ BF16_LOSS_TOLERANCE, BF16_WEIGHT_TOLERANCE = 1e-2, 5e-3
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    """One launch of all cases."""
-    folder = tmp_path_factory.mktemp("zero")
-    run_ranks("worker_zero.py", 2, str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def serial():
     """Recipe -> (losses and norms per step, weights) of the plain reference."""
     runs = {recipe: train_serially(config(recipe)) for recipe in RECIPES}
@@ -87,10 +79,15 @@ def documents_of(batch: Batch) -> list[tuple[str, ...]]:
     return documents
 
 
+def trained(folder, recipe, zero_stage, mode):
+    run_ranks("worker_zero.py", 2, str(folder), recipe, str(zero_stage), mode)
+    return torch.load(result_file(folder, recipe, zero_stage, mode), weights_only=True)
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp32_equals_one_plain_process(distributed, serial, recipe, zero_stage):
-    result = torch.load(result_file(distributed, recipe, zero_stage, "fp32"), weights_only=True)
+def test_fp32_equals_one_plain_process(tmp_path, serial, recipe, zero_stage):
+    result = trained(tmp_path, recipe, zero_stage, "fp32")
     metrics, weights = serial[recipe]
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name, value in expected.items():
@@ -106,8 +103,8 @@ def test_fp32_equals_one_plain_process(distributed, serial, recipe, zero_stage):
     ("zero_stage", "mode"), [*((z, "bf16") for z in (0, 1, 2, 3)), *((z, "bf16-offload") for z in (1, 2, 3))]
 )
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_bf16_stays_near_fp32(distributed, serial, recipe, zero_stage, mode):
-    result = torch.load(result_file(distributed, recipe, zero_stage, mode), weights_only=True)
+def test_bf16_stays_near_fp32(tmp_path, serial, recipe, zero_stage, mode):
+    result = trained(tmp_path, recipe, zero_stage, mode)
     metrics, weights = serial[recipe]
     for got, expected in zip(result["metrics"], metrics, strict=True):
         for name in expected.keys() - {"grad norm"}:

@@ -18,6 +18,7 @@ from megatron_haplovl.checkpoint.manifest import damaged_files
 from megatron_haplovl.training.loop import train
 from megatron_haplovl.training.setup import setup
 from tests.distributed.cases import config
+from tests.processes import die_with_parent
 
 KILLS, TRAIN_ITERS = 30, 100
 
@@ -26,6 +27,7 @@ def child(folder: Path, name: str, asynchronous: bool, **flags: object) -> int:
     pid = os.fork()
     if pid:
         return pid
+    die_with_parent()
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         os.environ.pop(variable, None)
     output = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,9 +1,8 @@
-"""Rank program: trains in every layout and leaves losses, gradient norms, first gradients and weights behind."""
+"""Rank program: trains in one layout and leaves losses, gradient norms, first gradients and weights behind."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from megatron_haplovl.training.setup import Run, setup
 from megatron_haplovl.training.step import train_step
 from tests.distributed.cases import STEPS, parallel_config
 from tests.distributed.gather import full_weights
-from tests.distributed.topology import forget_topology
 
 
 def gradients_before_step(run: Run) -> dict[str, torch.Tensor]:
@@ -71,22 +69,20 @@ def on_the_host(engine: Any) -> dict[str, bool]:
     return {"optimizer": getattr(optimizer, "cpu_offload", False), "parameters": False}
 
 
-def main(folder: Path, adamw: str, cases: Sequence[str]) -> None:
-    for case in cases:
-        forget_topology()
-        run = setup(parallel_config(case, adamw))
-        gradients = gradients_before_step(run)
-        batches = run.train_data.micro_batches()
-        results = [train_step(run, step, batches) for step in range(STEPS)]
-        metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
-        weights = dict(full_weights(run.model))
-        gradients = of_all_stages(run, gradients)
-        if dist.get_rank() == 0:
-            result = {"metrics": metrics, "gradients": gradients, "weights": weights}
-            inner = type(run.engine.basic_optimizer).__name__
-            torch.save({**result, "on the host": on_the_host(run.engine), "optimizer": inner}, folder / f"{case}.pt")
+def main(folder: Path, adamw: str, case: str) -> None:
+    run = setup(parallel_config(case, adamw))
+    gradients = gradients_before_step(run)
+    batches = run.train_data.micro_batches()
+    results = [train_step(run, step, batches) for step in range(STEPS)]
+    metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
+    weights = dict(full_weights(run.model))
+    gradients = of_all_stages(run, gradients)
+    if dist.get_rank() == 0:
+        result = {"metrics": metrics, "gradients": gradients, "weights": weights}
+        inner = type(run.engine.basic_optimizer).__name__
+        torch.save({**result, "on the host": on_the_host(run.engine), "optimizer": inner}, folder / f"{case}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

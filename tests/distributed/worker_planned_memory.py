@@ -1,4 +1,4 @@
-"""Rank program: the most bytes that tensors take in one optimizer step, in every layout, on every rank."""
+"""Rank program: the most bytes that tensors take in one optimizer step, in one layout, on every rank."""
 
 from __future__ import annotations
 
@@ -16,26 +16,18 @@ from megatron_haplovl.training.setup import Run, setup
 from megatron_haplovl.training.step import train_step
 from tests.distributed.live_bytes import LiveBytes, all_tensors
 from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS, memory_config
-from tests.distributed.topology import forget_topology
 
 
-def main(path: Path) -> None:
+def main(path: Path, case: tuple[str, int, str, str, str]) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     settings = path.with_suffix(f".deepspeed{dist.get_rank()}.json")
     settings.write_text(json.dumps({"zero_optimization": vars(BUCKETS)}))
-    records = []
-    for case in CASES:
-        others = list(all_tensors())
-        forget_topology()
-        run = setup(memory_config(case, str(settings)))
-        mine = measure(run, others)
-        run.engine.destroy()
-        del run, others
-        ranks: list[Any] = [None] * RANKS
-        dist.all_gather_object(ranks, mine)
-        records.append({"case": case, "ranks": ranks})
+    others = list(all_tensors())
+    run = setup(memory_config(case, str(settings)))
+    ranks: list[Any] = [None] * RANKS
+    dist.all_gather_object(ranks, measure(run, others))
     if dist.get_rank() == 0:
-        path.write_text(json.dumps(records))
+        path.write_text(json.dumps(ranks))
     dist.destroy_process_group()
 
 
@@ -61,4 +53,4 @@ def measure(run: Run, others: list[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), CASES[int(sys.argv[2])])

@@ -35,12 +35,12 @@ def full_disk_at(step: int, full_rank: int) -> Any:
     """Make this rank unable to write this step's checkpoint: the system refuses large files while it saves."""
     write_rank = write.write_rank
 
-    def write_part(folder: Path, rank: int, pieces: Any) -> None:
+    def write_part(folder: Path, rank: int, pieces: Any, run_id: str) -> Any:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == full_rank and folder.name == f".global_step{step}.unfinished":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            write_rank(folder, rank, pieces)
+            return write_rank(folder, rank, pieces, run_id)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     original = full_disk_at(6, 1)
     try:
         run(folder, "never saved", "never saved")
-    except OSError as error:
+    except ValueError as error:
         found["never saved"] = str(error)
     write.write_rank = original
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Rank program: trains every recipe under every ZeRO stage and leaves losses, gradient norms and weights behind."""
+"""Rank program: trains a recipe under a ZeRO stage and leaves losses, gradient norms and weights behind."""
 
 from __future__ import annotations
 
@@ -21,22 +21,16 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(folder: Path) -> None:
-    for recipe in ("distill", "align", "full"):
-        for zero_stage in (0, 1, 2, 3):
-            for mode, flags in MODES.items():
-                if zero_stage == 0 and "offload" in mode:
-                    continue
-                run = setup(config(recipe, parallel__zero_stage=zero_stage, **flags))
-                batches = run.train_data.micro_batches()
-                results = [train_step(run, step, batches) for step in range(STEPS)]
-                metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
-                weights = dict(full_weights(run.model))
-                if dist.get_rank() == 0:
-                    path = result_file(folder, recipe, zero_stage, mode)
-                    torch.save({"metrics": metrics, "weights": weights}, path)
+def main(folder: Path, recipe: str, zero_stage: int, mode: str) -> None:
+    run = setup(config(recipe, parallel__zero_stage=zero_stage, **MODES[mode]))
+    batches = run.train_data.micro_batches()
+    results = [train_step(run, step, batches) for step in range(STEPS)]
+    metrics = [{**result.losses, "grad norm": result.grad_norm} for result in results]
+    weights = dict(full_weights(run.model))
+    if dist.get_rank() == 0:
+        torch.save({"metrics": metrics, "weights": weights}, result_file(folder, recipe, zero_stage, mode))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

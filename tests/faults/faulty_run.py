@@ -2,8 +2,8 @@
 
     HAPLOVL_FAULT=NAME@STEP:RANK torchrun ... tests/faults/faulty_run.py finetune --model haplovl-debug ...
 
-NAME is one of `faults.FAULTS`. Only the first start has the fault: after a restart of torchrun, or where the file of
-HAPLOVL_FAULT_DONE exists, there is none.
+NAME is one of `faults.FAULTS`; there may be several faults, with spaces between them. Only the first start has them:
+after a restart of torchrun, or where the file of HAPLOVL_FAULT_DONE exists, there are none.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tests.faults.faults import FAULTS
 def main() -> None:
     stage = next(word for word in sys.argv if word in ("pretrain", "finetune"))
     sys.argv.remove(stage)
-    fault = os.environ.get("HAPLOVL_FAULT")
+    faults = os.environ.get("HAPLOVL_FAULT", "").split()
     done = Path(os.environ.get("HAPLOVL_FAULT_DONE", "/nonexistent"))
-    if fault and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and not done.exists():
-        name, _, place = fault.partition("@")
-        step, _, rank = place.partition(":")
-        FAULTS[name](int(step), int(rank))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and not done.exists():
+        for fault in faults:
+            name, _, place = fault.partition("@")
+            step, _, rank = place.partition(":")
+            FAULTS[name](int(step), int(rank))
     {"pretrain": pretrain, "finetune": finetune}[stage].main()
 
 

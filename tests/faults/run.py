@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.processes import REPOSITORY as REPOSITORY
+from tests.processes import descendants as descendants
+from tests.processes import die_with_parent, kill_tree
 
 _TINY = """
 --model haplovl-debug --mock-data --device cpu --seq-length 96 --num-workers 0 --lr-decay-style constant
@@ -76,35 +77,21 @@ def started(words: Sequence[str], log: Path, **extra: str) -> Iterator[subproces
     """A process in a session of its own, whose output goes to a file. Whatever is left of it at the end is killed."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            words, cwd=REPOSITORY, env=environment(**extra), stdout=output, stderr=output, start_new_session=True
+            words,
+            cwd=REPOSITORY,
+            env=environment(**extra),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
     try:
         yield process
     finally:
-        for pid in descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
+        kill_tree(process)
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one, by /proc."""
-    parents: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.setdefault(parent, []).append(int(folder.name))
-    found, open_ = [], [pid]
-    while open_:
-        children = parents.get(open_.pop(), [])
-        found += children
-        open_ += children
-    return found
-
-
-def run_to_end(words: Sequence[str], log: Path, *, timeout: float = 240, **extra: str) -> FaultyRun:
+def run_to_end(words: Sequence[str], log: Path, *, timeout: float = 400, **extra: str) -> FaultyRun:
     """Start a run and wait for its end.
 
     Args:

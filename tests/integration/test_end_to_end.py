@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from megatron_haplovl.checkpoint.pieces import open_checkpoint
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import make_llava_dataset
+from tests.distributed.launch import run_program
+from tests.forks import run_copies
+from tests.processes import REPOSITORY, output_of
 
-REPOSITORY = Path(__file__).parents[2]
 SIZES = (
     "--model haplovl-debug --patch-size 8 --image-size 16 --image-aspect-ratio anyres --max-tiles 2 --image-newline "
     "--pre-num-layers 2 --pre-hidden-size 32 --pre-ffn-hidden-size 48 --pre-num-attention-heads 2 "
@@ -32,25 +33,26 @@ SIZES = (
 SCHEDULE = "--train-iters 4 --global-batch-size 4 --lr 1e-3 --lr-warmup-iters 1 --log-interval 1 --num-workers 1"
 
 
-def run(command: str, *, fails: bool = False) -> str:
-    """Run a command of the repository in this environment; returns what it printed, both streams."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(
-        command.split(),
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert (result.returncode != 0) == fails, f"{command}\n{result.stdout[-5000:]}"
-    return result.stdout
+def run(command: str, *, fails: bool = False, ranks: int = 1) -> str:
+    """Run a command in the repository; returns what it printed, both streams.
+
+    Launchers are started as users start them. Python programs are copies of a process that has imported everything.
+    """
+    first, *words = command.split()
+    if first == sys.executable and ranks > 1:
+        return run_program(words[0], ranks, *words[1:])
+    if first == sys.executable:
+        (code,), output = run_copies(words[0], words[1:], timeout=300)
+    else:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        }
+        code, output = output_of([first, *words], environment=environment, timeout=300)
+    assert (code != 0) == fails, f"{command}\n{output[-5000:]}"
+    return output
 
 
 def save_teachers(folder: Path, vocab_size: int) -> None:
@@ -114,9 +116,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
         f"--metrics-file {folder}/stage1.jsonl"
     )
     out["stage 1, pipelined"] = run(
-        f"deepspeed --num_gpus 2 pretrain_haplovl.py {sizes} {data} {SCHEDULE} --aux-data-path {folder}/train "
+        f"{sys.executable} pretrain_haplovl.py {sizes} {data} {SCHEDULE} --aux-data-path {folder}/train "
         f"--vision-teacher {folder}/clip --language-model {folder}/llama --pipeline-model-parallel-size 2 "
-        f"--save {folder}/stage1_pipelined --metrics-file {folder}/stage1_pipelined.jsonl"
+        f"--save {folder}/stage1_pipelined --metrics-file {folder}/stage1_pipelined.jsonl",
+        ranks=2,
     )
     out["align"] = run(
         f"torchrun --nproc_per_node 2 finetune_haplovl.py {sizes} {data} {SCHEDULE} --recipe align --zero-stage 3 "
@@ -127,9 +130,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_spm_model: Path) -> Cha
         f"--save {folder}/full --metrics-file {folder}/full.jsonl"
     )
     out["full, pipelined"] = run(
-        f"torchrun --nproc_per_node 2 finetune_haplovl.py {sizes} {data} {SCHEDULE} --bf16 "
+        f"{sys.executable} finetune_haplovl.py {sizes} {data} {SCHEDULE} --bf16 "
         f"--pretrained-checkpoint {folder}/align --pipeline-model-parallel-size 2 --save {folder}/full_pipelined "
-        f"--metrics-file {folder}/full_pipelined.jsonl"
+        f"--metrics-file {folder}/full_pipelined.jsonl",
+        ranks=2,
     )
     out["export"] = run(
         f"{sys.executable} tools/convert_checkpoint.py export --load {folder}/full --save {folder}/hf --verify"

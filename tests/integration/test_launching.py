@@ -80,7 +80,9 @@ def assert_same_training(metrics: list[dict], expected: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """The `deepspeed` launcher with one rank."""
-    metrics = launch(tmp_path_factory.mktemp("one"), ([*SCRIPT, *FLAGS], {"NUM_GPUS": "1"}), ranks=1)
+    metrics = launch(
+        tmp_path_factory.mktemp("one"), ([*SCRIPT, *FLAGS], {"NUM_GPUS": "1", "LAUNCHER": "deepspeed"}), ranks=1
+    )
     assert metrics[0]["lm loss"] != metrics[-1]["lm loss"]
     return metrics
 

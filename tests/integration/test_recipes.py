@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from tests.forks import run_copies
 
-REPOSITORY = Path(__file__).parents[2]
 RECIPES = "examples/recipes/haplovl-debug"
 SHORT = ["--mock-data", "--device", "cpu", "--train-iters", "1", "--lr-warmup-iters", "0", "--global-batch-size", "4"]
 
 
 def run(script: str, *words: str) -> str:
     """What the training printed, both streams."""
-    command = [sys.executable, script, *words]
-    result = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
+    codes, output = run_copies(script, words, timeout=300)
+    assert codes == [0], output[-4000:]
+    return output
 
 
 def test_any_resolution_goes_on_from_one(tmp_path):

@@ -21,7 +21,7 @@ import megatron_haplovl
 from megatron_haplovl.conversion import remote_code
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("preprocess", "merge", "convert", "evaluate", "generate", "plan", "verify", "inspect")
+COMMANDS = ("preprocess", "merge", "convert", "evaluate", "generate", "plan", "verify", "inspect", "report")
 SIZES = (
     "--model haplovl-debug --patch-size 8 --image-size 16 --pre-num-layers 1 --pre-hidden-size 32 "
     "--pre-ffn-hidden-size 48 --pre-num-attention-heads 2 --post-num-layers 1 --post-hidden-size 48 "

@@ -24,6 +24,7 @@ from megatron_haplovl.commands import (
     merge,
     plan_arguments,
     preprocess_arguments,
+    report_run,
     verify,
 )
 from megatron_haplovl.config.cli import build_config, parse_args, parse_command_line
@@ -48,6 +49,7 @@ TOOLS = {
     "tools/plan_parallelism.py": plan_arguments.build_parser,
     "tools/inspect_data.py": inspect_data.build_parser,
     "tools/preprocess_data.py": preprocess_arguments.build_parser,
+    "tools/report_run.py": report_run.build_parser,
     "tools/verify_data.py": verify.build_parser,
 }
 SCRIPTS = {
@@ -58,6 +60,7 @@ SCRIPTS = {
     "haplovl-merge": merge.build_parser,
     "haplovl-plan": plan_arguments.build_parser,
     "haplovl-preprocess": preprocess_arguments.build_parser,
+    "haplovl-report": report_run.build_parser,
     "haplovl-verify": verify.build_parser,
 }
 MODULES = {

@@ -68,14 +68,18 @@ class MicroBatchNumbers:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self._steps):
-            mine = self._sequences(step)
-            for first in range(0, len(mine), self._micro):
-                yield mine[first : first + self._micro]
+            yield from self.of_step(step)
 
     def __len__(self) -> int:
         return (self._steps - self.first_step) * self.per_step
 
-    def _sequences(self, step: int) -> list[int]:
+    def of_step(self, step: int) -> list[list[int]]:
+        """The same for one step."""
+        mine = self.packs_of(step)
+        return [mine[first : first + self._micro] for first in range(0, len(mine), self._micro)]
+
+    def packs_of(self, step: int) -> list[int]:
+        """The packs that this rank reads in a step, in order, with EMPTY where there is none."""
         packs = np.full(self.sequences, EMPTY, dtype=np.int64)
         real = self._plan.packs_of(step)
         packs[: len(real)] = real

@@ -6,6 +6,7 @@ A pack is a packed sequence. It has one number through all epochs of a plan.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,6 +76,14 @@ class EpochPlan:
             for start, end in zip(bounds[:-1], bounds[1:], strict=True)
         ]
 
+    def item_counts_of(self, pack: int) -> list[list[tuple[int, ...]]]:
+        """For each document of a pack, the counts of each of its samples, as in ITEM_COUNT_NAMES."""
+        first, last = self.pack_offsets[pack], self.pack_offsets[pack + 1]
+        bounds = self.doc_offsets[first : last + 1].tolist()
+        return [
+            [tuple(row) for row in self.item_counts[start:end].tolist()] for start, end in itertools.pairwise(bounds)
+        ]
+
 
 class PackPlan:
     """Epochs one after the other.
@@ -108,6 +117,15 @@ class PackPlan:
             return []
         epoch = self._epoch(pack)
         return self.epochs[epoch].documents(pack - self.start(epoch))
+
+    def item_counts(self, pack: int) -> list[list[tuple[int, ...]]]:
+        """For each of these documents, the counts of each of its samples, columns as in ITEM_COUNT_NAMES."""
+        if self.cycle:
+            pack %= self.num_packs
+        if pack >= self.num_packs:
+            return []
+        epoch = self._epoch(pack)
+        return self.epochs[epoch].item_counts_of(pack - self.start(epoch))
 
     def spans(self, packs: range) -> Iterator[tuple[EpochPlan, int, int]]:
         """The epochs that packs which follow each other lie in, with the first pack and the end in each."""

@@ -101,7 +101,7 @@ class PrefixJoiner(PrefixFiles):
         total, before = len(images), len(self._image_ids)
         if len(digests) != 32 * total:
             raise ValueError(f"{prefix} has {len(digests) // 32} digests for {total} images; preprocess again")
-        images.flat()  # they follow each other
+        images.check_order()
         ids = self._image_ids
         new_ids = np.fromiter(
             (ids.setdefault(digests[i : i + 32], len(ids)) for i in range(0, 32 * total, 32)), np.int32, total

@@ -12,8 +12,10 @@ from megatron_haplovl.checkpoint.find import find_checkpoint, find_resumable
 from megatron_haplovl.checkpoint.folders import complete_checkpoints, restore_replaced, unfinished
 from megatron_haplovl.checkpoint.manifest import MANIFEST
 from megatron_haplovl.checkpoint.pieces import WEIGHT, Piece
+from megatron_haplovl.checkpoint.state import TrainingState
 from megatron_haplovl.checkpoint.weight_files import write_weights
-from megatron_haplovl.checkpoint.write import complete, write_rank
+from megatron_haplovl.checkpoint.write import complete, settings_texts, write_rank, write_settings
+from megatron_haplovl.config.schema import Config
 from megatron_haplovl.parallel.groups import Group
 
 ONE = Group()
@@ -23,10 +25,9 @@ def save(root, step, latest=True):
     folder = root / f"global_step{step}"
     aside = unfinished(folder)
     aside.mkdir(parents=True)
-    for name in ("config.json", "training_state.json"):
-        (aside / name).write_text(json.dumps({"iteration": step}))
-    write_rank(aside, 0, [(Piece("a", WEIGHT, None, 0, 1, 0, 3), torch.arange(3.0))])
-    complete(aside, folder, 1, {"a": torch.Size((3,))}, torch.float32, patience=1.0)
+    write_settings(aside, *settings_texts(Config(), TrainingState(step, 4, "a plan", "a run")))
+    write_rank(aside, 0, [(Piece("a", WEIGHT, None, 0, 1, 0, 3), torch.arange(3.0))], "a run")
+    complete(aside, folder, 1, {"a": torch.Size((3,))}, torch.float32, patience=1.0, run_id="a run")
     if latest:
         (root / "latest").write_text(folder.name)
     return folder

@@ -46,8 +46,8 @@ def save(folder, parts, replicas, dtype=torch.float32):
     aside.mkdir()
     ranks = list(held(parts, replicas))
     for rank, pieces in enumerate(ranks):
-        write_rank(aside, rank, pieces)
-    complete(aside, folder / "step", len(ranks), SHAPES, dtype, patience=1.0)
+        write_rank(aside, rank, pieces, "a run")
+    complete(aside, folder / "step", len(ranks), SHAPES, dtype, patience=1.0, run_id="a run")
     return folder / "step"
 
 
@@ -102,9 +102,9 @@ def test_elements_that_nobody_wrote_are_missed(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()
     for rank, pieces in enumerate(list(held(1, 3))[:2]):
-        write_rank(aside, rank, pieces)
+        write_rank(aside, rank, pieces, "a run")
     folder = tmp_path / "step"
-    complete(aside, folder, 2, SHAPES, torch.float32, patience=1.0)
+    complete(aside, folder, 2, SHAPES, torch.float32, patience=1.0, run_id="a run")
     with pytest.raises(ValueError, match="16 of 24 elements of rows are there"):
         PieceReader(folder).get("rows")
     with pytest.raises(ValueError, match="has no step of rows"):
@@ -116,12 +116,12 @@ def test_elements_that_nobody_wrote_are_missed(tmp_path):
 def test_no_checkpoint_without_every_rank(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()
-    write_rank(aside, 0, next(held(1, 2)))
+    write_rank(aside, 0, next(held(1, 2)), "a run")
     with pytest.raises(OSError, match="rank 1 did not write its part of step"):
-        complete(aside, tmp_path / "step", 2, SHAPES, torch.float32, patience=0.1)
+        complete(aside, tmp_path / "step", 2, SHAPES, torch.float32, patience=0.1, run_id="a run")
     mark_failed(aside, 1)
     with pytest.raises(OSError, match="rank 1 could not write its part of step"):
-        complete(aside, tmp_path / "step", 2, SHAPES, torch.float32, patience=60.0)
+        complete(aside, tmp_path / "step", 2, SHAPES, torch.float32, patience=60.0, run_id="a run")
     assert not (tmp_path / "step").exists()
 
 
@@ -132,11 +132,11 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_complete(tmp_path):
     aside.mkdir()
     mark_failed(aside, 0)
     with pytest.raises(OSError, match="rank 0 could not write"):
-        complete(aside, older, 1, SHAPES, torch.float32, patience=60.0)
+        complete(aside, older, 1, SHAPES, torch.float32, patience=60.0, run_id="a run")
     assert {path.name: path.read_bytes() for path in older.iterdir()} == content
     shutil.rmtree(aside)
     aside.mkdir()
-    write_rank(aside, 0, next(held(1, 1)))
-    complete(aside, older, 1, SHAPES, torch.float32, patience=60.0)
+    write_rank(aside, 0, next(held(1, 1)), "a run")
+    complete(aside, older, 1, SHAPES, torch.float32, patience=60.0, run_id="a run")
     assert sorted(path.name for path in older.iterdir()) == [MANIFEST, "rank-00000.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == [older.name]

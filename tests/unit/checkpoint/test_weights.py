@@ -214,7 +214,7 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
-    with pytest.raises(ValueError, match="not a plain file name"):
+    with pytest.raises(ValueError, match="is not a plain name"):
         WeightReader(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_resolve_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="global_step4'?, but .* is missing"):
         resolve_checkpoint(tmp_path)
     (tmp_path / "latest").write_text("../global_step3")
-    with pytest.raises(ValueError, match="not the name of a folder"):
+    with pytest.raises(ValueError, match="is not a plain name"):
         resolve_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         resolve_checkpoint(tmp_path / "missing")
@@ -254,7 +254,7 @@ def test_config_with_an_unknown_setting(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="unknown setting model.pre.wings"):
         read_config(tmp_path)
-    with pytest.raises(ValueError, match="has no iteration"):
+    with pytest.raises(ValueError, match="iteration .* is not a number of at least 0"):
         read_iteration(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -19,6 +19,7 @@ SCRIPTS = {
     "tools/plan_parallelism.py": "commands.plan",
     "tools/verify_data.py": "commands.verify",
     "tools/inspect_data.py": "commands.inspect_data",
+    "tools/report_run.py": "commands.report_run",
     "pretrain_haplovl.py": "pretrain",
     "finetune_haplovl.py": "finetune",
 }

@@ -8,6 +8,7 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.config.settings import iterate_settings
 
 MOCK = ["--model", "haplovl-debug", "--mock-data"]
+ASKS = ["--sample-questions", "q"]
 LINEAR = ["--post-rope-scaling-type", "linear"]
 WIDE = ["--post-hidden-size", "128", "--post-num-attention-heads", "4", "--post-num-key-value-heads", "4"]
 
@@ -114,6 +115,11 @@ def test_the_launchers_local_rank_is_accepted():
         ),
         ([*MOCK, "--pipeline-model-parallel-size", "2", "--zero-stage", "2"], "use --zero-stage 1 or no pipeline"),
         ([*MOCK, *WIDE, "--context-parallel-size", "2", "--compile"], "--context-parallel-size above 1"),
+        ([*MOCK, "--sample-interval", "5"], "--sample-interval is about --sample-questions; give that"),
+        ([*MOCK, "--sample-questions", "q"], "--sample-questions needs --tokenizer-model"),
+        ([*MOCK, *ASKS, "--tokenizer-model", "t"], "needs --sample-chat-template, because no data names one"),
+        ([*MOCK, *ASKS, "--sample-interval", "0"], "--sample-interval must be at least 1, got 0"),
+        ([*MOCK, *ASKS, "--sample-max-new-tokens", "0"], "--sample-max-new-tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):
@@ -131,6 +137,7 @@ def test_bad_settings_are_refused_with_a_sentence(words, message, capsys):
         (["--mock-data", "--text-embedding", "folded"], "--text-embedding factored"),
         (["--mock-data", "--freeze-connector"], "no connector"),
         (["--mock-data", "--vision-loss-weight", "-1"], "must not be negative"),
+        (["--mock-data", "--sample-questions", "q"], "--sample-questions is for stage 2 only"),
     ],
 )
 def test_stage_1_needs_its_teachers(words, message, capsys):

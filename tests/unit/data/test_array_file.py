@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_haplovl.data.array_file import map_array
+from megatron_haplovl.data.array_file import read_array
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from megatron_haplovl.data.array_file import map_array
 )
 def test_what_numpy_wrote(tmp_path: Path, array: np.ndarray, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "x.npy", array)
-    found = map_array(tmp_path / "x.npy", array.dtype, shape)
+    found = read_array(tmp_path / "x.npy", array.dtype, shape)
     assert found.dtype == array.dtype and found.shape == array.shape and (found == array).all()
 
 
@@ -35,7 +35,7 @@ def test_every_flipped_bit_of_the_header(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.npy"):
-            map_array(path, np.int32, (-1, 2))
+            read_array(path, np.int32, (-1, 2))
 
 
 def test_another_kind(tmp_path: Path) -> None:
@@ -43,9 +43,9 @@ def test_another_kind(tmp_path: Path) -> None:
     np.save(path, np.zeros((3, 2), dtype=np.int32))
     for dtype, shape in ((np.int64, (3, 2)), (np.int32, (3,)), (np.int32, (4, 2)), (np.uint32, (3, 2))):
         with pytest.raises(ValueError, match="must be"):
-            map_array(path, dtype, shape)
+            read_array(path, dtype, shape)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="has 151 bytes, an array of <i4"):
-        map_array(path, np.int32, (3, 2))
+        read_array(path, np.int32, (3, 2))
     with pytest.raises(ValueError, match="does not exist"):
-        map_array(tmp_path / "absent.npy", np.int32, (3, 2))
+        read_array(tmp_path / "absent.npy", np.int32, (3, 2))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_haplovl.data import chat_template
 from megatron_haplovl.data.chat_template import TEMPLATE_NAMES, ConversationEncoder, load_chat_template
 from megatron_haplovl.data.records import Image, Message, Part, Reason, Record, RecordError, Video
 from megatron_haplovl.data.tokenizer import load_tokenizer
@@ -243,3 +246,40 @@ def test_data_of_the_earlier_plain_template_is_still_known() -> None:
     assert template.is_the_one_of("fbca264fb586a15ea4b1280d546aa9d1eef1d20635bb3075c0c89b3a299a69ee")
     assert not template.is_the_one_of("0" * 64)
     assert not load_chat_template("chatml").is_the_one_of(template.sha256)
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not written the"),
+        ("{% set ns = namespace(a='ab') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}", "MiB to"),
+        ("{{ 'a' * 9999999999 }}", "takes more than 1024 MiB to write the conversation"),
+        ("{{ messages[0].role * 29999999 }}", r"makes \d+ characters of the conversation, more than 67108864"),
+        ("{% for i in range(999999999) %}a{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ ().__class__.__bases__ }}", "unsafe"),
+    ],
+)
+def test_a_template_that_does_not_end_or_takes_everything(
+    tiny_spm_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, message: str
+) -> None:
+    """At the start, and in a conversation that alone sets it off."""
+    if message.startswith("has not"):
+        monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5)
+    usual = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    (tmp_path / "always.jinja").write_text(usual + loop)
+    (tmp_path / "once.jinja").write_text(usual + "{% if messages[0].content == 'now' %}" + loop + "{% endif %}")
+    tokenizer = load_tokenizer(tiny_spm_model)
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ValueError, match=f"chat template 'always' .*{message}"):
+        ConversationEncoder(tokenizer, load_chat_template(str(tmp_path / "always.jinja")))
+    encoder = ConversationEncoder(tokenizer, load_chat_template(str(tmp_path / "once.jinja")))
+    with pytest.raises(RecordError, match=message) as error:
+        encoder.encode(Record((Message("user", ("now",)), Message("assistant", ("b",)))))
+    assert error.value.reason == Reason.TEMPLATE
+    # Nothing of the limits stays behind.
+    encoder.encode(Record((Message("user", ("a",)), Message("assistant", ("b",)))))
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

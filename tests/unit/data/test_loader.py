@@ -18,6 +18,7 @@ from megatron_haplovl.config.schema import Config, DataConfig, ModelConfig, Para
 from megatron_haplovl.config.vision import VisionConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.loader import BatchLoader, build_loader, parse_blend, shortest_length
+from megatron_haplovl.data.plan.dealing import EMPTY
 from megatron_haplovl.data.sources import EncodedImage, IndexedSource
 from tests.conftest import train_sentencepiece
 
@@ -77,6 +78,26 @@ def test_packs_of_a_step_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path:
             got = [row for rank in ranks for row in rank[step * per_rank : (step + 1) * per_rank] if any(row)]
             assert Counter(got) == wanted and len(got) > 0
             assert size > 1 or got == list(wanted.elements())
+
+
+@pytest.mark.parametrize("unit", ["packs", "samples"])
+def test_a_batch_names_its_packs_and_a_step_its_sources(tiny_prefix: str, tmp_path: Path, unit: str) -> None:
+    config = make_config(tmp_path, micro_batch_size=1, batch_unit=unit)
+    for rank in range(2):
+        loader = make_loader(tiny_prefix, config, aux_paths=(tiny_prefix,), dp_rank=rank, dp_size=2)
+        assert len(loader.source_names) == 2
+        batches = list(loader.micro_batches())
+        of_batches = [pack for batch in batches for pack in batch.packs]
+        assert of_batches == [pack for step in range(9) for pack in loader._sampler.packs_of(step)]
+        assert set(of_batches) - {EMPTY} and (unit == "samples" or EMPTY not in of_batches)
+        per_step = loader.micro_batches_per_step
+        for step in range(9):
+            of_step = batches[step * per_step : (step + 1) * per_step]
+            numbers = {int(n) for b in of_step if b.source_BS is not None for n in b.source_BS.unique()} - {-1}
+            assert loader.describe_step(step) == tuple(loader.source_names[number] for number in sorted(numbers))
+            names = ", ".join(loader.describe_step(step))
+            assert loader.describe(1, (step - 1) * per_step) == f"step {step + 1}, source {names}"
+        assert all(torch.equal(loader.packs(b.packs).tokens_BS, b.tokens_BS) for b in batches)
 
 
 def test_counts_are_those_of_the_batches(tiny_prefix: str, tmp_path: Path) -> None:
@@ -315,7 +336,7 @@ def test_what_workers_are_sent_does_not_grow_with_the_data(tiny_prefix: str, tmp
     loader = make_loader(tiny_prefix, make_config(tmp_path))
     sent = pickle.dumps(loader._loader.dataset)
     epoch, source = loader._plan.packs.epochs[0], IndexedSource(tiny_prefix)
-    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2):
+    for kept in (epoch.items, epoch.cumulative, source._image_sizes_I2.all()):
         assert kept.tobytes() not in sent
     assert same(pickle.loads(sent)[[0, 3]], loader.packs([0, 3]))
     assert pickle.loads(pickle.dumps(source)).read(0).visuals == source.read(0).visuals

@@ -7,15 +7,15 @@ import hashlib
 import json
 import random
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
 
 from megatron_haplovl.commands import verify
 from megatron_haplovl.data import manifest as names
-from megatron_haplovl.data.dataset import PackDataset
 from megatron_haplovl.data.manifest import read_manifest
+from megatron_haplovl.data.pack_dataset import PackDataset
+from megatron_haplovl.data.plan.epoch import BlendedSource, PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import PackPlan
 from megatron_haplovl.data.sources import IndexedSource
 from megatron_haplovl.data.verification import verify_prefix
@@ -42,18 +42,12 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-class _OneSampleEach:
-    """A plan in which pack number i is sample i."""
-
-    def documents(self, pack: int) -> list[list[tuple[int, int]]]:
-        return [[(0, pack)]]
-
-
 def read_everything(prefix: str) -> None:
     """All that a training run reads."""
     source = IndexedSource(prefix)
-    source.counts(_MODEL.vision)
-    dataset = PackDataset(cast(PackPlan, _OneSampleEach()), [source], 64, _MODEL, empty_length=64)
+    blended = BlendedSource(source.name, 1.0, source.counts(_MODEL.vision))
+    settings = PlanSettings(seed=0, seq_length=64, packing=False, shuffle=False, skip_long_samples=False)
+    dataset = PackDataset(PackPlan([build_epoch([blended], [], settings, 0)]), [source], 64, _MODEL, empty_length=64)
     for sample in range(len(SAMPLES)):
         dataset[[sample]]
 

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[3]
 PAGES = sorted(str(page.relative_to(REPOSITORY)) for page in (REPOSITORY / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/nlvr/README.md", *PAGES]
 # What a reader will have after following the commands, what belongs to other software, and models elsewhere.
-MADE_BY_COMMANDS = ("runs/", "data/captions", "data/instructions", "images/", "my/", ".venv")
+MADE_BY_COMMANDS = ("SAVE/", "runs/", "data/captions", "data/instructions", "images/", "my/", ".venv")
 ELSEWHERE = ("openai/", "Qwen/")
 
 

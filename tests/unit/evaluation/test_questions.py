@@ -80,3 +80,10 @@ def test_bad_files(tmp_path: Path, images: Path) -> None:
     (tmp_path / "questions.jsonl").write_text('{"text": ')
     with pytest.raises(ValueError, match="line 1"):
         load_questions(tmp_path / "questions.jsonl", images)
+
+
+def test_answers_may_be_left_out_where_nobody_compares(tmp_path: Path, images: Path) -> None:
+    path = _write(tmp_path, {"text": "Which?", "image": "one.png"}, {"text": "How many?", "answer": 2})
+    assert [question.answer for question in load_questions(path, images, needs_answers=False)] == ["", "2"]
+    with pytest.raises(ValueError, match="but no --sample-image-folder is given"):
+        load_questions(path, None, needs_answers=False, folder_flag="--sample-image-folder")

@@ -20,7 +20,8 @@ STAGE1_FLAGS = [
 ]
 STAGE2 = {"RECIPE": "examples/recipes/haplovl-7b/instructions.yaml", "SAVE": "s", "TOKENIZER_MODEL": "my llm"}
 STAGE2_FLAGS = ["--pretrained-checkpoint", "a", "--language-model", "llm", "--data-path", "d"]
-TORCHRUN = {"LAUNCHER": "torchrun", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
+TORCHRUN = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0"}
+TORCHRUN_HERE, RESTARTS = "torchrun --nproc_per_node", "--max_restarts 3 --signals_to_handle SIGQUIT"
 
 
 def config_of(words: list[str], script: str, stage: str) -> Config:
@@ -79,8 +80,13 @@ def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({}, "deepspeed --master_port 29500"),
-        ({"NUM_GPUS": "2", "MASTER_PORT": "3"}, "deepspeed --master_port 3 --num_gpus 2"),
+        ({}, f"{TORCHRUN_HERE} gpu {RESTARTS} --standalone"),
+        ({"NUM_GPUS": "2", "MAX_RESTARTS": "0"}, f"{TORCHRUN_HERE} 2 {RESTARTS.replace('3', '0')} --standalone"),
+        ({"LAUNCHER": "deepspeed"}, "deepspeed --master_port 29500"),
+        (
+            {"LAUNCHER": "deepspeed", "NUM_GPUS": "2", "MASTER_PORT": "3"},
+            "deepspeed --master_port 3 --num_gpus 2",
+        ),
         ({"HOSTFILE": "LICENSE"}, "deepspeed --master_port 29500 --hostfile LICENSE"),
         (
             {"HOSTFILE": "LICENSE", "MASTER_ADDR": "ib0"},
@@ -90,16 +96,20 @@ def test_flags_on_the_command_line_win(tmp_path, script, entry, stage, variables
             {"HOSTFILE": "LICENSE", "MASTER_ADDR": "ib0", "NODE_RANK": "1"},
             "deepspeed --master_port 29500 --hostfile LICENSE --master_addr ib0 --no_ssh --node_rank 1",
         ),
-        ({"LAUNCHER": "torchrun"}, "torchrun --nproc_per_node gpu --standalone"),
         (
             TORCHRUN,
-            "torchrun --nproc_per_node gpu --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+            f"{TORCHRUN_HERE} gpu {RESTARTS} --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
             "--rdzv_conf is_host=0",
         ),
         (
             {**TORCHRUN, "NODE_RANK": "0", "NODE_ADDR": "10.0.0.7", "NUM_GPUS": "4"},
-            "torchrun --nproc_per_node 4 --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+            f"{TORCHRUN_HERE} 4 {RESTARTS} --nnodes 4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
             "--rdzv_conf is_host=1 --local_addr 10.0.0.7",
+        ),
+        (
+            {**TORCHRUN, "NNODES": "2:4"},
+            f"{TORCHRUN_HERE} gpu {RESTARTS} --nnodes 2:4 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+            "--rdzv_conf is_host=0",
         ),
     ],
 )
@@ -112,14 +122,15 @@ def test_launchers(tmp_path, variables, words):
     ("variables", "message"),
     [
         ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun is neither deepspeed nor torchrun"),
-        ({"NNODES": "2"}, "NNODES=2 is for LAUNCHER=torchrun"),
+        ({"LAUNCHER": "deepspeed", "NNODES": "2"}, "NNODES=2 is for LAUNCHER=torchrun"),
         ({"HOSTFILE": "no such file"}, "HOSTFILE=no such file is not a file"),
         ({"HOSTFILE": "LICENSE", "NODE_RANK": "0"}, "MASTER_ADDR: address of machine 0"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1, but there is only NNODES=1"),
         ({**TORCHRUN, "NODE_RANK": "4"}, "NODE_RANK=4, but there is only NNODES=4"),
+        ({**TORCHRUN, "NNODES": "2:4", "NODE_RANK": "4"}, "NODE_RANK=4, but there is only NNODES=2:4"),
         ({**TORCHRUN, "NODE_RANK": ""}, "NODE_RANK: which of the 4 machines this is"),
         ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: address of machine 0"),
-        ({**TORCHRUN, "HOSTFILE": "LICENSE"}, "torchrun reads no HOSTFILE"),
+        ({**TORCHRUN, "LAUNCHER": "torchrun", "HOSTFILE": "LICENSE"}, "torchrun reads no HOSTFILE"),
     ],
 )
 def test_what_would_start_something_else_is_refused(tmp_path, variables, message):
@@ -160,7 +171,7 @@ def test_slurm_starts_torchrun_on_every_machine(tmp_path):
     assert result.returncode == 0, result.stderr
     for rank, node in enumerate(("node7", "node9")):
         words = (
-            f"torchrun --nproc_per_node gpu --nnodes 2 --rdzv_backend c10d --rdzv_endpoint node7:24567 "
+            f"{TORCHRUN_HERE} gpu {RESTARTS} --nnodes 2 --rdzv_backend c10d --rdzv_endpoint node7:24567 "
             f"--rdzv_conf is_host={1 - rank} --local_addr {node} pretrain_haplovl.py"
         )
         assert "\n".join(words.split()) in result.stdout

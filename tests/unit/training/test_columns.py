@@ -64,7 +64,7 @@ def test_operations_of_frozen_parts(stage: StageSpec) -> None:
     sizes: dict[str, Any] = {"tokens": 10, "head_tokens": 3, "visible_pairs": 77}
     pre, connector, post, words = 2 * 2048 * 10, 16 * 24 * 10, 2 * 4032 * 10, 50 * 24 * 3
     pre_pairs, post_pairs = 2 * 16 * 77, 2 * 24 * 77
-    expected = {
+    expected: dict[tuple[str, ...], int] = {
         ("connector",): 2 * pre + 4 * pre_pairs + 4 * connector + 4 * post + 12 * post_pairs + 4 * words,
         ("post_decoder",): 2 * pre + 4 * pre_pairs + 2 * connector + 4 * post + 12 * post_pairs + 6 * words,
         ("embedding",): 4 * pre + 12 * pre_pairs + 4 * connector + 4 * post + 12 * post_pairs + 4 * words,
@@ -90,16 +90,15 @@ def test_time_to_the_end_is_what_is_still_to_come() -> None:
         )
         clock = PhaseClock()
         clock.spent = {"evaluate": Spent(2, 8.0), "save": Spent(4, 30.0), "loader": Spent(99, 1.0)}
-        forecast = Forecast(config, clock)
+        forecast = Forecast(config, clock, 5)
         for seconds in (60.0, 2.0, 4.0):  # The first step is slow.
             forecast.add(seconds)
-        for step in (1, 9, 10, 25, 99, 100, 102, 103):
-            left = 0.0
-            for later in range(step + 1, 104):
-                left += 3.0
-                left += 4.0 if later == 103 or (eval_interval and later % eval_interval == 0) else 0.0
-                saves = later == 103 or (save_interval and later % save_interval == 0)
-                left += 7.5 if save and saves else 0.0
+        for step in (6, 9, 10, 25, 99, 100, 102, 103):
+            left = 3.0 * (103 - step)
+            for interval, seconds in ((eval_interval, 8.0), (save_interval, 30.0)):
+                due = [s for s in range(6, 104) if s == 103 or (interval and s % interval == 0)]
+                done = [s for s in due if s <= step]
+                left += seconds / len(done) * (len(due) - len(done)) if done else 0.0
             assert forecast.seconds_left(step) == pytest.approx(left), (step, eval_interval)
 
 

@@ -139,7 +139,7 @@ def test_deepspeeds_timers_are_asked_for() -> None:
 
 def test_garbage_is_collected_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    monkeypatch.setattr(gc, "collect", lambda: called.append(1) or 0)
+    monkeypatch.setattr(gc, "collect", lambda: called.append(1))
     collection = GarbageCollection(RunConfig(manual_gc=True, manual_gc_interval=3))
     try:
         assert not gc.isenabled() and len(called) == 1

@@ -21,7 +21,7 @@ def test_waiting_for_batches_is_counted_and_nothing_else() -> None:
             time.sleep(0.05)
             yield SimpleNamespace(number=number, tokens_BS=torch.zeros(2, 96))
 
-    batches: Any = TimedBatches(slow(), PhaseClock())
+    batches: Any = TimedBatches(slow(), PhaseClock(), str)
     assert batches.waited == 0
     for number in range(3):
         assert next(batches).number == number

@@ -1,0 +1,43 @@
+"""Whether the processes that have started this one are still there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_haplovl.operation.stacks import is_running
+
+_LAUNCHED = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+"""Variables that launchers set for what they start. A process without them may outlive the shell that started it."""
+
+
+class Launcher:
+    """The launcher of this process and the script that has started it, as far as there are such. Made at the start.
+
+    Args:
+        environment: of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._name = next((name for variable, name in _LAUNCHED.items() if variable in environment), None)
+        self._parent = os.getppid()
+        self._script = _script(environment.get("HAPLOVL_LAUNCH_DIR"))
+
+    def gone(self) -> str | None:
+        """A sentence about what is gone, if anything is."""
+        if self._name is not None and os.getppid() != self._parent:
+            return f"the launcher ({self._name}, process {self._parent}) is gone, and its ranks end with it"
+        if self._script is not None and not is_running(self._script):
+            return f"the launch script (process {self._script}) is gone, and its ranks end with it"
+        return None
+
+
+def _script(folder: str | None) -> int | None:
+    """The process of the launch script; none of this machine if the folder is on another one."""
+    if folder is None:
+        return None
+    try:
+        return int((Path(folder) / "pid").read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return None
