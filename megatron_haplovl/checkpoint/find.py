@@ -14,7 +14,9 @@ from megatron_haplovl.parallel.groups import Group
 logger = logging.getLogger(__name__)
 
 
-def find_resumable(path: str | Path, world: Group, *, allow_fallback: bool = False) -> Path | None:
+def find_resumable(
+    path: str | Path, world: Group, *, allow_fallback: bool = False, is_ours: bool = True
+) -> Path | None:
     """The checkpoint that a run goes on from; see :func:`find_checkpoint`.
 
     Returns:
@@ -23,7 +25,7 @@ def find_resumable(path: str | Path, world: Group, *, allow_fallback: bool = Fal
     Raises:
         ValueError: as :func:`find_checkpoint`, or the checkpoint holds weights only.
     """
-    candidates = _agree_on_candidates(path, world, allow_fallback)
+    candidates = _agree_on_candidates(path, world, allow_fallback, is_ours)
     if not candidates:
         return None
     folder = _first_whole(candidates, world, allow_fallback)
@@ -35,7 +37,7 @@ def find_resumable(path: str | Path, world: Group, *, allow_fallback: bool = Fal
     return folder
 
 
-def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = False) -> Path:
+def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = False, is_ours: bool = True) -> Path:
     """The newest checkpoint of a --save folder, or the one that a path names; its checksums are verified.
 
     Called by every rank; they share the work. A checkpoint that was imported has no checksums.
@@ -44,12 +46,13 @@ def find_checkpoint(path: str | Path, world: Group, *, allow_fallback: bool = Fa
         path: see `resolve_checkpoint`.
         world: all ranks.
         allow_fallback: if the newest is damaged, take the newest one before it that is whole.
+        is_ours: whether no other run can be writing there, so that what a killed one has left may be put in order.
 
     Raises:
         ValueError: there is no checkpoint, a rank does not see it, `latest` names a folder that is missing, or the
             newest checkpoint (with `allow_fallback`, every checkpoint) is damaged.
     """
-    candidates = _agree_on_candidates(path, world, allow_fallback)
+    candidates = _agree_on_candidates(path, world, allow_fallback, is_ours)
     if not candidates:
         raise ValueError(f"{path}: there is no checkpoint")
     return _first_whole(candidates, world, allow_fallback)
@@ -89,18 +92,19 @@ def check_save_folder(root: str | Path, resumed: Path | None, world: Group) -> N
         )
 
 
-def _agree_on_candidates(path: str | Path, world: Group, allow_fallback: bool) -> list[Path]:
+def _agree_on_candidates(path: str | Path, world: Group, allow_fallback: bool, is_ours: bool) -> list[Path]:
     """The first rank's candidates, because another rank may see the folder later, or not at all."""
-    mine = world.together(lambda: _candidates(Path(path), allow_fallback) if world.rank == 0 else [])
+    mine = world.together(lambda: _candidates(Path(path), allow_fallback, is_ours) if world.rank == 0 else [])
     candidates: list[Path] = world.gather_objects(mine)[0]
     return candidates
 
 
-def _candidates(path: Path, allow_fallback: bool) -> list[Path]:
+def _candidates(path: Path, allow_fallback: bool, is_ours: bool) -> list[Path]:
     """The checkpoint to take and, with `allow_fallback`, those before it; empty if there is none yet."""
     if not path.is_dir():
         return []
-    restore_replaced(path)
+    if is_ours:
+        restore_replaced(path)
     if not (path / "latest").is_file() and not (path / "config.json").is_file():
         # The run was killed when its first checkpoint was complete but `latest` did not name it yet.
         found = complete_checkpoints(path)

@@ -57,7 +57,7 @@ def report(args: argparse.Namespace) -> None:
         raise ValueError(f"--metrics names {len(args.metrics)} files for {len(args.runs)} runs; give one for each")
     if args.smooth is not None and args.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
-    files = [Path(file) for file in args.metrics] or [None] * len(args.runs)
+    files: list[Path | None] = [Path(file) for file in args.metrics] or [None] * len(args.runs)
     runs = [read_run(Path(folder), file) for folder, file in zip(args.runs, files, strict=True)]
     for run in runs:
         run.name = _name(run.folder, [other.folder for other in runs])

@@ -43,7 +43,7 @@ def fill_weights(model: ShardedModel, config: Config, resumed: Path | None = Non
     pretrained: Path | None = None
     if resumed is None and config.weights_from is not None:
         fallback = config.checkpoint.finetune and config.checkpoint.allow_fallback
-        pretrained = find_checkpoint(config.weights_from, model.groups.world, allow_fallback=fallback)
+        pretrained = find_checkpoint(config.weights_from, model.groups.world, allow_fallback=fallback, is_ours=False)
     to = _Destination(model)
 
     def copy_all() -> None:

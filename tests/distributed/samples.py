@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_haplovl.config.schema import Config
 from tests.distributed.cases import parallel_config
@@ -45,7 +46,7 @@ def samples_config(case: str, folder: Path, *, asks: bool) -> Config:
     """A run of one case. Its weights are large, so that answers are of many tokens and rounding changes none."""
     recipe = case.partition(": ")[0]
     c = parallel_config(case.replace("folded: ", "full: "), "torch")
-    questions = {
+    questions: dict[str, Any] = {
         "sample_questions": str(folder / "questions.jsonl"),
         "sample_image_folder": str(folder),
         "sample_interval": ANSWERED_AFTER,

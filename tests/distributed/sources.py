@@ -106,6 +106,7 @@ def retrieval(folder: Path) -> float:
     model = build_model(c, ONE_RANK)
     fill_weights(model, c)
     loader = build_loader((), c, num_steps=1, dp_rank=0, dp_size=1, shares=(sources, []), shuffle=False)
+    distillation: Any = model.module.distillation
     found = total = 0
     for pack in range(c.schedule.global_batch_size):
         batch = loader.packs([pack])
@@ -113,7 +114,7 @@ def retrieval(folder: Path) -> float:
             continue
         with torch.no_grad():
             hidden = model.module.hidden_states(batch)[0, batch.patch_target_P]
-            seen, taught = model.module.distillation.vision_head(hidden).double(), random_teacher_of(c)(batch).double()
+            seen, taught = distillation.vision_head(hidden).double(), random_teacher_of(c)(batch).double()
         similar = F.cosine_similarity(seen.unsqueeze(1), taught.unsqueeze(0), dim=-1)
         found += int((similar.argmax(dim=1) == torch.arange(len(similar))).sum())
         total += len(similar)

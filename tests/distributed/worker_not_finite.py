@@ -70,7 +70,7 @@ def in_output(run: Run) -> Callable[[], None]:
     def spoil(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
         return output * float("nan") if is_hit[0] else None
 
-    run.model.module.attention_inputs = attention_inputs  # type: ignore[method-assign]
+    run.model.module.attention_inputs = attention_inputs  # type: ignore[method-assign,assignment]
     handle = module.register_forward_hook(spoil)
     return handle.remove
 

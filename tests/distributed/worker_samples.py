@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -30,7 +31,7 @@ class _Weights:
 def main(folder: Path, cases: Sequence[str]) -> None:
     for case in cases:
         left = folder_of(case, folder)
-        trained = {}
+        trained: dict[bool, list[Any]] = {}
         for asks in (True, False):
             forget_topology()
             run = setup(samples_config(case, folder, asks=asks))
@@ -43,7 +44,7 @@ def main(folder: Path, cases: Sequence[str]) -> None:
                     answers = run.questions.answer(
                         step + 1, run.engine, run.model, run.device, run.operation.clock.enter
                     )
-                    weights = _Weights(run)
+                    weights: Any = _Weights(run)
                     if dist.get_rank() == 0:
                         save_training_checkpoint(weights, run.config, left, step + 1)
         found = {"answers": [vars(answer) for answer in answers], "asked": trained[True], "not asked": trained[False]}

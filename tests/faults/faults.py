@@ -55,7 +55,11 @@ def unknown_error(step: int, rank: int) -> None:
 
 def out_of_memory(step: int, rank: int) -> None:
     """The host's memory is too small."""
-    at_step(step, rank, lambda: torch.empty(1 << 50))
+
+    def ask_for_too_much() -> None:
+        torch.empty(1 << 50)
+
+    at_step(step, rank, ask_for_too_much)
 
 
 def truncate(step: int, rank: int) -> None:

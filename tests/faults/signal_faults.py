@@ -37,7 +37,7 @@ def _send(number: signal.Signals, place: str, step: int, rank: int) -> None:
         step: in whose beginning, or behind which.
         rank: that sends it to itself; -1 for all.
     """
-    sent = []
+    sent: list[int] = []
 
     def send(at: int) -> None:
         is_its_turn = at == step and rank in (-1, int(os.environ["RANK"])) and not sent

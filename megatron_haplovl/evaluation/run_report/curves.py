@@ -39,7 +39,9 @@ def smoothed(values: Sequence[float], window: int) -> FloatArray:
     return result
 
 
-def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[FloatArray, FloatArray]:
+def thinned(
+    steps: Sequence[int], values: Sequence[float] | FloatArray, points: int = POINTS
+) -> tuple[FloatArray, FloatArray]:
     """A curve of few points that looks like the whole: the least and the greatest value of each stretch stay.
 
     So a single spike is drawn, however long the run is.

@@ -117,6 +117,11 @@ def test_killed_between_the_renames_of_a_replacement(find, root):
     content = {path.name: path.read_bytes() for path in old.iterdir()}
     aside = unfinished(old)
     old.rename(aside.with_name(f"{aside.name}.replaced"))
+    # Whoever only reads there leaves this to the run that writes.
+    with pytest.raises(ValueError, match="names the checkpoint|no such"):
+        (root / "latest").write_text("global_step10")
+        find(root, is_ours=False)
+    assert not old.exists()
     assert find(root) == (old, [])
     assert {path.name: path.read_bytes() for path in old.iterdir()} == content
     # After the second rename the old one is not wanted any more.

@@ -82,13 +82,14 @@ def changed(path, *at, to):
     path.write_text(json.dumps(content))
 
 
+NO_LISTS: list[Any] = [None, {}, "x"]
 FILES, PIECE = ("files", 0), ("files", 0, "pieces", 0)
 HUGE = 10**400
 IMPOSSIBLE: list[Any] = [
     *[((*FILES, "file"), name, "plain name|not a string") for name in BAD_NAMES],
     *[((*FILES, "bytes"), value, "bytes .* is not a number") for value in (-1, 1.5, "9", True, None, HUGE)],
     *[((*FILES, "sha256"), value, "SHA-256|not a string") for value in ("", "0" * 63, "G" * 64, 5, None)],
-    *[((*FILES, "pieces"), value, "not a list") for value in (None, {}, "x")],
+    *[((*FILES, "pieces"), value, "not a list") for value in NO_LISTS],
     *[
         ((*PIECE, name), value, "not a number")
         for name in ("start", "length", "part")

@@ -63,9 +63,9 @@ def _save_in_pieces(network: torch.nn.Module, config: Config, folder: Path, rank
             mine = values[rank * size : (rank + 1) * size]
             for kind in (WEIGHT, *MOMENTS):
                 pieces.append((Piece(name, kind, None, 0, 1, rank * size, len(mine)), mine.clone()))
-        write_rank(aside, rank, pieces)
+        write_rank(aside, rank, pieces, "run")
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-    complete(aside, folder / "global_step7", ranks, shapes, torch.float32, patience=1.0)
+    complete(aside, folder / "global_step7", ranks, shapes, torch.float32, patience=1.0, run_id="run")
     (folder / "latest").write_text("global_step7\n")
 
 

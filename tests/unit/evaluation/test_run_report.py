@@ -34,7 +34,11 @@ def write_lines(path: Path, *lines: Any) -> Path:
 
 
 def save_config(folder: Path, step: int, lr: float) -> None:
-    changes = {("optimizer", "lr"): lr, ("data", "mock_data"): True, ("schedule", "train_iters"): 50}
+    changes: dict[tuple[str, ...], Any] = {
+        ("optimizer", "lr"): lr,
+        ("data", "mock_data"): True,
+        ("schedule", "train_iters"): 50,
+    }
     config = build_config("finetune", "haplovl-debug", changes)
     checkpoint = folder / f"global_step{step}"
     checkpoint.mkdir(parents=True)

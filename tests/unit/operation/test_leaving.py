@@ -1,5 +1,7 @@
 """A run leaves for a signal, an exit file, the time or an interval; the first of them is the reason."""
 
+from typing import Any
+
 import pytest
 
 from megatron_haplovl.config.schema import CheckpointConfig
@@ -16,7 +18,8 @@ class Heard:
 
 
 def leaving(signal=None, group=None, **settings):
-    return Leaving(CheckpointConfig(**settings), group or Group(), Heard(signal))
+    heard: Any = Heard(signal)
+    return Leaving(CheckpointConfig(**settings), group or Group(), heard)
 
 
 @pytest.mark.parametrize("name", [number.name for number in STOP_SIGNALS])

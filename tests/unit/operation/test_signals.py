@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
@@ -27,7 +28,7 @@ def listening(tmp_path):
     made = []
 
     def listen(**settings):
-        signals = StopSignals(launch(tmp_path, **settings))
+        signals: Any = StopSignals(launch(tmp_path, **settings))
         made.append(signals)
         signals.ended = []
         signals.may_wait = lambda: True
@@ -132,7 +133,8 @@ class Slow:
 
 
 def test_loader_workers_ignore_what_asks_a_run_to_stop():
-    batches = iter(DataLoader(Slow(), batch_size=None, num_workers=1, worker_init_fn=ignore_stop_signals))
+    slow: Any = Slow()
+    batches = iter(DataLoader(slow, batch_size=None, num_workers=1, worker_init_fn=ignore_stop_signals))
     worker = int(next(batches))
     for number in STOP_SIGNALS:
         os.kill(worker, number)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def save(tmp_path, monkeypatch):
 
 def run(save, action, steps=0):
     """The exit status, and the last words, of a run that does this."""
-    status = 0
+    status: Any = 0
     try:
         with supervised(Config(checkpoint=CheckpointConfig(save=str(save)))) as operation:
             if steps:

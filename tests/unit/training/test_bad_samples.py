@@ -163,8 +163,10 @@ class _Ranks:
 
 
 class _ThreadGroup(Group):
+    exchange: Callable[[int, Any], list[Any]]
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return sum(self.exchange(self.rank, tensor.clone()))
+        return torch.stack(self.exchange(self.rank, tensor.clone())).sum(0)
 
     def gather_objects(self, mine: Any) -> list[Any]:
         return self.exchange(self.rank, mine)
@@ -204,7 +206,7 @@ def test_ranks_that_share_a_pack_leave_out_the_same(tmp_path: Path) -> None:
 def fail_once(loader: BatchLoader, sample: int) -> None:
     """The first time that it is read, a sample cannot be, as on a network file system that stumbles."""
     (source,) = loader._dataset._sources
-    read, failed = source.read, []
+    read, failed = source.read, list[int]()
 
     def failing(index: int) -> Sample:
         if index == sample and not failed:

@@ -19,7 +19,7 @@ class Heads(nn.Module):
         return {"loss": x.sum(), "count": torch.ones((), dtype=torch.int64), "name": "x"}
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), Heads())
 
