@@ -97,7 +97,8 @@ def flags(prefix: str, folder: Path, steps: int, save_interval: int) -> list[str
     """The training's flags."""
     return [
         *(word for word in TINY if word != "--mock-data"),
-        *("--data-path", prefix, "--skip-bad-samples", "1", "--train-iters", str(steps), "--lr-decay-style", "cosine"),
+        *("--data-path", prefix, "--skip-bad-samples", "1", "--allow-missing", ".*"),
+        *("--train-iters", str(steps), "--lr-decay-style", "cosine"),
         *("--save", f"{folder}/save", "--load", f"{folder}/save", "--save-interval", str(save_interval)),
         *("--keep-last", "3", "--metrics-file", f"{folder}/metrics.jsonl"),
         *("--distributed-timeout-minutes", "1", "--loader-timeout-seconds", "30"),
@@ -246,6 +247,7 @@ def main() -> None:
     folder.mkdir(parents=True)
     with (folder / "soak.log").open("w") as log:
         log.write(shlex.join(sys.argv) + "\n")
+        log.flush()
         for line in soak(arguments, folder, log):
             log.write(f"{line}\n")
             log.flush()
