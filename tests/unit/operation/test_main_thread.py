@@ -154,17 +154,3 @@ def test_completing_a_checkpoint_is_a_wait(tmp_path):
     assert not waits_for_ranks(sys._getframe(), frames)
     Path(tmp_path / "rank-00000.failed").touch()
     thread.join()
-
-
-def test_the_cost_of_a_look():
-    """Two looks a second: 0.1 % of the time would be half a millisecond each."""
-    main = MainThread(PhaseClock())
-
-    def seconds():
-        started = time.thread_time()
-        for _ in range(20):
-            main.look(0.5)
-        return (time.thread_time() - started) / 20
-
-    # The least of several, because other processes disturb the caches.
-    assert min(seconds() for _ in range(20)) < 0.5e-3
