@@ -54,6 +54,7 @@ setup(
         "report": ["matplotlib>=3.8"],
         "video": ["av>=18.1"],
         "tracking": ["tensorboard", "wandb"],
+        "live": ["rich>=13"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -409,6 +409,33 @@ class LoggingConfig:
     metrics_file: str | None = setting(None, "write every logged value to this JSON-lines file, each step once")
     tensorboard_dir: str | None = setting(None, "write TensorBoard events to this folder")
     wandb_project: str | None = setting(None, "report to this Weights & Biases project")
+    log_params_norm: bool = setting(False, "log the norm of all weights")
+    log_num_zeros_in_grad: bool = setting(False, "log how many elements of the gradient are zero")
+    device_peak_tflops: float | None = setting(
+        None,
+        "10^12 operations per second that the device's data sheet promises for the run's number format, without "
+        "sparsity; MFU is a share of it (default: known for common GPUs in bf16, elsewhere there is no MFU)",
+    )
+    live_display: bool = setting(
+        True, "on a terminal, show the state of the run below its lines (needs the package rich; elsewhere only lines)"
+    )
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of some steps goes."""
+
+    profile: bool = setting(False, "record some steps with torch's profiler, with a named range for every part")
+    profile_step_start: int = setting(10, "steps that are done when recording begins")
+    profile_step_end: int = setting(12, "steps that are done when it ends")
+    profile_ranks: tuple[int, ...] = setting((0,), "ranks that record", metavar="RANK")
+    profile_dir: str | None = setting(None, "folder for the traces (default: profile in --save)")
+    record_memory_history: bool = setting(
+        False, "with --profile on a GPU: keep who allocated what, as a snapshot for pytorch.org/memory_viz"
+    )
+    wall_clock_breakdown: bool = setting(
+        False, "print DeepSpeed's timers in every step; they wait for the device, so the run becomes slower"
+    )
 
 
 @dataclass(frozen=True)
@@ -456,6 +483,13 @@ class RunConfig:
     device: str = setting(
         "auto", "auto: a GPU if DeepSpeed's accelerator offers one, else the CPU", choices=("auto", "cpu", "cuda")
     )
+    manual_gc: bool = setting(
+        False, "turn Python's automatic garbage collection off; it collects on all ranks at the same step instead"
+    )
+    manual_gc_interval: int = setting(
+        0, "with --manual-gc: steps between collections; 0: none but those of evaluations"
+    )
+    manual_gc_eval: bool = setting(True, "with --manual-gc: collect before and after every evaluation")
 
 
 @dataclass(frozen=True)
@@ -473,6 +507,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

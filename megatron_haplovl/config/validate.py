@@ -9,6 +9,7 @@ from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfi
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
 from megatron_haplovl.config.validate_checkpoint import validate_checkpoint
 from megatron_haplovl.config.validate_guard import validate_guard
+from megatron_haplovl.config.validate_profile import validate_profile
 from megatron_haplovl.config.vision import VisionConfig
 
 
@@ -26,6 +27,7 @@ def validate(config: Config) -> None:
     _validate_recipe(config)
     _validate_samples(config)
     _validate_parallel(config)
+    validate_profile(config)
     validate_guard(config)
 
 

@@ -110,3 +110,5 @@ class StepCounts:
     """All tokens that are not padding."""
     documents: int
     """Documents (samples, or joined samples)."""
+    pairs: int = 0
+    """(query, key) pairs of the mixed mask, padding not counted: the unit of attention's arithmetic."""

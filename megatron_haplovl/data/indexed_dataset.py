@@ -154,6 +154,7 @@ class IndexedDataset:
             raise ValueError(f"{path} does not exist; is the prefix right, and was the data preprocessed?")
         self._index = SteadyFile(path)
         self._dtype, self._count = _read_header(self._index)
+        self._itemsize = self._dtype.itemsize
         if dtype is not None and self._dtype != np.dtype(dtype):
             raise ValueError(f"{path} is damaged: it says that the numbers are {self._dtype}, not {np.dtype(dtype)}")
         data = bin_path(prefix)
@@ -219,9 +220,8 @@ class IndexedDataset:
 
     def read_range(self, first: int, stop: int) -> npt.NDArray[Any]:
         """Neighbouring sequences in one array in memory, of a file whose sequences follow each other."""
-        bounds = self._bounds(first, stop)
-        start = bounds[0][0]
-        return np.frombuffer(self._data.read(start, bounds[-1][1] - start), dtype=self._dtype)
+        start, end = self._bounds(first, first + 1)[0][0], self._bounds(stop - 1, stop)[0][1]
+        return np.frombuffer(self._data.read(start, end - start), dtype=self._dtype)
 
     def read_all(self) -> npt.NDArray[Any]:
         """All sequences in one array in memory, in order.
@@ -258,8 +258,10 @@ class IndexedDataset:
 
     def _bounds(self, first: int, stop: int) -> list[tuple[int, int]]:
         """The first byte of some sequences, and the one behind their last."""
-        lengths, pointers = self._lengths(first, stop).tolist(), self._pointers(first, stop).tolist()
-        size = self._dtype.itemsize
+        number, size = stop - first, self._itemsize
+        # A few at most, several times per sample: numpy would take longer than the disk's cache.
+        lengths = struct.unpack(f"<{number}i", self._index.read(_START + 4 * first, 4 * number))
+        pointers = struct.unpack(f"<{number}q", self._index.read(_START + 4 * self._count + 8 * first, 8 * number))
         return [(start, start + size * length) for start, length in zip(pointers, lengths, strict=True)]
 
     def _lengths(self, first: int, stop: int) -> npt.NDArray[np.int32]:

@@ -52,15 +52,19 @@ class SteadyFile:
             OSError: it cannot be read; the file's name is in it.
         """
         assert start >= 0 and length >= 0 and start + length <= self.size
-        parts = []
-        while length:
-            # Linux reads at most 2 GiB at once.
-            part = self._retried(lambda: os.pread(self._descriptor, length, start))  # noqa: B023 (called at once)
-            if not part:
-                raise self._changed(self._size_now())
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        # Several times per sample, so the usual case is short.
+        try:
+            content = os.pread(self._descriptor, length, start)
+        except OSError as error:
+            content = self._once_more(error, lambda: os.pread(self._descriptor, length, start))
+        return content if len(content) == length else self._read_on(content, start, length)
+
+    def _read_on(self, content: bytes, start: int, length: int) -> bytes:
+        """All the bytes, of which the first ones are there. Linux reads at most 2 GiB at once."""
+        rest = length - len(content)
+        if not content and rest:
+            raise self._changed(self._size_now())
+        return content + self.read(start + len(content), rest)
 
     def check(self) -> None:
         """Compare its size with the one that it was opened with.
@@ -73,7 +77,10 @@ class SteadyFile:
             raise self._changed(size)
 
     def _size_now(self) -> int:
-        return self._retried(lambda: os.fstat(self._descriptor)).st_size
+        try:
+            return os.fstat(self._descriptor).st_size
+        except OSError as error:
+            return self._once_more(error, lambda: os.fstat(self._descriptor)).st_size
 
     def _changed(self, size: int) -> ChangedFileError:
         problem = "truncated" if size < self.size else "not the file that was opened"
@@ -82,18 +89,15 @@ class SteadyFile:
             "changed it in the meantime. Restore it and start the same command again"
         )
 
-    def _retried(self, call: Callable[[], Result]) -> Result:
-        """The call's result. What a disk or a network file system could not read at once, it may read the next time.
+    def _once_more(self, error: OSError, call: Callable[[], Result]) -> Result:
+        """The result of a second attempt: what a disk or a network file system could not read, it may read now.
 
         Raises:
             OSError: of the second attempt, or one that no second attempt would mend.
         """
         try:
-            try:
-                return call()
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                return call()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            if error.errno != errno.EIO:
+                raise error
+            return call()
+        except OSError as last:
+            raise OSError(last.errno, last.strerror, str(self.path)) from last

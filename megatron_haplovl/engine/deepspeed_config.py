@@ -51,7 +51,7 @@ def deepspeed_config(config: Config, data_parallel_size: int, sequences: int | N
         ours["zero_force_ds_cpu_optimizer"] = False
     quiet: dict[str, Any] = {
         "steps_per_print": 2**31 - 1,
-        "wall_clock_breakdown": False,
+        "wall_clock_breakdown": config.profile.wall_clock_breakdown,
         "zero_allow_untested_optimizer": True,
     }
     if config.precision.bf16 and config.parallel.zero_stage > 0:

@@ -67,6 +67,20 @@ def local_pieces(engine: Any, model: ShardedModel) -> Iterator[LocalPiece]:
             yield LocalPiece(piece, values, first_of_tensor and (stage > 0 or replicas.rank == 0))
 
 
+def gradient_places(engine: Any, model: ShardedModel) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Where the gradients lie that this rank counts: each element of a trained parameter on exactly one rank.
+
+    Yields:
+        The tensor that the optimizer steps, whose `grad` it is; the first element there, and the number of elements.
+    """
+    tensor, replicas = model.groups.tensor, model.groups.replicas
+    for name, parameter in model.own_parameters():
+        place = _place(engine, parameter, replicas.rank) if parameter.requires_grad else None
+        whole_elsewhere = tensor.rank > 0 and split_dim(name) is None
+        if place is not None and not whole_elsewhere and (engine.zero_optimization_stage() or replicas.rank == 0):
+            yield place.key, place.offset, place.length
+
+
 HostPiece = tuple[Piece, torch.Tensor]
 """A piece with its values, flat, in the host's memory."""
 

@@ -70,6 +70,10 @@ class _EngineSteps:
         """See :func:`engine.gate.gradients_are_finite`; for a :data:`Judge`."""
         return gradients_are_finite(self._engine, self._device)
 
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each trained part, as the optimizer has it."""
+        return {group["name"].removesuffix(" (no decay)"): group["lr"] for group in self._engine.optimizer.param_groups}
+
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step; a group's own is in proportion (`lr_ratio`)."""
         for group in self._engine.optimizer.param_groups:

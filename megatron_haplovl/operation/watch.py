@@ -82,7 +82,8 @@ class Watch:
         self._alarm = "0"
         self._finding: Finding | None = None
         self._dumped_in_silence = False
-        self._has_ended: float | None = None
+        self._has_ended = False
+        self._known_for = 0.0
         self._own: Published | None = None
         self._reported = set[str]()
         self._publish_patience = _SECONDS_TO_PUBLISH
@@ -123,7 +124,7 @@ class Watch:
 
     def publish(self, ending: Ending) -> Ending:
         """Make an ending known to every rank; returns the one that was known first, this or another."""
-        self._has_ended = time.monotonic()
+        self._has_ended = True
         if self._exchange is not None:
             self._exchange.beat = _last_beat(self._exchange.beat)
         return self._publish(Published(ending)).ending
@@ -195,10 +196,10 @@ class Watch:
         if self._exchange is None:
             return
         own = self._beat(sample)
-        if self._has_ended is None:
+        if not self._has_ended:
             self._exchange.beat = own
         self._arrivals.update(self._exchange.received, elapsed)
-        self._follow_published()
+        self._follow_published(elapsed)
         self._follow_alarm()
         self._judge(own)
 
@@ -267,20 +268,19 @@ class Watch:
             self._alarm = alarm
             self._dump(f"asked for by {alarm}")
 
-    def _follow_published(self) -> None:
-        """End as another rank has."""
+    def _follow_published(self, elapsed: float) -> None:
+        """End as another rank has, or after this rank's main thread should have ended the process."""
         known = self._known()
-        if known is None or known == self._own:
-            patience = _SECONDS_TO_LEAVE if known is not None else None
+        if known is None:
+            return
+        self._known_for += elapsed
+        if known.ending.cause in BY_AGREEMENT:
+            # The main thread comes to the same end by itself; it may have logs to send before.
+            patience = self._timeout
         else:
-            patience = _SECONDS_TO_LEAVE if known.ending.cause in BY_AGREEMENT else 0.0
-        if known is None or patience is None:
-            return
-        if self._has_ended is None and patience:
-            self._has_ended = time.monotonic()
-        if self._has_ended is not None and time.monotonic() < self._has_ended + _SECONDS_TO_LEAVE:
-            return
-        self._leave(known)
+            patience = _SECONDS_TO_LEAVE if self._has_ended else 0.0
+        if self._known_for >= patience:
+            self._leave(known)
 
     def _end_loader(self, sample: Sample) -> None:
         limit = self._config.data.loader_timeout_seconds

@@ -96,6 +96,39 @@ class DataSheet:
         )
 
 
+# What the device calls itself -> bf16 TFLOP/s of its data sheet, dense. The first name that fits counts.
+_PEAKS = (
+    ("B200", 2250.0),
+    ("GH200", 989.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+)
+
+
+def peak_operations(device_name: str) -> float | None:
+    """bf16 operations per second that a GPU's data sheet promises, without sparsity; None for one that is not known.
+
+    Args:
+        device_name: what the device calls itself, such as `NVIDIA H100 80GB HBM3`.
+    """
+    words = device_name.split()
+    if "MIG" in words:  # A part of a GPU.
+        return None
+    for name, peak in _PEAKS:
+        first, *rest = name.split()
+        if any(word == first or word.startswith(f"{first}-") for word in words) and all(word in words for word in rest):
+            return 1e12 * peak
+    return None
+
+
 # Keys: whether products are in bf16. These rates come closest to the times of the layers in
 # `benchmarks/pipeline_balance.py` at an eighth and at a quarter of haplovl-7b's widths, on one core of an Intel Xeon
 # (Sapphire Rapids, AMX) with torch 2.13, 2026-11-22. They meet the ratio of a pre-decoder block to a post-decoder block

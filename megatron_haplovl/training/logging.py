@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from typing import TextIO
 
 NO_PREFIX = {"no_prefix": True}
 """`extra` of a record that is printed as it is: the lines that tools read."""
@@ -23,13 +24,16 @@ class _RankFormatter(logging.Formatter):
         return f"[rank {self._rank}] {level}{message}"
 
 
-def configure_logging(rank: int) -> None:
+def configure_logging(rank: int) -> logging.StreamHandler[TextIO]:
     """Send this package's records to standard output: from rank 0 all from INFO on, from every other rank the warnings.
 
     A second call replaces what the first one set up.
 
     Args:
         rank: this process's rank in the whole run.
+
+    Returns:
+        What prints the records.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_RankFormatter(rank))
@@ -37,6 +41,7 @@ def configure_logging(rank: int) -> None:
     package.handlers = [handler]
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False
+    return handler
 
 
 def training_line(step: int, last_step: int, columns: Mapping[str, float | int], title: str = "iteration") -> str:
@@ -48,8 +53,21 @@ def training_line(step: int, last_step: int, columns: Mapping[str, float | int],
 
 
 def _format(name: str, value: float) -> str:
-    if name in ("elapsed time per iteration (ms)", "loader wait (ms)"):
-        return f"{value:.1f}"
-    if name in ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm"):
-        return f"{value:.3f}"
+    for digits, names in _DIGITS.items():
+        if name in names:
+            return f"{value:.{digits}f}"
     return f"{value:.6E}"
+
+
+_DIGITS = {
+    1: (
+        "elapsed time per iteration (ms)",
+        "loader wait (ms)",
+        "slowest rank (ms)",
+        "fastest rank (ms)",
+        "padding (%)",
+    ),
+    2: ("MFU (%)", "peak memory (GiB)", "time to the end (h)"),
+    3: ("samples per second", "tokens per gpu per second (tgs)", "TFLOPs", "grad norm", "params norm"),
+}
+"""Digits behind the point -> columns."""

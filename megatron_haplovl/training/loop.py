@@ -43,7 +43,7 @@ def train(run: Run) -> Ending:
         window.add(step, result, time.perf_counter() - started, micro_batches.waited - waited)
         is_last = step == last_step
         if is_last or _is_due(config.logging.log_interval, step):
-            window.report(step, result)
+            window.report(step, result, micro_batches.positions)
         if is_last or _is_due(config.logging.eval_interval, step):
             with run.operation.clock.during("evaluate"):
                 evaluate(run, step)

@@ -20,6 +20,7 @@ from megatron_haplovl.data.mixture_sources import open_run_sources
 from megatron_haplovl.engine.checkpointing import CheckpointWriter, Saving, load_checkpoint
 from megatron_haplovl.engine.engine import build_engine
 from megatron_haplovl.engine.local_copies import LocalCopies
+from megatron_haplovl.engine.norms import GradientZeros
 from megatron_haplovl.engine.processes import initialize_processes
 from megatron_haplovl.engine.steps import DirectSteps, PipelinedSteps
 from megatron_haplovl.losses.terms import LossTerm
@@ -28,11 +29,17 @@ from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
+from megatron_haplovl.planning.machine import peak_operations
 from megatron_haplovl.training.bad_samples import BadSamples
+from megatron_haplovl.training.collection import GarbageCollection
 from megatron_haplovl.training.guards.build import build_guard
 from megatron_haplovl.training.guards.guard import Guard
+from megatron_haplovl.training.live_display import LiveDisplay
 from megatron_haplovl.training.logging import configure_logging
+from megatron_haplovl.training.memory_report import expected_memory, report_memory
 from megatron_haplovl.training.model_setup import cut_pipeline, ready_model
+from megatron_haplovl.training.profiling import Profiler
+from megatron_haplovl.training.rank_figures import ForwardTime
 from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.resumed_schedule import resumed_schedule
 from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
@@ -40,7 +47,7 @@ from megatron_haplovl.training.saving_report import bytes_to_save, report_saving
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
-from megatron_haplovl.training.startup_report import describe_run
+from megatron_haplovl.training.startup_report import describe_batches, describe_run
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,14 @@ class Run:
     operation: Operation
     """Who watches this rank."""
     leaving: Leaving
+    forward_time: ForwardTime
+    zeros: GradientZeros | None
+    """None without --log-num-zeros-in-grad."""
+    peak_operations: float | None
+    """Per second, as the device's data sheet says; None for a device that is not known."""
+    display: LiveDisplay
+    profiler: Profiler
+    collection: GarbageCollection
     bad_samples: BadSamples
     """What could not be read."""
     guard: Guard
@@ -90,6 +105,9 @@ class Run:
 
     def close(self) -> None:
         """Close the logs, give the --save folder free and leave the process group. Called by every rank."""
+        self.profiler.close()
+        self.collection.close()
+        self.display.close()
         self.sinks.close()
         # What the ranks have to say is said before one of them says how the run ended.
         self.groups.control.barrier()
@@ -110,7 +128,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     """
     operation = operation or Operation()
     device, groups = initialize_processes(config)
-    configure_logging(groups.world.rank)
+    handler = configure_logging(groups.world.rank)
     operation.meet(groups.control)
     if config.checkpoint.save is not None:
         operation.lock_folder(config.checkpoint.save, groups.control)
@@ -123,12 +141,17 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     stages = cut_pipeline(config, groups, device, train_data)
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
+    logger.info(describe_batches(config, train_data, groups))
+    report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
 
     resumed, copies = _checkpoint_to_resume(config, groups, operation.run_id)
     if resumed is not None:
         config = _resumed_settings(config, resumed, groups)
     model = ready_model(config, groups, device, stages, resumed)
     stage = stage_of(config)
+    profiler = _profiler(config, model, device)
+    operation.clock.listeners.append(profiler.enter)
+    forward_time = ForwardTime(operation.clock.enter, device)
     terms = stage.terms(config.loss)
     engine, steps = build_engine(
         model,
@@ -138,8 +161,9 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         terms,
         optimizer_groups(model, config.optimizer, config.recipe),
         train_data.sequences,
-        operation.clock.enter,
+        forward_time.enter,
     )
+    zeros = GradientZeros(engine, model) if config.logging.log_num_zeros_in_grad else None
     set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
     first_step, bad_samples = 0, BadSamples(config, groups.control)
     if resumed is not None:
@@ -186,10 +210,31 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         sinks=sinks,
         questions=open_sample_questions(config, groups, sinks, first_step),
         operation=operation,
+        forward_time=forward_time,
+        zeros=zeros,
+        peak_operations=_peak_operations(config, device),
+        display=LiveDisplay(
+            config.schedule.train_iters, handler, wanted=config.logging.live_display and groups.world.rank == 0
+        ),
+        profiler=profiler,
+        collection=GarbageCollection(config.run),
         leaving=Leaving(config.checkpoint, groups.control, operation.signals),
         bad_samples=bad_samples,
         guard=guard,
     )
+
+
+def _profiler(config: Config, model: ShardedModel, device: torch.device) -> Profiler:
+    folder = config.profile.profile_dir or f"{config.checkpoint.save}/profile"
+    return Profiler(config.profile, Path(folder), model.groups.world.rank, model.module, device)
+
+
+def _peak_operations(config: Config, device: torch.device) -> float | None:
+    if config.logging.device_peak_tflops is not None:
+        return 1e12 * config.logging.device_peak_tflops
+    if device.type == "cuda" and config.precision.bf16:
+        return peak_operations(torch.cuda.get_device_name(device))
+    return None
 
 
 def _build_loaders(config: Config, groups: ParallelGroups) -> tuple[BatchLoader, BatchLoader | None]:

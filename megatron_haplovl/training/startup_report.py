@@ -1,15 +1,18 @@
-"""What the first lines of a run's log say: ranks, device, number format, kernels, parameters."""
+"""What the first lines of a run's log say: ranks, device, number format, kernels, batches, parameters."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
+from megatron_haplovl.data.loader import BatchLoader
 from megatron_haplovl.engine.optimizer import ADAMW_NAMES, adamw_implementation
 from megatron_haplovl.kernels.attention import describe_backend, resolve_backend
 from megatron_haplovl.parallel.groups import ParallelGroups
 from megatron_haplovl.parallel.sharded_model import ShardedModel
-from megatron_haplovl.training.recipe import is_trained
+from megatron_haplovl.training.recipe import is_trained, part_of
 
 
 def describe_run(config: Config, groups: ParallelGroups, device: torch.device) -> str:
@@ -23,8 +26,12 @@ def describe_run(config: Config, groups: ParallelGroups, device: torch.device) -
         f"ranks: {groups.world.size}{_layout(groups)} | device: {device} | "
         f"precision: {'bf16' if config.precision.bf16 else 'fp32'} | ZeRO stage: {config.parallel.zero_stage} | "
         f"offloaded: {_offloaded(config.parallel)} | attention backend: {_attention_backends(config, device)} | "
-        f"AdamW: {ADAMW_NAMES[adamw]}"
+        f"AdamW: {ADAMW_NAMES[adamw]} | recomputed: {_RECOMPUTED[config.parallel.recompute_granularity]} | "
+        f"blocks: {'compiled' if config.precision.compile else 'not compiled'}"
     )
+
+
+_RECOMPUTED = {"none": "nothing", "selective": "the MLP of every block", "full": "every block"}
 
 
 def _layout(groups: ParallelGroups) -> str:
@@ -55,7 +62,21 @@ def _attention_backends(config: Config, device: torch.device) -> str:
 
 
 def describe_parameters(model: ShardedModel, recipe: RecipeConfig) -> str:
-    """How many parameters there are, over all ranks, and how many of them train."""
+    """How many parameters there are, over all ranks, and how many of them train, part by part."""
     sizes = {name: shape.numel() for name, shape in model.shapes.items()}
-    trained = sum(size for name, size in sizes.items() if is_trained(name, recipe))
-    return f"parameters: {sum(sizes.values()):,}, of which {trained:,} are trained"
+    trained = Counter[str]()
+    for name, size in sizes.items():
+        trained[part_of(name)] += size if is_trained(name, recipe) else 0
+    parts = ", ".join(f"{part} {size:,}" if size else f"{part} frozen" for part, size in trained.items())
+    return f"parameters: {sum(sizes.values()):,}, of which {trained.total():,} are trained: {parts}"
+
+
+def describe_batches(config: Config, data: BatchLoader, groups: ParallelGroups) -> str:
+    """How a step's batch is put together, in one line."""
+    schedule = config.schedule
+    unit = "samples" if schedule.batch_unit == "samples" else "sequences"
+    return (
+        f"a step: {schedule.global_batch_size} {unit} of {config.data.seq_length} tokens at most = "
+        f"{groups.data.size} data-parallel ranks x {data.micro_batches_per_step} micro-batches x "
+        f"{schedule.micro_batch_size}; {schedule.train_iters} steps"
+    )

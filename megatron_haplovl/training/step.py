@@ -14,7 +14,7 @@ from megatron_haplovl.training.setup import Run
 
 
 class TimedBatches(Iterator[Batch]):
-    """Micro-batches, and the seconds that were spent waiting for them.
+    """Micro-batches, their size, and the seconds that were spent waiting for them.
 
     Args:
         batches: the micro-batches.
@@ -26,6 +26,8 @@ class TimedBatches(Iterator[Batch]):
         self._batches, self._clock, self._describe = batches, clock, describe
         self._number = 0
         self.waited = 0.0
+        self.positions = 0
+        """Of all micro-batches so far, padding included."""
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
@@ -34,6 +36,7 @@ class TimedBatches(Iterator[Batch]):
             batch = next(self._batches)
         self._number += 1
         self.waited += time.perf_counter() - started
+        self.positions += batch.tokens_BS.numel()
         return batch
 
 
@@ -48,6 +51,7 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
             --skip-bad-samples cannot be read.
     """
     run.operation.clock.start_step(step + 1)
+    run.profiler.before_step(step)
     micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
     counts = run.train_data.counts(step)
     if run.guard.passes_over(step):

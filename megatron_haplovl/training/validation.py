@@ -32,7 +32,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     number = steps * run.valid_data.micro_batches_per_step
     read = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
     micro_batches = TimedBatches(read, run.operation.clock, partial(_describe, run.valid_data))
-    sums = run.steps.evaluate(run.bad_samples.settle(run.valid_data, micro_batches, number, step), number)
+    with run.collection.around_evaluation():
+        sums = run.steps.evaluate(run.bad_samples.settle(run.valid_data, micro_batches, number, step), number)
     counts = run.valid_data.counts_before(steps)
     figures = stage_of(run.config).figures
     for figure in figures:

@@ -1,8 +1,4 @@
-"""Questions answered by the model in training, in every layout, against `generate` of the exported model.
-
-Planted once to see it fail: the hidden state of the position before (all), only the first tensor-parallel rank's words
-(TP), no evaluation of the marks that are never answers.
-"""
+"""Questions answered by the model in training, in every layout, against `generate` of the exported model."""
 
 from __future__ import annotations
 

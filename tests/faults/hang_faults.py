@@ -64,10 +64,10 @@ def _hang_write(step: int, rank: int) -> None:
     """A rank never finishes writing its part of a checkpoint, as on a file server that is gone."""
     original: Any = write.write_rank
 
-    def write_rank(folder: Path, number: int, pieces: Any) -> None:
+    def write_rank(folder: Path, number: int, *rest: Any) -> Any:
         if number == rank and f"global_step{step}." in f"{folder.name}.":
             _hang()
-        original(folder, number, pieces)
+        return original(folder, number, *rest)
 
     vars(write)["write_rank"] = write_rank
 

@@ -20,7 +20,7 @@ FAST: list[tuple[str, str, str, list[str]]] = [
     ("torchrun", "stop_forward@3:1", "has not answered", []),
     ("deepspeed", "stop_forward@3:0", "has not answered", []),
 ]
-_TENSOR = ["--tensor-model-parallel-size", "2"]
+_TENSOR = ["--tensor-model-parallel-size", "2", "--post-num-attention-heads", "4", "--post-num-key-value-heads", "4"]
 _PIPELINE = ["--pipeline-model-parallel-size", "2"]
 SLOW = [
     *[("torchrun", f"stop_{phase}@3:0", "has not answered", []) for phase in ("loader", "reduce", "save")],

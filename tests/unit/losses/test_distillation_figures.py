@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_haplovl.losses import distillation_figures
-from megatron_haplovl.losses.distillation_figures import Candidates, vision_figures
+from megatron_haplovl.losses.distillation_figures import TIE, Candidates, vision_figures
 
 PATCHES, WIDTH = 41, 3
 RANDOM = torch.Generator().manual_seed(0)
@@ -22,7 +22,7 @@ def reference(own: list[int]) -> tuple[float, int]:
     for i in own:
         similar = [float(F.cosine_similarity(STUDENT[i].double(), TEACHER[j].double(), dim=0)) for j in range(PATCHES)]
         cosine += similar[i]
-        found += all(similar[i] >= similar[j] for j in range(PATCHES) if SEQUENCE[j] == SEQUENCE[i])
+        found += all(similar[i] + TIE >= similar[j] for j in range(PATCHES) if SEQUENCE[j] == SEQUENCE[i])
     return cosine, found
 
 
@@ -40,3 +40,9 @@ def test_a_student_that_says_the_same_of_every_patch_finds_one_of_a_sequence() -
     alike = torch.ones(PATCHES, WIDTH)
     found = vision_figures(alike, Candidates(TEACHER, SEQUENCE, torch.arange(PATCHES)))
     assert int(found["patch retrieval"]) == 2
+
+
+def test_a_picture_that_stands_twice_is_found() -> None:
+    twice = torch.cat([TEACHER, TEACHER + 1e-7])
+    found = vision_figures(TEACHER, Candidates(twice, SEQUENCE.repeat(2), torch.arange(PATCHES)))
+    assert int(found["patch retrieval"]) == PATCHES
