@@ -73,7 +73,7 @@ class Fault:
     inflicted: float | None = None
     """Seconds since the epoch: when its step began, as far as the metrics tell."""
     over: float | None = None
-    """When the run had more steps behind it than at the fault."""
+    """When the run was two steps further: whoever is asked to leave finishes a step or two before."""
     code: int | None = None
     """Exit code; None if the run went on."""
     sentence: str = "the run went on"
@@ -161,7 +161,7 @@ def note(
     """Look at how far the run is."""
     done = max((row["iteration"] for row in rows(folder / "metrics.jsonl", begun)), default=0)
     for fault in every:
-        if fault.inflicted is not None and fault.over is None and done >= fault.step:
+        if fault.inflicted is not None and fault.over is None and done >= fault.step + 2:
             fault.over = time.time()
     for fault in faults:
         if fault.inflicted is None and done >= fault.step - 1:

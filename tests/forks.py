@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.process
 import os
@@ -97,6 +98,8 @@ def _become(path: str, words: Sequence[str], output: str, environment: Mapping[s
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
+    # Otherwise workers of the program would be started like itself, and import everything anew.
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(environment)
