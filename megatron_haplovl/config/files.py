@@ -165,6 +165,8 @@ def _checked(s: Setting, value: Any, where: str) -> Any:
     """The value as the schema has it."""
     if value is None and s.optional:
         return None
+    if s.is_list and s.scalar is int:
+        return _checked_numbers(value, where)
     if s.is_list:
         return _checked_list(value, where)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
@@ -180,6 +182,14 @@ def _checked(s: Setting, value: Any, where: str) -> Any:
     if choices is not None and value not in choices:
         raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}")
     return float(value) if s.scalar is float else value
+
+
+def _checked_numbers(value: Any, where: str) -> tuple[int, ...]:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int) or abs(item) >= _LARGEST:
+            raise ValueError(f"{where}: {item!r} is {_kind(item)}, not a whole number")
+    return tuple(items)
 
 
 def _checked_list(value: Any, where: str) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ from megatron_haplovl.parallel.launch import Launch
 LAST_WORDS = "last_words.json"
 LOST_PEER = "lost a peer"
 """Cause of an ending that only follows from another rank's. It gives way to any other cause."""
+LAUNCHER_GONE = "launcher gone"
+"""Cause of an ending that says nothing about the run itself, however often it comes."""
 _FINAL = (ExitCode.NEEDS_PERSON, ExitCode.COME_BACK)
 """Endings behind which the launcher shall not start the ranks again."""
 
@@ -62,7 +64,7 @@ class LastWords:
     def guarded(self, ending: Ending) -> Ending:
         """The ending; or one that needs a person, where a fault comes a second time at the same step."""
         before = self._before
-        if ending.code != ExitCode.MACHINE_FAULT or before is None:
+        if ending.code != ExitCode.MACHINE_FAULT or ending.cause == LAUNCHER_GONE or before is None:
             return ending
         same = (before["step"], before["cause"]) == (ending.step, ending.cause)
         if not same or before["code"] not in (ExitCode.MACHINE_FAULT, ExitCode.NEEDS_PERSON):
@@ -107,8 +109,12 @@ class LastWords:
         return ending
 
     def status(self, ending: Ending) -> int:
-        """The exit status of this process: 0 also where a launch script knows better than a launcher what to do."""
-        return 0 if self._launch.is_scripted and ending.code in _FINAL else int(ending.code)
+        """The exit status of this process: 0 also where a launch script knows better than a launcher what to do.
+
+        If the script itself is gone, a launcher that it has left behind must not start the ranks again.
+        """
+        is_final = ending.code in _FINAL or ending.cause == LAUNCHER_GONE
+        return 0 if self._launch.is_scripted and is_final else int(ending.code)
 
     def _found(self) -> list[dict[str, Any]]:
         """What was said in this launch."""

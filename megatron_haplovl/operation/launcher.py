@@ -22,15 +22,50 @@ class Launcher:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._name = next((name for variable, name in _LAUNCHED.items() if variable in environment), None)
         self._parent = os.getppid()
+        self._is_orphan = self._name is not None and _is_reaper(self._parent)
+        self._runner = _runner(self._parent) if self._name == "deepspeed" else None
         self._script = _script(environment.get("HAPLOVL_LAUNCH_DIR"))
 
     def gone(self) -> str | None:
         """A sentence about what is gone, if anything is."""
+        if self._is_orphan:
+            return f"the launcher ({self._name}) was gone before this rank began, and its ranks end with it"
         if self._name is not None and os.getppid() != self._parent:
             return f"the launcher ({self._name}, process {self._parent}) is gone, and its ranks end with it"
+        if self._runner is not None and not is_running(self._runner):
+            return f"the launcher ({self._name}, process {self._runner}) is gone, and its ranks end with it"
         if self._script is not None and not is_running(self._script):
             return f"the launch script (process {self._script}) is gone, and its ranks end with it"
         return None
+
+
+def _is_reaper(pid: int) -> bool:
+    """Whether a process is no launcher, but takes the children of processes that have ended."""
+    words = _command_line(pid)
+    if pid == 1:
+        # In a container the launcher itself may be the first process.
+        return not any("torch" in word or "deepspeed" in word for word in words)
+    return bool(words) and Path(words[0]).name == "systemd"
+
+
+def _runner(parent: int) -> int | None:
+    """The `deepspeed` that has started DeepSpeed's launcher on this machine, if it did not come from another one."""
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    runner = int(stat.rpartition(")")[2].split()[1])
+    words = _command_line(runner)
+    return (
+        runner if any(Path(word).name in ("deepspeed", "ds", "deepspeed.launcher.runner") for word in words) else None
+    )
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def _script(folder: str | None) -> int | None:

@@ -34,11 +34,14 @@ class Leaving:
         config: intervals and files.
         control: all ranks, on the host.
         signals: what has been received; None where nobody listens.
+        seconds: since the launch, in which torchrun may have started the ranks several times.
     """
 
-    def __init__(self, config: CheckpointConfig, control: Group, signals: StopSignals | None = None) -> None:
+    def __init__(
+        self, config: CheckpointConfig, control: Group, signals: StopSignals | None = None, seconds: float = 0.0
+    ) -> None:
         self._config, self._control, self._signals = config, control, signals
-        self._started = time.monotonic()
+        self._started = time.monotonic() - seconds
         self._exit_file = exit_file(config)
         self._looked = float("-inf")
         self._asked_by_file = False

@@ -24,7 +24,7 @@ from megatron_haplovl.operation.beats import Beat, Seen
 from megatron_haplovl.operation.endings import BY_AGREEMENT, Ending, ExitCode
 from megatron_haplovl.operation.exchange import Exchange
 from megatron_haplovl.operation.judgement import Finding, Limits, judge
-from megatron_haplovl.operation.last_words import LOST_PEER
+from megatron_haplovl.operation.last_words import LAUNCHER_GONE, LOST_PEER
 from megatron_haplovl.operation.launcher import Launcher
 from megatron_haplovl.operation.main_thread import MainThread, Sample
 from megatron_haplovl.operation.phase import PhaseClock
@@ -188,7 +188,7 @@ class Watch:
         gone = self._launcher.gone()
         if gone is not None:
             self._publish_patience = _TICK
-            self._leave(Published(self._ending(gone, "launcher gone")))
+            self._leave(Published(self._ending(gone, LAUNCHER_GONE)))
         sample = self._main.look(elapsed)
         limit = self._config.data.loader_timeout_seconds
         if sample.moment.phase == "loader" and sample.in_phase >= limit:

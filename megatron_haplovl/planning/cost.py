@@ -78,7 +78,7 @@ def layer_costs(
             case "distillation":
                 costs.append(_distillation(model, work, layout, precision, path))
             case _:
-                raise AssertionError(f"no cost is known of the layer {layer}")
+                raise ValueError(f"no cost is known of the layer {layer}")
     return costs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
+from megatron_haplovl.parallel.launch import Launch
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.planning.machine import peak_operations
@@ -142,7 +144,10 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     if stages is not None:
         logger.info(f"pipeline stages: --pipeline-partition {stages.partition}")
     logger.info(describe_batches(config, train_data, groups))
-    report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
+    try:
+        report_memory(expected_memory(config, groups, device, train_data, stages), groups, device)
+    except ValueError as error:  # A stage of one's own may have layers that the planner does not know.
+        logger.info(f"expected memory: unknown ({error})")
 
     resumed, copies = _checkpoint_to_resume(config, groups, operation.run_id)
     if resumed is not None:
@@ -218,7 +223,9 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         ),
         profiler=profiler,
         collection=GarbageCollection(config.run),
-        leaving=Leaving(config.checkpoint, groups.control, operation.signals),
+        leaving=Leaving(
+            config.checkpoint, groups.control, operation.signals, time.time() - Launch.of_environment().began
+        ),
         bad_samples=bad_samples,
         guard=guard,
     )

@@ -77,15 +77,19 @@ def in_output(run: Run) -> Callable[[], None]:
 
 def in_weight(run: Run) -> Callable[[], None]:
     """A weight of rank 1 is not finite."""
-    parameter = dict(run.model.module.named_parameters())["final_norm.weight"]
+    parameter = dict(run.model.module.named_parameters()).get("final_norm.weight")
+    if parameter is None:  # on another stage of a pipeline
+        return lambda: None
     # ZeRO 3 keeps a small parameter whole beside its parts.
     held = [
         values.data.view(-1) for values in (parameter, getattr(parameter, "ds_tensor", parameter)) if values.numel()
     ]
     before = [values[-1].clone() for values in held]
-    for values in held:
-        values[-1] = float("inf")
+    if dist.get_rank() == 1:
+        for values in held:
+            values[-1] = float("inf")
 
+    # The others may have gathered it.
     def mend() -> None:
         for values, value in zip(held, before, strict=True):
             values[-1] = value
@@ -113,10 +117,13 @@ KINDS: dict[str, Callable[[Run], Callable[[], None]]] = {
 
 @contextlib.contextmanager
 def fault(run: Run, kind: str) -> Iterator[None]:
-    undo = KINDS[kind](run) if dist.get_rank() == 1 else (lambda: None)
+    undo = KINDS[kind](run) if dist.get_rank() == 1 or kind == "weight" else (lambda: None)
     try:
         yield
     finally:
+        if run.config.parallel.zero_stage == 3:
+            # What was gathered is forgotten, and gathered anew from the parts.
+            run.engine.empty_partition_cache()
         undo()
 
 

@@ -69,6 +69,11 @@ def test_the_time_is_over(monkeypatch):
     assert asked.agreed(2) == "--exit-duration-in-mins 2"
 
 
+def test_the_time_of_earlier_starts_counts():
+    asked = Leaving(CheckpointConfig(save="nowhere", exit_duration_in_mins=2), Group(), None, seconds=121.0)
+    assert asked.agreed(1) == "--exit-duration-in-mins 2"
+
+
 def test_other_ranks_flags_count():
     class Told(Group):
         def largest(self, tensor):
