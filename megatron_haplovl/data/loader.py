@@ -31,7 +31,7 @@ from megatron_haplovl.data.sources import IndexedSource, Source
 from megatron_haplovl.data.tile_rule import NarrowedSource
 from megatron_haplovl.data.tokenizer import load_tokenizer
 from megatron_haplovl.data.tokenizer_fingerprint import blind_spot, same_tokenizer, shorten
-from megatron_haplovl.data.worker_signals import ignore_stop_signals
+from megatron_haplovl.data.worker_signals import end_workers_at_exit, ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class BatchLoader:
         )
         # Where samples may be skipped, a step begins when all of it has been read.
         ahead = max(_PREFETCH, -(-self._sampler.per_step // workers) if skips_bad and workers else 0)
+        if workers:
+            end_workers_at_exit()
         # A generator of its own: otherwise starting to read would advance the global random state.
         self._loader = DataLoader(
             ErrorsAsValues(self._dataset),

@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -169,17 +167,6 @@ def end_process(ending: Ending, words: LastWords, run_id: str = "") -> None:
     """
     ending = words.speak(ending, run_id)
     os._exit(words.status(ending))
-
-
-def end_children() -> None:
-    """End the loader's workers, which ignore the signal that ends them usually. Called by the main thread."""
-    children = multiprocessing.active_children()
-    # torch's loader takes a worker that is killed for an error.
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in children:
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, before)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from megatron_haplovl.config.cli import RefusedCommandLine
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.data.worker_signals import end_workers
 from megatron_haplovl.operation.endings import Ending, ExitCode, RunEnd
-from megatron_haplovl.operation.last_words import LastWords, end_children
+from megatron_haplovl.operation.last_words import LastWords
 from megatron_haplovl.operation.launcher import Launcher
 from megatron_haplovl.operation.lost_peers import cause_of, is_lost_peer
 from megatron_haplovl.operation.operation import Operation
@@ -59,7 +60,7 @@ def supervised(config: Config, signals: StopSignals | None = None) -> Iterator[O
     finally:
         operation.signals.close()
         operation.watch.stop()
-        end_children()
+        end_workers()
     if ending.code != ExitCode.DONE:
         sys.exit(words.status(ending))
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from megatron_haplovl.data.worker_signals import STOP_SIGNALS, ignore_stop_signals
-from megatron_haplovl.operation.last_words import end_children
+from megatron_haplovl.data.worker_signals import STOP_SIGNALS, end_workers, ignore_stop_signals
 from megatron_haplovl.operation.signals import StopSignals
 from megatron_haplovl.parallel.launch import Launch
 
@@ -140,7 +139,20 @@ def test_loader_workers_ignore_what_asks_a_run_to_stop():
         os.kill(worker, number)
     assert int(next(batches)) == worker
     before = signal.getsignal(signal.SIGCHLD)
-    end_children()
+    end_workers()
     assert signal.getsignal(signal.SIGCHLD) is before
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_a_program_without_a_supervisor_ends_with_workers_that_are_left():
+    """Here the iterator outlives the loader, as DeepSpeed's pipeline keeps it."""
+    program = """
+import sys, torch
+from torch.utils.data import DataLoader
+from megatron_haplovl.data.worker_signals import end_workers_at_exit, ignore_stop_signals
+end_workers_at_exit()
+sys.kept = iter(DataLoader(range(100), batch_size=None, num_workers=1, worker_init_fn=ignore_stop_signals))
+next(sys.kept)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
