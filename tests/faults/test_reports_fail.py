@@ -27,8 +27,8 @@ def test_a_run_outlives_what_reports(tmp_path: Path, undisturbed: dict[int, floa
     words = alone(flags)
     log = tmp_path / "log"
     if fault == "sinks on a full disk":
-        # The first line fits, and half of the second.
-        words = ["bash", "-c", 'ulimit -f 1; exec "$@" 2>&1 | cat', "bash", *words]
+        # The first lines fit. What the run prints is not limited.
+        words = ["bash", "-c", 'set -o pipefail; (ulimit -f 3; exec "$@" 2>&1) | cat', "bash", *words]
     elif fault == "output on a full disk":
         words = ["bash", "-c", 'exec "$@" > /dev/full', "bash", *words]
     else:
