@@ -143,7 +143,7 @@ def load_manifest(prefix: str) -> Manifest:
         fields = json.loads(path.read_text(encoding="utf-8"))
         stated = fields.pop(_CONTENT_HASH, None)
         manifest = _from_json(fields)
-        _check_kinds(manifest)
+        check_kinds(manifest)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
     except ValueError as error:
@@ -182,7 +182,7 @@ def read_manifest(prefix: str) -> Manifest:
 _LARGEST = 1 << 62
 
 
-def _check_kinds(manifest: Manifest) -> None:
+def check_kinds(manifest: Manifest) -> None:
     """Look at the kind of every value, which JSON leaves open.
 
     Raises:
@@ -194,8 +194,8 @@ def _check_kinds(manifest: Manifest) -> None:
     if manifest.num_frames is not None:
         whole["num_frames"] = manifest.num_frames
     for name, value in (whole | counts | sizes).items():
-        # True and False are numbers to Python.
-        if type(value) is not int:
+        # True and False are numbers to Python. Earlier versions counted a single sample without images as true.
+        if type(value) is not int and not (name == "counts.text_only_samples" and value is True):
             raise ValueError(f"{name} is {value!r} and no whole number")
         if not 0 <= value <= _LARGEST:
             raise ValueError(f"{name} is {value}")

@@ -147,7 +147,7 @@ class PrefixWriter(PrefixFiles):
             loss_tokens=int(loss_mask.sum()),
             image_references=sum(1 for _ in sample.images),
             videos=sum(isinstance(visual, FoundVideo) for visual in sample.visuals),
-            text_only_samples=not sample.visuals,
+            text_only_samples=int(not sample.visuals),
         )
         self._repairs.update(sample.repairs)
         self._unread_keys.update(sample.unread_keys)

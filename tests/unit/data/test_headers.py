@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -137,6 +138,14 @@ def test_counts_of_a_manifest(tmp_path: Path, name: str, value: Any) -> None:
     Path(prefix + names.MANIFEST_SUFFIX).write_text(json.dumps(changed(manifest, counts=counts)))
     with pytest.raises(ValueError, match=rf"small\.manifest\.json is not a manifest: counts\.{name} is"):
         read_everything(prefix)
+
+
+def test_a_single_sample_without_images_was_once_counted_as_true(tmp_path: Path) -> None:
+    manifest = load_manifest(write_small_prefix(tmp_path))
+    for name, fits in (("text_only_samples", True), ("tokens", False)):
+        counts = dataclasses.replace(manifest.counts, **{name: True})
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="no whole number"):
+            names.check_kinds(dataclasses.replace(manifest, counts=counts))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "[" * 100_000, '{"format_version": 1e999}', "\udcff"])

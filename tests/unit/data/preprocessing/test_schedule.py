@@ -92,3 +92,5 @@ def test_a_maker_can_be_sent_to_a_process(tmp_path: Path, tiny_spm_model: Path) 
     assert maker.make(first) == PartDone("00000-000000", 2, 0)
     assert maker.make(second) == PartDone("00000-000001", 1, 0)
     assert PartsFolder(tmp_path / "parts").finished().keys() == {"00000-000000", "00000-000001"}
+    manifest = tmp_path / "parts" / "00000-000001" / "part.manifest.json"
+    assert '"text_only_samples": 1' in manifest.read_text()
