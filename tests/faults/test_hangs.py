@@ -69,7 +69,7 @@ def _named(save: Path, witness: int) -> float:
 def test_a_rank_that_goes_on_costs_a_warning(tmp_path):
     def run(name, **extra):
         metrics = tmp_path / f"{name}.jsonl"
-        flags = ["--train-iters", "5", "--metrics-file", str(metrics)]
+        flags = ["--train-iters", "60", "--metrics-file", str(metrics)]
         ended = run_to_end(command("torchrun", 2, "finetune", flags), tmp_path / name, **extra)
         assert ended.code == 0, ended.output[-4000:]
         return ended.output, losses(metrics)
