@@ -10,6 +10,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_haplovl.parallel.process_table import process_stat
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -62,7 +64,8 @@ class Holder:
     @property
     def is_stopped(self) -> bool:
         """Whether the process of a holder that is here was stopped by a signal."""
-        return _state_and_start(self.pid)[0] in ("T", "t")
+        stat = process_stat(self.pid)
+        return stat is not None and stat.state in ("T", "t")
 
     @property
     def is_this_process(self) -> bool:
@@ -80,15 +83,5 @@ def _machine() -> str:
 
 def _started(pid: int) -> int | None:
     """When a process began; None if there is none, or only what it left for its parent to read."""
-    state, started = _state_and_start(pid)
-    return None if state in ("", "Z", "X") else started
-
-
-def _state_and_start(pid: int) -> tuple[str, int]:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "", 0
-    # The name in front of these may hold spaces and brackets.
-    words = stat.rpartition(")")[2].split()
-    return words[0], int(words[19])
+    stat = process_stat(pid)
+    return None if stat is None or stat.has_ended else stat.started

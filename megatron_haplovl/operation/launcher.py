@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_haplovl.operation.stacks import is_running
+from megatron_haplovl.parallel.process_table import is_running, process_stat
 
 _LAUNCHED = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
 """Variables that launchers set for what they start. A process without them may outlive the shell that started it."""
@@ -50,15 +50,11 @@ def _is_reaper(pid: int) -> bool:
 
 def _runner(parent: int) -> int | None:
     """The `deepspeed` that has started DeepSpeed's launcher on this machine, if it did not come from another one."""
-    try:
-        stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    stat = process_stat(parent)
+    if stat is None:
         return None
-    runner = int(stat.rpartition(")")[2].split()[1])
-    words = _command_line(runner)
-    return (
-        runner if any(Path(word).name in ("deepspeed", "ds", "deepspeed.launcher.runner") for word in words) else None
-    )
+    names = {Path(word).name for word in _command_line(stat.parent)}
+    return stat.parent if {"deepspeed", "ds", "deepspeed.launcher.runner"} & names else None
 
 
 def _command_line(pid: int) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_haplovl.parallel.process_table import is_running
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_ABORT = 1.5
@@ -94,12 +96,3 @@ def abort(pids: Sequence[int]) -> None:
     end = time.monotonic() + _SECONDS_TO_ABORT
     while any(is_running(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process exists that has not ended yet; a stopped one has not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in ("Z", "X")

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_haplovl.parallel.process_table import process_stat
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -72,10 +74,12 @@ def _started(pid: int) -> float:
 
     The kernel rounds the time of boot to a second. The second that is added is less than any rank takes to say a word.
     """
-    after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    stat = process_stat(pid)
+    if stat is None:
+        raise ProcessLookupError(f"process {pid} has gone")
     boot = next(
         int(line.split()[1])
         for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
         if line.startswith("btime")
     )
-    return boot + int(after_name[19]) / os.sysconf("SC_CLK_TCK") + 1.0
+    return boot + stat.started / os.sysconf("SC_CLK_TCK") + 1.0

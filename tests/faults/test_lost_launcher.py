@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_haplovl.operation.stacks import is_running
+from megatron_haplovl.parallel.process_table import is_running
 from tests.faults.run import command, descendants, started, wait_for
 
 

@@ -110,7 +110,8 @@ def test_a_dead_holder_is_replaced_at_once(tmp_path, other_process, log_lines):
 
 def test_a_process_id_that_is_used_again_is_another_process(tmp_path):
     me = Holder.this_process("theirs")
-    parent = dataclasses.replace(me, pid=os.getppid())
+    # A parent may have begun in the same tick as its child, but in no later one.
+    parent = dataclasses.replace(me, pid=os.getppid(), started=me.started + 1)
     assert parent.is_gone and not dataclasses.replace(me, run_id="x").is_gone
     (tmp_path / LOCK_FILE).write_text(parent.text())
     take(tmp_path).release()

@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_haplovl.operation.stacks import StackFile, abort, debug_folder, is_running, open_stack_file
+from megatron_haplovl.operation.stacks import StackFile, abort, debug_folder, open_stack_file
+from megatron_haplovl.parallel.process_table import is_running
 
 _STOPPED = """
 import os, pathlib, signal, sys
