@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.allowed import Allowed
+from megatron_haplovl.config.bounds import check_at_least_1
 from megatron_haplovl.config.layout import Layout, Workload, check_layout
 from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
@@ -107,9 +108,7 @@ def _positive_sizes(model: ModelConfig) -> None:
 
 def _validate_schedule(config: Config) -> None:
     schedule = config.schedule
-    for name in ("train_iters", "micro_batch_size", "global_batch_size"):
-        if getattr(schedule, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(schedule, name)}")
+    check_at_least_1(schedule, "train_iters", "micro_batch_size", "global_batch_size")
     if schedule.batch_unit == "packs" and schedule.global_batch_size % schedule.micro_batch_size:
         raise ValueError(
             f"--global-batch-size {schedule.global_batch_size} is not a multiple of "
@@ -130,19 +129,11 @@ def _validate_schedule(config: Config) -> None:
             "--adamw-implementation apex steps on a GPU, and --offload-optimizer cpu on the host; use auto, deepspeed "
             "or torch"
         )
-    for section, name in (
-        (config.parallel, "distributed_timeout_minutes"),
-        (config.parallel, "distributed_timeout_seconds_after_init"),
-        (config.data, "loader_timeout_seconds"),
-        (config.logging, "log_interval"),
-        (config.logging, "eval_interval"),
-        (config.logging, "eval_iters"),
-        (config.logging, "sample_interval"),
-        (config.logging, "sample_max_new_tokens"),
-    ):
-        value = getattr(section, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least_1(config.parallel, "distributed_timeout_minutes", "distributed_timeout_seconds_after_init")
+    check_at_least_1(config.data, "loader_timeout_seconds")
+    check_at_least_1(
+        config.logging, "log_interval", "eval_interval", "eval_iters", "sample_interval", "sample_max_new_tokens"
+    )
 
 
 def _validate_data(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_haplovl.config.bounds import check_at_least_1
 from megatron_haplovl.config.schema import Config
 
 
@@ -12,13 +13,11 @@ def validate_checkpoint(config: Config) -> None:
         ValueError: the first contradiction found.
     """
     settings = config.checkpoint
-    for name in (
+    check_at_least_1(
+        settings,
         *("save_interval", "exit_interval", "exit_duration_in_mins", "keep_last", "keep_every", "max_failed_saves"),
         "non_persistent_save_interval",
-    ):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    )
     if settings.save is None:
         _refuse_without_save(config)
     if settings.keep_every is not None and settings.keep_last is None:

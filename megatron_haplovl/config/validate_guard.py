@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_haplovl.config.bounds import check_at_least_1
 from megatron_haplovl.config.schema import Config, GuardConfig
 
 
@@ -22,8 +23,7 @@ def validate_guard(config: Config) -> None:
             f"--max-skipped-steps {guard.max_skipped_steps} leaves out what --no-check-for-nan-in-loss-and-grad does "
             "not look for; leave one of them out"
         )
-    if guard.check_replicas is not None and guard.check_replicas < 1:
-        raise ValueError(f"--check-replicas must be at least 1, got {guard.check_replicas}")
+    check_at_least_1(guard, "check_replicas")
     for name in ("spiky_loss_factor", "spiky_loss_action"):
         value = getattr(guard, name)
         if value != getattr(usual, name) and not guard.check_for_spiky_loss:

@@ -116,7 +116,7 @@ class CheckpointWriter:
         if settings.async_save:
             self._writing = self._pool.submit(write_all)
         else:
-            self._report(write_all(), self._done_text)
+            self._report(write_all(), self._done)
 
     def finish(self) -> None:
         """Wait for a checkpoint that is still being written. Called by every rank.
@@ -126,7 +126,7 @@ class CheckpointWriter:
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._report(writing.result(), self._done_text)
+            self._report(writing.result(), self._done)
 
     def close(self) -> None:
         """Finish the last checkpoint at the end of a run; if it has failed, try it again. Called by every rank.
@@ -146,17 +146,14 @@ class CheckpointWriter:
                 "mend it, and start the run again: it goes on from the checkpoint before"
             )
 
-    def _done_text(self) -> str:
-        return self._done
-
-    def _report(self, failure: _Failure | None, done: Callable[[], str] | None = None) -> None:
+    def _report(self, failure: _Failure | None, done: str | None = None) -> None:
         """Agree on whether any rank has failed, clean up, and count. The answer is the same on every rank."""
         found = [failure for failure in self._model.groups.world.gather_objects(failure) if failure is not None]
         self._saved = not found
         if not found:
             if done is not None:
                 self._failed = 0
-                logger.info(done())
+                logger.info(done)
             return
         text = "; ".join(dict.fromkeys(failure.text for failure in found))
         if lost := [failure for failure in found if failure.is_final]:

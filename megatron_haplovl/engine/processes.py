@@ -14,7 +14,7 @@ import torch
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.flight_recorder import record_collectives
 from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
-from megatron_haplovl.parallel.launch import Launch
+from megatron_haplovl.parallel.launch import Launch, ranks_on_this_machine
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -139,5 +139,4 @@ def check_started_alone() -> None:
 def _share_cores() -> None:
     """Split the cores among the ranks of this machine, unless the user has decided (OMP_NUM_THREADS)."""
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_machine()))

@@ -69,6 +69,11 @@ class Launch:
             return None
 
 
+def ranks_on_this_machine() -> int:
+    """Their number, by what torchrun or DeepSpeed says; 1 for a process that nobody has launched."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def _started(pid: int) -> float:
     """`time.time()` when a process started, by the kernel's clock ticks since boot (proc(5)).
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from megatron_haplovl.parallel.launch import ranks_on_this_machine
 
 GIB = 2**30
 
@@ -28,8 +29,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = host_free_bytes()
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return None if free is None else free // ranks_here
+    return None if free is None else free // ranks_on_this_machine()
 
 
 def host_free_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
