@@ -7,17 +7,21 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that neither a reader nor a crash sees half of it."""
+    """Replace a file at once, so that neither a reader nor a crash sees half of it; a newline is added."""
+    write_bytes(path, f"{text}\n".encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes, as they are. Where it fails, the old file stays and nothing is left beside it."""
     aside = path.with_name(f"unfinished-{path.name}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
-    except OSError:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
     to_disk(path.parent)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_haplovl.checkpoint.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,7 @@ class AnswersFile:
         kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= first_step]
         if len(kept) == len(lines):
             return
-        whole = self._path.with_suffix(".tmp")
-        whole.write_text("".join(kept), encoding="utf-8")
-        os.replace(whole, self._path)
+        write_bytes(self._path, "".join(kept).encode())
         logger.info(
             f"{self._path}: {len(lines) - len(kept)} lines are half or of steps after {first_step}, which are done "
             "again; they are taken out"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_haplovl.checkpoint.files import write_bytes
 from megatron_haplovl.training.sinks.appended_file import AppendedFile
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def cut_back(path: Path, first_step: int) -> None:
     if all(stays[: len(kept)]):
         os.truncate(path, sum(map(len, kept)))
     else:
-        _replace(path, b"".join(kept))
+        write_bytes(path, b"".join(kept))
     logger.info(f"{path}: cut back to step {first_step}; {len(lines) - len(kept)} lines of later steps are dropped")
 
 
@@ -85,16 +86,3 @@ def _iteration(line: bytes) -> int | None:
     except (ValueError, TypeError, KeyError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file anew; at any moment there is the old one or the new one."""
-    aside = path.with_name(f"{path.name}.unfinished")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
