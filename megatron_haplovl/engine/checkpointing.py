@@ -118,6 +118,10 @@ class CheckpointWriter:
         else:
             self._report(write_all(), self._done)
 
+    def more_state(self) -> Mapping[str, Any]:
+        """What else is in `training_state.json`, see :class:`Saving`."""
+        return self._saving.more_state()
+
     def finish(self) -> None:
         """Wait for a checkpoint that is still being written. Called by every rank.
 
@@ -192,7 +196,7 @@ class CheckpointWriter:
             self._config.schedule.global_batch_size,
             plan_key,
             self._saving.run_id,
-            more=self._saving.more_state(),
+            more=self.more_state(),
         )
         write.prepare(unfinished(folder), self._config, state, self._saving.bytes)
 

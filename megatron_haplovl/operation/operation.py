@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Operation:
     signals: StopSignals | None = None
     words: LastWords | None = None
     watch: Watch | None = None
+    began: float = field(default_factory=time.time)
+    """`time.time()` when the launch began; torchrun may have started the ranks several times since."""
     ending: Ending | None = None
     """How the run has ended, if nothing was raised."""
     lock: RunLock | None = None

@@ -42,7 +42,7 @@ def supervised(config: Config, signals: StopSignals | None = None) -> Iterator[O
     """
     launch = Launch.of_environment()
     words = LastWords(launch, Path(config.checkpoint.save) if config.checkpoint.save else None)
-    operation = Operation(words=words, signals=signals or StopSignals(launch))
+    operation = Operation(words=words, signals=signals or StopSignals(launch), began=launch.began)
     assert operation.signals is not None
     operation.signals.may_wait = lambda: operation.steps_done is not None
     operation.signals.at_once = operation.end

@@ -40,7 +40,9 @@ def train(run: Run) -> Ending:
         if step == run.first_step:
             run.settle()
         step += 1
-        window.add(step, result, time.perf_counter() - started, micro_batches.waited - waited)
+        seconds = time.perf_counter() - started
+        window.add(step, result, seconds, micro_batches.waited - waited)
+        run.after_step(step, seconds)
         is_last = step == last_step
         if is_last or _is_due(config.logging.log_interval, step):
             window.report(step, result, micro_batches.positions)
@@ -78,8 +80,7 @@ def _save(run: Run, step: int, *, must: bool) -> bool:
     if run.copies is not None and run.copies.is_due(step):
         with run.operation.clock.during("save"):
             run.guard.before_save(step)
-            more_state = {**run.bad_samples.state(run.train_data), **run.guard.state()}
-            run.copies.save(run.engine, run.model, step, run.train_data.plan_key, more_state)
+            run.copies.save(run.engine, run.model, step, run.train_data.plan_key, run.writer.more_state())
     return False
 
 

@@ -28,7 +28,6 @@ from megatron_haplovl.losses.terms import LossTerm
 from megatron_haplovl.operation.leaving import Leaving
 from megatron_haplovl.operation.operation import Operation
 from megatron_haplovl.parallel.groups import ParallelGroups
-from megatron_haplovl.parallel.launch import Launch
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.parallel.timeouts import set_timeouts
 from megatron_haplovl.planning.machine import peak_operations
@@ -105,6 +104,17 @@ class Run:
         if self.operation.watch is not None:
             self.operation.watch.settle(seconds, flag)
 
+    def after_step(self, step: int, seconds: float) -> None:
+        """Tell what goes along with the steps.
+
+        Args:
+            step: optimizer steps done.
+            seconds: that the last one took.
+        """
+        self.display.step(step, seconds)
+        self.profiler.after_step(step)
+        self.collection.after_step(step)
+
     def close(self) -> None:
         """Close the logs, give the --save folder free and leave the process group. Called by every rank."""
         self.profiler.close()
@@ -171,9 +181,11 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
     zeros = GradientZeros(engine, model) if config.logging.log_num_zeros_in_grad else None
     set_timeouts(60.0 * config.parallel.distributed_timeout_minutes)
     first_step, bad_samples = 0, BadSamples(config, groups.control)
+    state: dict[str, Any] = {}
     if resumed is not None:
         first_step = load_checkpoint(engine, model, resumed, config, train_data.plan_key)
-        bad_samples.resume(read_json(resumed / STATE_FILE), train_data, resumed)
+        state = read_json(resumed / STATE_FILE)
+        bad_samples.resume(state, train_data, resumed)
     guard = build_guard(
         config,
         engine,
@@ -183,7 +195,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         train_data,
         device,
         run_id=operation.run_id,
-        state={} if resumed is None else read_json(resumed / STATE_FILE),
+        state=state,
     )
     if copies is not None:
         copies.keep_only(resumed)
@@ -223,9 +235,7 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
         ),
         profiler=profiler,
         collection=GarbageCollection(config.run),
-        leaving=Leaving(
-            config.checkpoint, groups.control, operation.signals, time.time() - Launch.of_environment().began
-        ),
+        leaving=Leaving(config.checkpoint, groups.control, operation.signals, time.time() - operation.began),
         bad_samples=bad_samples,
         guard=guard,
     )

@@ -62,9 +62,6 @@ class Window:
         self._seconds += seconds
         self._waited += waited
         self._forecast.add(seconds)
-        self._run.display.step(step, seconds)
-        self._run.profiler.after_step(step)
-        self._run.collection.after_step(step)
         counts_of_sources = self._run.train_data.counts_by_source(range(step - 1, step))
         if result.updated:
             self._by_source.add(result.sums, counts_of_sources)
