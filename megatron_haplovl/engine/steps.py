@@ -25,9 +25,9 @@ compute losses (`losses.by_source`)."""
 EnterPhase = Callable[[str], None]
 """Is told what a rank begins to do; see `operation.phase.PHASES`."""
 
-Judge = Callable[[Sums, Sequence[Sums]], Verdict]
-"""From this rank's sums over a step, and those of each of its micro-batches, to the step's losses and whether the
-weights may be updated. Called once in a step by every rank, when gradients are complete and no weight has changed."""
+Judge = Callable[[Sums], Verdict]
+"""From this rank's sums over a step to the step's losses and whether the weights may be updated. Called once in a step
+by every rank, when gradients are complete and no weight has changed."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ class StepResult:
     """Norm of the gradients before clipping, over all ranks; None if the weights were not updated."""
     counts: StepCounts
     """Valid tokens of the whole global batch."""
-    visible_pairs: int
-    """(query, key) pairs that attended in the micro-batches that this rank read."""
     sums: Sums
     """This rank's."""
     each: tuple[Sums, ...] = ()
@@ -79,10 +77,10 @@ class _EngineSteps:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
 
-    def _result(self, counts: StepCounts, visible_pairs: int, sums: Sums, each: list[Sums]) -> StepResult:
+    def _result(self, counts: StepCounts, sums: Sums, each: list[Sums]) -> StepResult:
         verdict = self._gate.verdict()
         norm = self._grad_norm() if verdict.update else None
-        return StepResult(verdict.losses, norm, counts, visible_pairs, sums, tuple(each))
+        return StepResult(verdict.losses, norm, counts, sums, tuple(each))
 
 
 class DirectSteps(_EngineSteps):
@@ -124,12 +122,11 @@ class DirectSteps(_EngineSteps):
             counts: valid tokens of the whole global batch.
             judge: whether the weights may be updated.
         """
-        sums, visible_pairs = _zeros(self._terms, self._device), 0
+        sums = _zeros(self._terms, self._device)
         each: list[Sums] = []
-        self._gate.expect(lambda: judge(sums, each))
+        self._gate.expect(lambda: judge(sums))
         for _ in range(self.accumulation):
             batch = next(micro_batches)
-            visible_pairs += batch.visible_pairs
             self._enter_phase("forward")
             found = self._losses(batch.to(self._device))
             # Every rank's share is divided by the token count of the whole batch already, so gradients must be summed
@@ -141,7 +138,7 @@ class DirectSteps(_EngineSteps):
             each.append(_detached(found))
             self._enter_phase("reduce")
             self._engine.step()
-        return self._result(counts, visible_pairs, sums, each)
+        return self._result(counts, sums, each)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
@@ -221,17 +218,15 @@ class PipelinedSteps(_EngineSteps):
         super().__init__(engine, grad_norm, device)
         self._slot, self._loss = slot, loss
         self._enter_phase, self.reads_data = enter_phase, reads_data
-        self._visible_pairs = 0
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, judge: Judge) -> StepResult:
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
         self._loss.start(counts)
-        self._visible_pairs = 0
         self._gate.expect(partial(self._judge, judge))
         # Forward and backward passes of several micro-batches alternate in the schedule.
         self._enter_phase("forward")
         self._engine.train_batch(self._for_schedule(micro_batches))
-        return self._result(counts, self._visible_pairs, self._loss.sums, self._loss.each)
+        return self._result(counts, self._loss.sums, self._loss.each)
 
     def evaluate(self, micro_batches: Iterator[Batch], number: int) -> Sums:
         """See :meth:`DirectSteps.evaluate`. The sums are zero on all stages but the last."""
@@ -245,12 +240,11 @@ class PipelinedSteps(_EngineSteps):
         """What DeepSpeed hands to the first stage, and no labels; the rest of a batch goes by the slot."""
         for batch in micro_batches:
             self._slot.put(batch)
-            self._visible_pairs += batch.visible_pairs
             yield (batch.kv_start_BS, batch.kv_end_BS, batch.position_ids_BS), ()
 
     def _judge(self, judge: Judge) -> Verdict:
         self._enter_phase("reduce")
-        return judge(self._loss.sums, self._loss.each)
+        return judge(self._loss.sums)
 
 
 def _zeros(terms: Sequence[LossTerm], device: torch.device) -> Sums:

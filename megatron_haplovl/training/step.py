@@ -57,7 +57,7 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
     if run.guard.passes_over(step):
         for _ in range(run.steps.accumulation if run.steps.reads_data else 0):
             next(micro_batches)
-        return StepResult({}, None, counts, visible_pairs=0, sums={})
+        return StepResult({}, None, counts, sums={})
     run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, run.guard.judge(step, counts))
     run.guard.after(step, result)

@@ -74,7 +74,7 @@ class Diagnosis:
         groups = self.model.groups
         refused = Verdict({}, update=False)
         with traced_gradients(self.model.module) as trace, self._uncompiled():
-            self.steps.train(self.data.read(step), counts, lambda _sums, _each: refused)
+            self.steps.train(self.data.read(step), counts, lambda _sums: refused)
         mine = (trace.first(), finite_here, socket.gethostname())
         found = groups.control.gather_objects(mine)
         suspects = [(*first, rank) for rank, (first, _, _) in enumerate(found) if first is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,7 +117,7 @@ class Guard:
         """What decides of a step (counted from 0) whether it may update the weights."""
         return partial(self._judge, step, counts)
 
-    def _judge(self, step: int, counts: StepCounts, sums: Sums, _each: Sequence[Sums]) -> Verdict:
+    def _judge(self, step: int, counts: StepCounts, sums: Sums) -> Verdict:
         config, interval = self._config, self._config.check_replicas
         if interval is not None and (step + 1) % interval == 0:
             # Before the update: ZeRO 1 and 2 would write the weights anew, and gradients of wrong weights stay.

@@ -61,9 +61,9 @@ class Case:
         if self.guard.passes_over(step):
             return False
         sums = {"lm loss": torch.tensor(loss), "lm token accuracy": torch.zeros(())}
-        verdict = self.guard.judge(step, COUNTS)(sums, [sums])
+        verdict = self.guard.judge(step, COUNTS)(sums)
         norm = 1.0 if verdict.update else None
-        self.guard.after(step, StepResult(verdict.losses, norm, COUNTS, 0, sums, (sums,)))
+        self.guard.after(step, StepResult(verdict.losses, norm, COUNTS, sums, (sums,)))
         return verdict.update
 
 
