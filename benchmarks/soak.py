@@ -27,9 +27,8 @@ from typing import Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import machine, write_json
-from tests.faults.prefixes import damage_image
 from tests.faults.run import REPOSITORY, TINY, environment
-from tests.fixtures.small_prefix import write_small_prefix
+from tests.fixtures.small_prefix import damage_image, write_small_prefix
 from tests.processes import kill_tree
 
 RANKS = 2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.prefixes import damage_image, words
+from tests.faults.prefixes import words
 from tests.faults.run import losses, run_to_end
-from tests.fixtures.small_prefix import write_small_prefix
+from tests.fixtures.small_prefix import damage_image, write_small_prefix
 
 STEPS = 6
 

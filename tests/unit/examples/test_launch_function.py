@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.stand_in_launchers import LAUNCH_VARIABLES, REPOSITORY
+from tests.fixtures.stand_in_launchers import JOB, LAUNCH_VARIABLES, REPOSITORY
 
 ENDED = """
 touch "$HAPLOVL_LAUNCH_DIR/begun"
@@ -105,13 +105,6 @@ def test_ranks_know_the_script(tmp_path):
     assert output.split() == [str(process.pid), "700"]
 
 
-JOB = {
-    "FAKE_NODES": "node7 node9",
-    "SLURM_JOB_NODELIST": "node[7,9]",
-    "SLURM_JOB_NUM_NODES": "2",
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_CPUS_PER_TASK": "96",
-}
 BATCH = ("bash", "examples/slurm/train.sbatch", "examples/ds_try_launch.sh")
 
 

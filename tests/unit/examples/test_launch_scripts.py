@@ -11,7 +11,7 @@ import pytest
 from megatron_haplovl.config.cli import parse_args
 from megatron_haplovl.config.presets import MODELS
 from megatron_haplovl.config.schema import Config
-from tests.fixtures.stand_in_launchers import REPOSITORY, launched, start
+from tests.fixtures.stand_in_launchers import JOB, REPOSITORY, launched, start
 
 STAGE1 = {"RECIPE": "examples/recipes/haplovl-7b/stage1.yaml", "SAVE": "my runs/1", "TOKENIZER_MODEL": "my llm"}
 STAGE1_FLAGS = [
@@ -149,15 +149,6 @@ def test_a_missing_variable_is_named(tmp_path, monkeypatch, missing):
         assert result.returncode != 0
         assert result.stdout == ""
         assert f"{missing}: f" in result.stderr
-
-
-JOB = {
-    "FAKE_NODES": "node7 node9",
-    "SLURM_JOB_NODELIST": "node[7,9]",
-    "SLURM_JOB_NUM_NODES": "2",
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_CPUS_PER_TASK": "96",
-}
 
 
 def submit(folder: Path, variables: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

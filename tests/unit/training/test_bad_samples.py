@@ -16,11 +16,11 @@ import torch
 from megatron_haplovl.config.schema import CheckpointConfig, Config, DataConfig, ScheduleConfig
 from megatron_haplovl.data.batch import IGNORE_INDEX, Batch
 from megatron_haplovl.data.loader import BatchLoader, build_loader
-from megatron_haplovl.data.sources import IndexedSource, Sample
+from megatron_haplovl.data.sources import Sample
 from megatron_haplovl.operation.endings import ExitCode, RunEnd
 from megatron_haplovl.parallel.groups import Group
 from megatron_haplovl.training.bad_samples import BadSamples
-from tests.fixtures.small_prefix import SIZES, write_small_prefix
+from tests.fixtures.small_prefix import SIZES, damage_image, write_small_prefix
 from tests.fixtures.tiny_haplo import tiny_model
 
 
@@ -32,14 +32,6 @@ def config(folder: Path, limit: int, **schedule: Any) -> Config:
         schedule=ScheduleConfig(**{"global_batch_size": 4, "micro_batch_size": 1} | schedule),
         checkpoint=CheckpointConfig(save=str(folder / "run")),
     )
-
-
-def damage_image(prefix: str, number: int) -> None:
-    path, images = Path(f"{prefix}_images.bin"), IndexedSource(prefix)._images
-    end = int((images.starts() + images.lengths)[number])
-    content = bytearray(path.read_bytes())
-    content[end - 40 : end] = bytes(40)
-    path.write_bytes(content)
 
 
 def make_loader(prefix: str, c: Config, steps: int = 6, **options: Any) -> BatchLoader:
