@@ -109,7 +109,7 @@ launch() {
   HAPLOVL_LAUNCH_DIR=$(mktemp -d "${TMPDIR:-/tmp}/haplovl-launch.XXXXXX")
   export HAPLOVL_LAUNCH_DIR
   echo "$$" >"$HAPLOVL_LAUNCH_DIR/pid"
-  for name in TERM HUP USR1 USR2 INT; do
+  for name in TERM HUP USR1 USR2; do
     # shellcheck disable=SC2064
     trap "interrupted=1; echo SIG$name >>\"\$HAPLOVL_LAUNCH_DIR/leave\"" "$name"
   done

@@ -11,6 +11,7 @@ import torch
 from megatron_haplovl.checkpoint.folders import complete_checkpoints, step_of
 from megatron_haplovl.checkpoint.space import Keeping, checkpoint_bytes, free_bytes, gigabytes
 from megatron_haplovl.config.schema import Config
+from megatron_haplovl.parallel.launch import ranks_on_this_machine
 from megatron_haplovl.parallel.sharded_model import ShardedModel
 from megatron_haplovl.training.recipe import is_trained
 
@@ -52,7 +53,7 @@ def report_saving(config: Config, size: int, first_step: int) -> None:
             "more room"
         )
     if settings.non_persistent_local_ckpt_dir is not None:
-        ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        ranks, here = int(os.environ.get("WORLD_SIZE", "1")), ranks_on_this_machine()
         logger.info(
             f"local copies: 2 x {gigabytes(size * here // ranks)}, {gigabytes(size)} after a restart, "
             f"{gigabytes(free_bytes(Path(settings.non_persistent_local_ckpt_dir)))} free in "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_haplovl.checkpoint.folders import complete_checkpoints
+from megatron_haplovl.checkpoint.folders import complete_checkpoints, step_of
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.files import read_config, read_json
 from megatron_haplovl.config.presets import MODELS
@@ -63,7 +63,7 @@ def read_run(folder: Path, metrics_file: Path | None = None) -> RunRecord:
     run.answers = _answers(folder / ANSWERS_FILE, notes)
     run.last_words = _last_words(folder / _LAST_WORDS, notes)
     saved = complete_checkpoints(folder)
-    run.checkpoints = sorted(int(path.name.removeprefix("global_step")) for path in saved)
+    run.checkpoints = sorted(step_of(path) for path in saved)
     if saved:
         run.config = _config(saved[0], notes)
     else:
