@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.process
@@ -19,7 +20,7 @@ from multiprocessing.connection import wait
 
 from tests.processes import REPOSITORY
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def run_copies(
@@ -38,9 +39,9 @@ def run_copies(
     Raises:
         AssertionError: the time ran out; the output is the message.
     """
-    with _server_environment() as environment, tempfile.NamedTemporaryFile("r", errors="replace") as output:
+    with server_environment() as environment, tempfile.NamedTemporaryFile("r", errors="replace") as output:
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_become,
                 args=(str(REPOSITORY / path), words, output.name, {**environment, **mine}),
             )
@@ -60,14 +61,14 @@ def run_copies(
 
 
 @contextlib.contextmanager
-def _server_environment() -> Iterator[dict[str, str]]:
+def server_environment() -> Iterator[dict[str, str]]:
     """What the server and its copies find in the environment; the server is running."""
     before = dict(os.environ)
     # Read when torch and DeepSpeed are imported.
     os.environ.update(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     environment = dict(os.environ)
     try:
-        _CONTEXT.set_forkserver_preload(["tests.imports"])
+        CONTEXT.set_forkserver_preload(["tests.imports"])
         multiprocessing.forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -91,23 +92,31 @@ def _wait(processes: Sequence[multiprocessing.process.BaseProcess], timeout: flo
     return True
 
 
-def _become(path: str, words: Sequence[str], output: str, environment: Mapping[str, str]) -> None:
-    """Become a program of its own."""
-    threading.Thread(target=_end_with_the_tests, daemon=True).start()
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def prepare(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Words, variables and folder of a program, and the rest that a new interpreter would have."""
     faulthandler.enable()
     # Otherwise workers of the program would be started like itself, and import everything anew.
     multiprocessing.set_start_method(None, force=True)
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [path, *words]
+    sys.argv = list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True)
+
+
+def _become(path: str, words: Sequence[str], output: str, environment: Mapping[str, str]) -> None:
+    """Become a program of its own."""
+    threading.Thread(target=end_with_the_tests, daemon=True).start()
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    prepare([path, *words], environment)
     runpy.run_path(path, run_name="__main__")
 
 
-def _end_with_the_tests() -> None:
+def end_with_the_tests() -> None:
     """Where pytest is killed, the server lives on as long as its copies do."""
     parent = multiprocessing.parent_process()
     assert parent is not None

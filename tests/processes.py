@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -38,7 +38,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_tree(process: subprocess.Popen[Any]) -> None:
+class Started(Protocol):
+    """A process that was started."""
+
+    pid: int
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+def kill_tree(process: Started) -> None:
     """Kill a process and all that it has started, and wait for its end."""
     for pid in descendants(process.pid):
         with contextlib.suppress(ProcessLookupError):

@@ -47,6 +47,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         _share_cores()
+        use_no_shared_memory_collectives()
     else:
         accelerator.set_device(local_rank)
         record_collectives(os.environ, config.checkpoint)
@@ -134,6 +135,17 @@ def check_started_alone() -> None:
                 f"{name}={os.environ[name]}: this process is one of several, but has no RANK; let deepspeed or "
                 "torchrun start the training, under Slurm one of them on each machine (docs/launching.md)"
             )
+
+
+def use_no_shared_memory_collectives() -> None:
+    """Keep DeepSpeed from compiling its collectives for inference on CPUs, which training never calls.
+
+    To be called before the process group is made. They cost a minute or two at the first start, a lock that outlives a
+    killed compilation and then stops every later start, and 69 MB of /dev/shm for every rank that is killed.
+    """
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _share_cores() -> None:

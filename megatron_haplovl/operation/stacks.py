@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
@@ -19,6 +20,7 @@ from megatron_haplovl.parallel.process_table import is_running
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_ABORT = 1.5
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def debug_folder(save: str | None, run_id: str) -> Path:
@@ -91,8 +93,21 @@ def abort(pids: Sequence[int]) -> None:
     """
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGABRT)
+            _signal_main_thread(pid, signal.SIGABRT)
             os.kill(pid, signal.SIGCONT)
     end = time.monotonic() + _SECONDS_TO_ABORT
     while any(is_running(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def _signal_main_thread(pid: int, number: signal.Signals) -> None:
+    """Of a process: its stack is then that of the moment.
+
+    A signal for a stopped process waits until it goes on, and any of its threads may take it. While another one does,
+    the main thread leaves the place where it was stopped.
+    """
+    tgkill = getattr(_LIBC, "tgkill", None)
+    if tgkill is None:  # Not with glibc below 2.30.
+        os.kill(pid, number)
+    elif tgkill(pid, pid, int(number)) != 0:
+        raise ProcessLookupError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

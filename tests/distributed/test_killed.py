@@ -21,8 +21,7 @@ def test_kill_9_while_saving(tmp_path):
         ]
         return [(line["iteration"], line["loss"], line["grad norm"]) for line in lines]
 
-    whole = dict.fromkeys(read("whole"))
+    whole = read("whole")
     assert len(whole) == 100
-    # Steps after the last complete checkpoint are done again, with the same result.
-    killed = read("killed")
-    assert set(killed) == set(whole) and len(killed) > len(whole)
+    # Steps after the last complete checkpoint are done again, with the same result, and are once in the file.
+    assert read("killed") == whole

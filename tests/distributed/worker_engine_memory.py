@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.engine.deepspeed_config import deepspeed_config
+from megatron_haplovl.engine.processes import use_no_shared_memory_collectives
 
 WIDTH, LAYERS, FROZEN = 384, 6, 2
 CASES: list[tuple[int, tuple[str, ...]]] = [
@@ -26,6 +27,7 @@ CASES: list[tuple[int, tuple[str, ...]]] = [
 
 
 def main(path: Path) -> None:
+    use_no_shared_memory_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     records = [held(bf16, zero_stage, offload) for bf16 in (False, True) for zero_stage, offload in CASES]
     if dist.get_rank() == 0:

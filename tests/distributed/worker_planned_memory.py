@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
+from megatron_haplovl.engine.processes import use_no_shared_memory_collectives
 from megatron_haplovl.planning.work import work_of_batch
 from megatron_haplovl.training.setup import Run, setup
 from megatron_haplovl.training.step import train_step
@@ -19,6 +20,7 @@ from tests.distributed.memory_cases import BUCKETS, CASES, MEASURED_STEP, RANKS,
 
 
 def main(path: Path, case: tuple[str, int, str, str, str]) -> None:
+    use_no_shared_memory_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     settings = path.with_suffix(f".deepspeed{dist.get_rank()}.json")
     settings.write_text(json.dumps({"zero_optimization": vars(BUCKETS)}))

@@ -17,6 +17,7 @@ from typing import Any
 from tests.processes import REPOSITORY as REPOSITORY
 from tests.processes import descendants as descendants
 from tests.processes import die_with_parent, kill_tree
+from tests.programs import Program, start_program
 
 _TINY = """
 --model haplovl-debug --mock-data --device cpu --seq-length 96 --num-workers 0 --lr-decay-style constant
@@ -73,38 +74,54 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(words: Sequence[str], log: Path, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, whose output goes to a file. Whatever is left of it at the end is killed."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            words,
-            cwd=REPOSITORY,
-            env=environment(**extra),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+def started(
+    words: Sequence[str], log: Path, *, imported: bool = True, **extra: str
+) -> Iterator[Program | subprocess.Popen[bytes]]:
+    """A process in a session of its own, whose output goes to a file. Whatever is left of it at the end is killed.
+
+    Args:
+        words: what starts it.
+        log: receives its output.
+        imported: Python programs have imported everything already (`tests/forks.py`).
+        extra: environment variables, such as HAPLOVL_FAULT (see `faulty_run.py`).
+    """
+    process: Program | subprocess.Popen[bytes]
+    if imported and words[0] == sys.executable:
+        process = start_program(words, log, environment(**extra))
+    else:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                words,
+                cwd=REPOSITORY,
+                env=environment(**extra),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
     try:
         yield process
     finally:
         kill_tree(process)
 
 
-def run_to_end(words: Sequence[str], log: Path, *, timeout: float = 400, **extra: str) -> FaultyRun:
-    """Start a run and wait for its end.
+def run_to_end(
+    words: Sequence[str], log: Path, *, timeout: float = 400, imported: bool = True, **extra: str
+) -> FaultyRun:
+    """Start a run as `started` does, and wait for its end.
 
     Args:
         words: what starts it.
         log: receives its output.
         timeout: seconds.
-        extra: environment variables, such as HAPLOVL_FAULT (see `faulty_run.py`).
+        imported: as of `started`.
+        extra: environment variables.
 
     Raises:
         AssertionError: it does not end; its output is the message.
     """
     begun = time.monotonic()
-    with started(words, log, **extra) as process:
+    with started(words, log, imported=imported, **extra) as process:
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -34,6 +34,7 @@ def test_each_step_is_once_in_every_sink(tmp_path: Path, saved: bool) -> None:
     words.insert(words.index("--nproc_per_node=2"), "--max-restarts=1")
     run_to_end(words, tmp_path / "log", HAPLOVL_FAULT="kill@6:1")
     log = (tmp_path / "log").read_text()
+    assert list(Path("/dev/shm").glob("deepspeed*")) == []  # Nothing of the killed rank stays in memory.
     got = losses(tmp_path / "metrics.jsonl")
     assert [step for step, _ in got] == [2, 4, 6, 8], log[-3000:]
     assert dict(got) == pytest.approx(dict(losses(whole)), rel=1e-5)

@@ -17,7 +17,8 @@ from tests.faults.run import command, descendants, started, wait_for
 def test_the_launcher_dies_alone(tmp_path, launcher):
     log, save = tmp_path / "log", tmp_path / "save"
     words = command(launcher, 2, "finetune", ["--train-iters", "100000", "--save", str(save), "--num-workers", "1"])
-    with started(words, log) as process:
+    # New programs, whose variables /proc shows.
+    with started(words, log, imported=False) as process:
         wait_for("iteration        3/", log)
         ranks = _ranks(process.pid)
         killed = time.time()

@@ -170,7 +170,9 @@ def test_stage_1_reports_three_losses_and_a_held_out_evaluation(chain):
 def test_the_page_of_log_columns_names_what_is_logged(chain):
     text = (REPOSITORY / "docs/log_columns.md").read_text()
     sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    table, terms = sections["The training line"], sections["Loss terms"]
+    table, terms, of_validation = (
+        sections[name] for name in ("The training line", "Loss terms", "The validation line")
+    )
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]+)", table, re.MULTILINE)
     named = {column: meaning for names, meaning in rows for column in re.findall(r"`([^`/]+)`", names)}
     # A flag, several ranks or a known device add these.
@@ -182,7 +184,8 @@ def test_the_page_of_log_columns_names_what_is_logged(chain):
         training, of_sources = _columns(next(line for line in lines if "loss" in line))
         held_out, _ = _columns(next(line for line in lines if "loss" not in line))
         assert columns | of_stage[stage] <= training <= named.keys() | of_stage[stage]
-        assert held_out == {f"valid {term}" for term in of_stage[stage]}
+        of_stage_1 = set(re.findall(r"^\| `([^`]+)` \|", sections["The validation line"], re.MULTILINE))
+        assert held_out == {f"valid {term}" for term in of_stage[stage]} | (of_stage_1 if stage == 1 else set())
         # Stage 1 has two sources, main and auxiliary samples, stage 2 has one.
         assert of_sources == (
             set(re.findall(r"`([^`]+)/NAME`", sections["Losses by source"])) - {"lm loss", "valid lm loss"}

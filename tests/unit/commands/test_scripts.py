@@ -20,8 +20,6 @@ SCRIPTS = {
     "tools/verify_data.py": "commands.verify",
     "tools/inspect_data.py": "commands.inspect_data",
     "tools/report_run.py": "commands.report_run",
-    "pretrain_haplovl.py": "pretrain",
-    "finetune_haplovl.py": "finetune",
 }
 
 
@@ -34,6 +32,22 @@ def test_a_script_starts_the_command(script: str, module: str, monkeypatch: pyte
     assert sys.path[0] == str(REPOSITORY)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_training_script_listens_to_signals_first(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And hands its listener to the command."""
+    calls: list[tuple[str, object]] = []
+
+    class Listener:
+        def __init__(self, launch: object) -> None:
+            calls.append(("listens", self))
+
+    monkeypatch.setattr("megatron_haplovl.operation.signals.StopSignals", Listener)
+    monkeypatch.setattr(f"megatron_haplovl.{stage}.main", lambda signals: calls.append(("trains", signals)))
+    runpy.run_path(str(REPOSITORY / f"{stage}_haplovl.py"), run_name="__main__")
+    assert [name for name, _ in calls] == ["listens", "trains"]
+    assert calls[0][1] is calls[1][1]
+
+
 def test_there_are_no_other_scripts() -> None:
     found = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tools/*.py")}
-    assert found == {script for script in SCRIPTS if script.startswith("tools/")}
+    assert found == SCRIPTS.keys()

@@ -28,6 +28,7 @@ _FRAGMENT = "deepspeed.utils.tensor_fragment:tensor_fragment"
 _SCHEDULE = "deepspeed.runtime.pipe.schedule"
 
 INTERNALS = [
+    ("deepspeed.ops", "__compatible_ops__"),
     (_ENGINE, "_take_model_step"),
     (_ENGINE, "basic_optimizer"),
     (_ENGINE, "bfloat16_enabled"),
