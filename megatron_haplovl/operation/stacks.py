@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_TO_ABORT = 1.5
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_WAKE = int(signal.SIGRTMIN) + 7
+"""A signal that nobody else sends."""
 
 
 def debug_folder(save: str | None, run_id: str) -> Path:
@@ -30,6 +34,8 @@ def debug_folder(save: str | None, run_id: str) -> Path:
 
 class StackFile:
     """Receives the stacks of this process: on demand, and before it dies of SIGABRT, SIGSEGV, SIGBUS, SIGFPE or SIGILL.
+
+    Made and closed by the main thread.
 
     Args:
         folder: see :func:`debug_folder`.
@@ -47,6 +53,8 @@ class StackFile:
         self._file = self.path.open("ab", buffering=0)
         self._was_enabled = faulthandler.is_enabled()
         faulthandler.enable(self._file)
+        self._before = signal.signal(_WAKE, _stay)
+        faulthandler.register(_WAKE, self._file, chain=True)
 
     def dump(self, reason: str) -> None:
         """Append the stacks of all threads; with collectives on a device, what torch has recorded of them, too."""
@@ -65,6 +73,8 @@ class StackFile:
 
     def close(self) -> None:
         """Remove the file if there was nothing to say."""
+        faulthandler.unregister(_WAKE)
+        signal.signal(_WAKE, self._before)
         faulthandler.disable()
         if self._was_enabled:
             faulthandler.enable()
@@ -86,21 +96,51 @@ def open_stack_file(save: str | None, run_id: str, rank: int) -> StackFile | Non
     return None
 
 
-def abort(pids: Sequence[int]) -> None:
+def wake(pids: Sequence[int]) -> None:
+    """Let ranks of this machine go on that may be stopped, to end by themselves; they write down their stacks first.
+
+    Their main threads stay where they are.
+    """
+    _signal_stopped(pids, _WAKE)
+
+
+def abort(pids: Sequence[int], patience: float = 0.0) -> None:
     """End processes of this machine that may be stopped; their :class:`StackFile` gets their stacks first.
 
     Waits until they are gone, for a short time.
+
+    Args:
+        pids: the processes.
+        patience: seconds that they have to end by themselves.
     """
+    if _outlive(pids, patience):
+        _signal_stopped(pids, signal.SIGABRT)
+        _outlive(pids, _SECONDS_TO_ABORT)
+
+
+def _outlive(pids: Sequence[int], seconds: float) -> bool:
+    """Wait until processes have ended; False as soon as they have."""
+    end = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids):
+        if time.monotonic() >= end:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _signal_stopped(pids: Sequence[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            _signal_main_thread(pid, signal.SIGABRT)
+            _signal_main_thread(pid, number)
             os.kill(pid, signal.SIGCONT)
-    end = time.monotonic() + _SECONDS_TO_ABORT
-    while any(is_running(pid) for pid in pids) and time.monotonic() < end:
-        time.sleep(0.05)
 
 
-def _signal_main_thread(pid: int, number: signal.Signals) -> None:
+def _stay(number: int, frame: FrameType | None) -> None:
+    """The main thread does nothing more: another thread ends the process."""
+    threading.Event().wait()
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
     """Of a process: its stack is then that of the moment.
 
     A signal for a stopped process waits until it goes on, and any of its threads may take it. While another one does,
@@ -109,5 +149,5 @@ def _signal_main_thread(pid: int, number: signal.Signals) -> None:
     tgkill = getattr(_LIBC, "tgkill", None)
     if tgkill is None:  # Not with glibc below 2.30.
         os.kill(pid, number)
-    elif tgkill(pid, pid, int(number)) != 0:
+    elif tgkill(pid, pid, number) != 0:
         raise ProcessLookupError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

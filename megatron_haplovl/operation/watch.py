@@ -29,7 +29,7 @@ from megatron_haplovl.operation.launcher import Launcher
 from megatron_haplovl.operation.main_thread import MainThread, Sample
 from megatron_haplovl.operation.phase import PhaseClock
 from megatron_haplovl.operation.published import Published
-from megatron_haplovl.operation.stacks import StackFile, abort, debug_folder, open_stack_file
+from megatron_haplovl.operation.stacks import StackFile, abort, debug_folder, open_stack_file, wake
 from megatron_haplovl.parallel.groups import Group
 
 logger = logging.getLogger(__name__)
@@ -308,12 +308,15 @@ class Watch:
     def _leave(self, mine: Published) -> None:
         """End this process, after the others know."""
         try:
+            # A stopped rank may hold the store that the ending is published in.
+            wake(_here(mine))
             known = self._publish(mine)
             if known.is_hang:
                 self._dump(known.ending.cause)
-                workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-                here = [pid for host, pid in known.abort if host == socket.gethostname()]
-                abort([*here, *(workers if known.ending.cause == "loader hangs" else [])])
+                if known.ending.cause == "loader hangs":
+                    abort([child.pid for child in multiprocessing.active_children() if child.pid is not None])
+                wake(_here(known))
+                abort(_here(known), _SECONDS_TO_ACKNOWLEDGE)
             self._end(known.ending)
         finally:
             os._exit(int(mine.ending.code))
@@ -365,6 +368,11 @@ class Watch:
         if text not in self._reported:
             self._reported.add(text)
             logger.warning(text)
+
+
+def _here(ending: Published) -> list[int]:
+    """The stopped ranks on this machine."""
+    return [pid for host, pid in ending.abort if host == socket.gethostname() and pid != os.getpid()]
 
 
 def _last_beat(beat: Beat) -> Beat:

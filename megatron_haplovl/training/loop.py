@@ -47,8 +47,7 @@ def train(run: Run) -> Ending:
         if is_last or _is_due(config.logging.log_interval, step):
             window.report(step, result, micro_batches.positions)
         if is_last or _is_due(config.logging.eval_interval, step):
-            with run.operation.clock.during("evaluate"):
-                evaluate(run, step)
+            evaluate(run, step)
         if run.questions is not None and (is_last or _is_due(config.logging.sample_interval, step)):
             with run.operation.clock.during("evaluate"):
                 run.questions.answer(step, run.engine, run.model, run.device, run.operation.clock.enter)

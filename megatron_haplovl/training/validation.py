@@ -28,20 +28,25 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """
     if run.valid_data is None:
         return {}
-    steps = min(run.config.logging.eval_iters, run.valid_data.steps_available)
-    number = steps * run.valid_data.micro_batches_per_step
-    read = run.valid_data.micro_batches(0) if run.steps.reads_data else iter(())
-    micro_batches = TimedBatches(read, run.operation.clock, partial(_describe, run.valid_data))
+    with run.operation.clock.during("evaluate"):
+        return _evaluate(run, run.valid_data, step)
+
+
+def _evaluate(run: Run, data: BatchLoader, step: int) -> dict[str, float]:
+    steps = min(run.config.logging.eval_iters, data.steps_available)
+    number = steps * data.micro_batches_per_step
+    read = data.micro_batches(0) if run.steps.reads_data else iter(())
+    micro_batches = TimedBatches(read, run.operation.clock, partial(_describe, data))
     with run.collection.around_evaluation():
-        sums = run.steps.evaluate(run.bad_samples.settle(run.valid_data, micro_batches, number, step), number)
-    counts = run.valid_data.counts_before(steps)
+        sums = run.steps.evaluate(run.bad_samples.settle(data, micro_batches, number, step), number)
+    counts = data.counts_before(steps)
     figures = stage_of(run.config).figures
     for figure in figures:
         # A stage of a pipeline without the head has none.
         sums.setdefault(figure.name, torch.zeros((), device=run.device))
     reduced = reduce_metrics(sums, (*run.terms, *figures), counts, run.groups.stages_of_replicas)
-    by_source = SourceLosses(run.valid_data.source_names, run.terms, run.device)
-    counts_of_sources = run.valid_data.counts_by_source(range(steps))
+    by_source = SourceLosses(data.source_names, run.terms, run.device)
+    counts_of_sources = data.counts_by_source(range(steps))
     by_source.add(sums, counts_of_sources)
     reduced |= by_source.columns(run.groups.stages_of_replicas)
     metrics = {f"valid {name}": value for name, value in reduced.items()}
@@ -49,7 +54,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     logger.info(line, extra=NO_PREFIX)
     run.sinks.record(step, metrics)
     if step == run.first_step and run.groups.world.rank == 0:
-        name_unread_sources(run.valid_data.source_names, counts_of_sources, steps)
+        name_unread_sources(data.source_names, counts_of_sources, steps)
     return metrics
 
 

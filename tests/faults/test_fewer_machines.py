@@ -24,7 +24,8 @@ def agent(number: int, ranks: int, port: int, folder: Path, *flags: str) -> list
     words += ["--rdzv_conf", f"is_host={int(number == 0)},last_call_timeout=20,keep_alive_interval=1"]
     script = [str(REPOSITORY / "tests/faults/faulty_run.py"), "finetune", *TINY, "--train-iters", str(STEPS)]
     kept = ["--save", str(folder / "save"), "--load", str(folder / "save"), "--save-interval", "1", "--keep-last", "2"]
-    return [*words, *script, *kept, "--metrics-file", str(folder / "metrics.jsonl"), *flags]
+    soon = ["--distributed-timeout-seconds-after-init", "40"]
+    return [*words, *script, *kept, *soon, "--metrics-file", str(folder / "metrics.jsonl"), *flags]
 
 
 def lose_the_second_machine(folder: Path, ranks: tuple[int, int], *flags: str) -> int:

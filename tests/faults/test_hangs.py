@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.prefixes import words as on_prefix
 from tests.faults.run import command, losses, run_to_end
+from tests.fixtures.small_prefix import write_small_prefix
 
 TIMEOUT = 40
 """Seconds of --distributed-timeout-seconds-after-init."""
@@ -40,7 +42,12 @@ SLOW = [
 def test_a_rank_hangs(tmp_path, launcher, fault, words, layout):
     save, phase, rank = tmp_path / "save", fault.partition("_")[2].partition("@")[0], fault[-1]
     flags = ["--train-iters", "6", "--save", str(save), "--save-interval", "3", *layout]
-    start = command(launcher, 2, "finetune", [*flags, "--distributed-timeout-seconds-after-init", str(TIMEOUT)])
+    flags += ["--distributed-timeout-seconds-after-init", str(TIMEOUT)]
+    start = command(launcher, 2, "finetune", flags)
+    if phase == "evaluate":
+        prefix = write_small_prefix(tmp_path)
+        held_out = ["--valid-data-path", prefix, "--eval-interval", "3", "--eval-iters", "1"]
+        start = on_prefix(launcher, prefix, *flags, *held_out)
     at = tmp_path / "at"
     ended = run_to_end(start, tmp_path / "log", HAPLOVL_FAULT=fault, HAPLOVL_FAULT_TIME=str(at))
     assert ended.code == (70 if launcher == "deepspeed" else 1), ended.output[-4000:]
