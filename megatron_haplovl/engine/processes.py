@@ -13,6 +13,7 @@ import torch
 
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.flight_recorder import record_collectives
+from megatron_haplovl.engine.fresh_store import agent_store
 from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
 from megatron_haplovl.parallel.launch import Launch, ranks_on_this_machine
 
@@ -52,11 +53,17 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         accelerator.set_device(local_rank)
         record_collectives(os.environ, config.checkpoint)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if accelerator.device_name() == "cpu" else None,
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-        )
+        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        store = agent_store(timeout)
+        if store is not None:
+            rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            # As DeepSpeed does without a store of ours: torch then splits later groups off this one.
+            device = torch.device("cuda", local_rank) if accelerator.device_name() == "cuda" and size > 1 else None
+            torch.distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device
+            )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     groups = build_groups(
         tensor=config.parallel.tensor_model_parallel_size,
         context=config.parallel.context_parallel_size,

@@ -1,0 +1,68 @@
+"""A store without what earlier starts of the same job have left in it.
+
+Torchrun keeps its store over restarts. The ranks of a new start would find the addresses of ranks that have ended: a
+rank that reads one before its owner has replaced it cannot connect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError
+
+_KEY = "haplovl/start"
+_BETWEEN_LOOKS = timedelta(seconds=0.5)
+
+
+def agent_store(timeout: timedelta) -> Store | None:
+    """The store that torchrun shares with its ranks, for this start alone; None where there is no such store.
+
+    Args:
+        timeout: how long the ranks may take to come together.
+
+    Raises:
+        DistStoreError: they did not come together in time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = TCPStore(address, port, size, is_master=False, timeout=timeout)
+    return fresh_store(shared, rank, size, timeout)
+
+
+def fresh_store(shared: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """A part of a store that only the ranks of one start write to. Called by all of them.
+
+    Every rank leaves a new token. The part has the name of all tokens together, so that a rank which has seen an old
+    token of another rank comes to a name that nobody else has, and looks again.
+
+    Args:
+        shared: may hold anything of earlier starts, of more or fewer ranks.
+        rank: of this process.
+        size: number of ranks.
+        timeout: how long they may take to come together.
+
+    Raises:
+        DistStoreError: they did not come together in time.
+    """
+    end = time.monotonic() + timeout.total_seconds()
+    tokens = [f"{_KEY}/{size}/rank_{number}" for number in range(size)]
+    shared.set(tokens[rank], secrets.token_hex(16))
+    while True:
+        shared.wait(tokens, timeout)
+        name = hashlib.sha256(b" ".join(shared.multi_get(tokens))).hexdigest()
+        part = PrefixStore(f"{_KEY}/{name}", shared)
+        part.set(f"rank_{rank}", "here")
+        try:
+            part.wait([f"rank_{number}" for number in range(size)], _BETWEEN_LOOKS)
+        except DistStoreError:
+            if time.monotonic() >= end:
+                raise
+        else:
+            return part
