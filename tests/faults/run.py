@@ -145,3 +145,21 @@ def losses(metrics: Path) -> dict[int, float]:
     """Step -> loss, of a metrics file; the last line of a step counts."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
     return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
+
+
+def ends_as_undisturbed(words: Sequence[str], folder: Path) -> None:
+    """The command of a run that has ended early, once more: it goes on, and each step has the loss of undisturbed runs.
+
+    Args:
+        words: the command, with --load and --save, and --metrics-file behind them as its last flag.
+        folder: receives what the undisturbed run writes.
+    """
+    metrics, save = Path(words[-1]), words[words.index("--save") + 1]
+    again = run_to_end(words, folder / "again.log")
+    assert again.code == 0, again.output[-4000:]
+    assert json.loads((Path(save) / "last_words.json").read_text())["code"] == 0
+    alone = [word.replace(save, str(folder / "undisturbed")) for word in words[:-1]]
+    assert run_to_end([*alone, str(folder / "undisturbed.jsonl")], folder / "undisturbed.log").code == 0
+    steps = [row["iteration"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]
+    assert len(steps) == len(set(steps))
+    assert losses(metrics) == losses(folder / "undisturbed.jsonl")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.prefixes import words as on_prefix
-from tests.faults.run import command, losses, run_to_end
+from tests.faults.run import command, ends_as_undisturbed, losses, run_to_end
 from tests.fixtures.small_prefix import write_small_prefix
 
 TIMEOUT = 40
@@ -42,12 +42,13 @@ SLOW = [
 def test_a_rank_hangs(tmp_path, launcher, fault, words, layout):
     save, phase, rank = tmp_path / "save", fault.partition("_")[2].partition("@")[0], fault[-1]
     flags = ["--train-iters", "6", "--save", str(save), "--save-interval", "3", *layout]
-    flags += ["--distributed-timeout-seconds-after-init", str(TIMEOUT)]
-    start = command(launcher, 2, "finetune", flags)
+    flags += ["--distributed-timeout-seconds-after-init", str(TIMEOUT), "--load", str(save)]
+    metrics = ["--metrics-file", str(tmp_path / "metrics.jsonl")]
+    start = command(launcher, 2, "finetune", [*flags, *metrics])
     if phase == "evaluate":
         prefix = write_small_prefix(tmp_path)
         held_out = ["--valid-data-path", prefix, "--eval-interval", "3", "--eval-iters", "1"]
-        start = on_prefix(launcher, prefix, *flags, *held_out)
+        start = on_prefix(launcher, prefix, *flags, *held_out, *metrics)
     at = tmp_path / "at"
     ended = run_to_end(start, tmp_path / "log", HAPLOVL_FAULT=fault, HAPLOVL_FAULT_TIME=str(at))
     assert ended.code == (70 if launcher == "deepspeed" else 1), ended.output[-4000:]
@@ -65,6 +66,7 @@ def test_a_rank_hangs(tmp_path, launcher, fault, words, layout):
     stacks = {path.stem[-1]: path.read_text() for path in (save / "debug").glob("stacks_*.txt")}
     assert set(stacks) == {"0", "1"}
     assert "hang_faults.py" in stacks[rank] and "hang_faults.py" not in stacks[str(1 - int(rank))]
+    ends_as_undisturbed(start, tmp_path)
 
 
 def _named(save: Path, witness: int) -> float:
@@ -91,11 +93,13 @@ def test_a_rank_that_goes_on_costs_a_warning(tmp_path):
 def test_a_rank_hangs_in_writing(tmp_path):
     """It is named before the others come to a collective that never ends; so is the part that is missing."""
     save, at = tmp_path / "save", tmp_path / "at"
-    flags = ["--train-iters", "6", "--save", str(save), "--save-interval", "3"]
-    start = command("torchrun", 2, "finetune", [*flags, "--distributed-timeout-seconds-after-init", "50"])
+    flags = ["--train-iters", "6", "--save", str(save), "--load", str(save), "--save-interval", "3"]
+    flags += ["--distributed-timeout-seconds-after-init", "50", "--metrics-file", str(tmp_path / "metrics.jsonl")]
+    start = command("torchrun", 2, "finetune", flags)
     ended = run_to_end(start, tmp_path / "log", HAPLOVL_FAULT="hang_write@3:1", HAPLOVL_FAULT_TIME=str(at))
     said = json.loads((save / "last_words.json").read_text())
     assert "has not moved" in said["sentence"] and "in phase save of step 3" in said["sentence"]
     assert said["rank"] == 1 and said["time"] - float(at.read_text()) < 50
     assert _named(save, 0) - float(at.read_text()) < 30 + SLACK
     assert "warning: saving failed: rank 1 did not write its part of global_step3 in 25 s" in ended.output
+    ends_as_undisturbed(start, tmp_path)

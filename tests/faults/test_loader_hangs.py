@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.faults.run import command, run_to_end
+from tests.faults.run import command, ends_as_undisturbed, run_to_end
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,9 @@ from tests.faults.run import command, run_to_end
 )
 def test_a_loader_hangs(tmp_path, launcher, ranks, workers):
     save, rank = tmp_path / "save", ranks - 1
-    flags = ["--train-iters", "6", "--save", str(save), "--num-workers", str(workers)]
-    start = command(launcher, ranks, "finetune", [*flags, "--loader-timeout-seconds", "6"])
+    flags = ["--train-iters", "6", "--save", str(save), "--load", str(save), "--save-interval", "2"]
+    flags += ["--num-workers", str(workers), "--loader-timeout-seconds", "6"]
+    start = command(launcher, ranks, "finetune", [*flags, "--metrics-file", str(tmp_path / "metrics.jsonl")])
     ended = run_to_end(start, tmp_path / "log", HAPLOVL_FAULT=f"hang_read@3:{rank}")
     assert ended.code == (70 if launcher == "deepspeed" else 1), ended.output[-4000:]
     said = json.loads((save / "last_words.json").read_text())
@@ -31,3 +32,4 @@ def test_a_loader_hangs(tmp_path, launcher, ranks, workers):
     (stacks,) = (save / "debug").glob(f"stacks_*_rank_{rank}.txt")
     # The worker's stack, too: it inherits the file.
     assert "hang_faults.py" in stacks.read_text()
+    ends_as_undisturbed(start, tmp_path)

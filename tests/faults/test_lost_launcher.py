@@ -10,13 +10,15 @@ import time
 import pytest
 
 from megatron_haplovl.parallel.process_table import is_running
-from tests.faults.run import command, descendants, started, wait_for
+from tests.faults.run import command, descendants, ends_as_undisturbed, started, wait_for
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_the_launcher_dies_alone(tmp_path, launcher):
     log, save = tmp_path / "log", tmp_path / "save"
-    words = command(launcher, 2, "finetune", ["--train-iters", "100000", "--save", str(save), "--num-workers", "1"])
+    flags = ["--train-iters", "100000", "--save", str(save), "--load", str(save), "--save-interval", "2"]
+    flags += ["--keep-last", "2", "--num-workers", "1", "--metrics-file", str(tmp_path / "metrics.jsonl")]
+    words = command(launcher, 2, "finetune", flags)
     # New programs, whose variables /proc shows.
     with started(words, log, imported=False) as process:
         wait_for("iteration        3/", log)
@@ -29,6 +31,9 @@ def test_the_launcher_dies_alone(tmp_path, launcher):
         said = json.loads((save / "last_words.json").read_text())
         assert said["code"] == 70 and f"the launcher ({launcher}, process" in said["sentence"]
         assert said["time"] - killed < 3 + 5
+    # The rate is constant, so that the length changes nothing else.
+    words[words.index("100000")] = str(said["step"] + 3)
+    ends_as_undisturbed(words, tmp_path)
 
 
 def _ranks(launcher: int) -> list[int]:
