@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import print_table, write_json
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data import manifest as names
@@ -174,7 +175,7 @@ def measure_dealing(samples: int = 200_000) -> list[dict[str, Any]]:
         counts = image_and_text_counts(samples, random)
         source = BlendedSource("scale", 1.0, counts)
         settings = PlanSettings(seed=0, seq_length=seq_length, packing=True, shuffle=True, skip_long_samples=False)
-        plan = StepPlan(PackPlan([build_epoch([source], [], settings, 0)]), 256)
+        plan = StepPlan(PackPlan([build_epoch([source], [], settings, 0)]), BatchSchedule(256))
         for ranks in (8, 64):
             sums: dict[str, list[float]] = {}
             for step in range(plan.num_steps - 1):

@@ -37,6 +37,10 @@ class Fields:
         """A list of such numbers."""
         return [count(item, f"{self.where}: {name}") for item in self.items(name)]
 
+    def optional_counts(self, name: str) -> list[int]:
+        """The same, or nothing where the name is missing."""
+        return [] if self._values.get(name) is None else self.counts(name)
+
     def text(self, name: str) -> str:
         """A string."""
         value = self._values.get(name)

@@ -238,7 +238,8 @@ def workload_from(arguments: argparse.Namespace, config: Config) -> tuple[Worklo
     if config.schedule.batch_unit == "packs":
         return workload, ""
     if arguments.data_path:
-        one_each = with_settings(config, {("schedule", "micro_batch_size"): 1})
+        # Of a ramp, what counts is its largest batch.
+        one_each = with_settings(config, {("schedule", "micro_batch_size"): 1, ("schedule", "rampup_batch_size"): ()})
         aux = tuple(arguments.aux_data_path)
         # One epoch is like the next.
         data = build_loader(tuple(arguments.data_path), one_each, num_steps=1, dp_rank=0, dp_size=1, aux_paths=aux)

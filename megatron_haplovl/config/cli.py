@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from megatron_haplovl.config.files import SettingsFile, read_settings
 from megatron_haplovl.config.presets import MODELS, SEQ_LENGTHS
+from megatron_haplovl.config.run_length import with_length_in_steps
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.config.settings import Setting, SettingPath, iterate_settings, with_settings
 from megatron_haplovl.config.stages import STAGES, recipes_of
@@ -199,6 +200,8 @@ def combine(
     if config.recipe.recipe not in recipes:
         raise ValueError(f"{stage}_haplovl.py trains --recipe {' or '.join(recipes)}, not {config.recipe.recipe}")
     said = {where: _words(start, config, [path for path in said_by if said_by[path] == where]) for where, _ in layers}
+    given = {path: where for where, values in layers for path, value in values.items() if value is not None}
+    config = with_length_in_steps(config, given)
     lines = [f"  {shlex.join(words)} ({where})" for where, words in said.items() if words]
     return CommandLine(config, base, "\n".join([f"settings that differ from {base}:", *(lines or ["  none"])]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.config.schema import Config, ModelConfig
 from megatron_haplovl.config.stages import FINETUNE, StageSpec
 
@@ -225,6 +226,19 @@ def check_batch(global_batch_size: int, micro_batch_size: int, data_parallel_siz
             f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} x "
             f"{data_parallel_size} data-parallel ranks; use a multiple of {per_pass}"
         )
+    return None
+
+
+def check_levels(batches: BatchSchedule, micro_batch_size: int, data_parallel_size: int = 1) -> str | None:
+    """The same for the smaller batches of a ramp."""
+    per_pass = micro_batch_size * data_parallel_size
+    for size in batches.sizes:
+        if size % per_pass:
+            ranks = "" if data_parallel_size == 1 else f" x {data_parallel_size} data-parallel ranks"
+            return (
+                f"--rampup-batch-size {' '.join(map(str, batches.ramp))} has steps of {size}, which is not a multiple "
+                f"of --micro-batch-size {micro_batch_size}{ranks}; make START and INCREMENT multiples of {per_pass}"
+            )
     return None
 
 

@@ -212,8 +212,20 @@ class ScheduleConfig:
     """Length of the run and course of the learning rate."""
 
     train_iters: int = setting(40000, "optimizer steps")
+    train_samples: int | None = setting(
+        None,
+        "in place of --train-iters: train until so many samples are consumed, counted as --global-batch-size counts "
+        "them (with --batch-unit packs, packed sequences); the last step is a whole one. The learning rate is then a "
+        "function of the samples that are consumed",
+    )
     micro_batch_size: int = setting(1, "sequences per forward pass and rank")
     global_batch_size: int = setting(256, "sequences or samples (see --batch-unit) per optimizer step, over all ranks")
+    rampup_batch_size: tuple[int, ...] = setting(
+        (),
+        "START INCREMENT SAMPLES: begin with a global batch of START and raise it by INCREMENT until it is "
+        "--global-batch-size, in equal shares of SAMPLES samples, counted as --global-batch-size counts them",
+        metavar="N",
+    )
     batch_unit: str = setting(
         "packs",
         "what --global-batch-size counts. packs: sequences, however many samples they hold; samples: samples (in stage "
@@ -223,7 +235,32 @@ class ScheduleConfig:
     )
     lr_decay_style: str = setting("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
     lr_decay_iters: int | None = setting(None, "steps until --min-lr is reached (default: --train-iters)")
+    lr_decay_samples: int | None = setting(
+        None, "with --train-samples: samples until --min-lr is reached (default: --train-samples)"
+    )
     lr_warmup_iters: int = setting(0, "steps of linear warm-up")
+    lr_warmup_samples: int | None = setting(
+        None,
+        "with --train-samples: samples of linear warm-up (default: the stage's --lr-warmup-iters, as steps of full "
+        "batches)",
+    )
+
+    @property
+    def counted_in(self) -> str:
+        """What the length of the run and its learning rate are counted in, as the flags' names have it."""
+        return "iters" if self.train_samples is None else "samples"
+
+    @property
+    def warmup(self) -> int:
+        """The warm-up, so counted."""
+        return self.lr_warmup_iters if self.train_samples is None else self.lr_warmup_samples or 0
+
+    @property
+    def decay_end(self) -> int:
+        """Where the decay ends, so counted."""
+        if self.train_samples is None:
+            return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        return self.train_samples if self.lr_decay_samples is None else self.lr_decay_samples
 
 
 @dataclass(frozen=True)

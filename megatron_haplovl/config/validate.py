@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_haplovl.config.allowed import Allowed
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.config.bounds import check_at_least_1
-from megatron_haplovl.config.layout import Layout, Workload, check_layout
+from megatron_haplovl.config.layout import Layout, Workload, check_layout, check_levels
 from megatron_haplovl.config.mixture import parse_split
 from megatron_haplovl.config.schema import Config, ModelConfig, RopeScalingConfig
 from megatron_haplovl.config.stages import FREEZABLE, STAGES
@@ -108,22 +109,18 @@ def _positive_sizes(model: ModelConfig) -> None:
 
 def _validate_schedule(config: Config) -> None:
     schedule = config.schedule
-    check_at_least_1(schedule, "train_iters", "micro_batch_size", "global_batch_size")
-    if schedule.batch_unit == "packs" and schedule.global_batch_size % schedule.micro_batch_size:
-        raise ValueError(
-            f"--global-batch-size {schedule.global_batch_size} is not a multiple of "
-            f"--micro-batch-size {schedule.micro_batch_size}"
-        )
-    decay = schedule.train_iters if schedule.lr_decay_iters is None else schedule.lr_decay_iters
-    if not 0 <= schedule.lr_warmup_iters < decay:
-        raise ValueError(
-            f"--lr-warmup-iters {schedule.lr_warmup_iters} must be at least 0 and less than the {decay} steps of "
-            "--lr-decay-iters (default: --train-iters)"
-        )
-    if schedule.lr_decay_style == "constant" and (schedule.lr_decay_iters is not None or config.optimizer.min_lr):
-        raise ValueError("--lr-decay-style constant never decays; leave out --lr-decay-iters and --min-lr")
-    if config.optimizer.min_lr > config.optimizer.lr:
-        raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
+    check_at_least_1(schedule, "train_iters", "train_samples", "micro_batch_size", "global_batch_size")
+    batches = BatchSchedule.of(schedule)
+    if schedule.batch_unit == "packs":
+        if schedule.global_batch_size % schedule.micro_batch_size:
+            raise ValueError(
+                f"--global-batch-size {schedule.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {schedule.micro_batch_size}"
+            )
+        sentence = check_levels(batches, schedule.micro_batch_size)
+        if sentence is not None:
+            raise ValueError(sentence)
+    _validate_learning_rate(config)
     if config.optimizer.adamw_implementation == "apex" and config.parallel.offload_optimizer == "cpu":
         raise ValueError(
             "--adamw-implementation apex steps on a GPU, and --offload-optimizer cpu on the host; use auto, deepspeed "
@@ -134,6 +131,26 @@ def _validate_schedule(config: Config) -> None:
     check_at_least_1(
         config.logging, "log_interval", "eval_interval", "eval_iters", "sample_interval", "sample_max_new_tokens"
     )
+
+
+def _validate_learning_rate(config: Config) -> None:
+    schedule = config.schedule
+    for name in ("lr_warmup", "lr_decay"):
+        value, flag = getattr(schedule, f"{name}_samples"), f"--{name.replace('_', '-')}"
+        if value is not None and schedule.train_samples is None:
+            raise ValueError(f"{flag}-samples {value} needs --train-samples; give that, or {flag}-iters")
+    counted = schedule.counted_in
+    what = "steps" if counted == "iters" else counted
+    if not 0 <= schedule.warmup < schedule.decay_end:
+        raise ValueError(
+            f"--lr-warmup-{counted} {schedule.warmup} must be at least 0 and less than the {schedule.decay_end} "
+            f"{what} of --lr-decay-{counted} (default: --train-{counted})"
+        )
+    has_end = schedule.lr_decay_iters is not None or schedule.lr_decay_samples is not None
+    if schedule.lr_decay_style == "constant" and (has_end or config.optimizer.min_lr):
+        raise ValueError(f"--lr-decay-style constant never decays; leave out --lr-decay-{counted} and --min-lr")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ValueError(f"--min-lr {config.optimizer.min_lr} is larger than --lr {config.optimizer.lr}")
 
 
 def _validate_data(config: Config) -> None:

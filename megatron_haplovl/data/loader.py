@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_haplovl.config.layout import check_batch
+from megatron_haplovl.config.batch_schedule import BatchSchedule
+from megatron_haplovl.config.layout import check_batch, check_levels
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.data.batch import Batch, StepCounts
 from megatron_haplovl.data.gaps import Missing
@@ -52,7 +53,8 @@ class BatchLoader:
         dp_size: number of those processes.
 
     Raises:
-        ValueError: a batch is counted in packs, and its size is not a multiple of the micro-batch size times `dp_size`.
+        ValueError: a batch is counted in packs, and the size of one is no multiple of the micro-batch size times
+            `dp_size`.
     """
 
     def __init__(
@@ -80,7 +82,10 @@ class BatchLoader:
         self._plan = plan
         schedule = config.schedule
         if schedule.batch_unit == "packs":
-            sentence = check_batch(schedule.global_batch_size, schedule.micro_batch_size, dp_size)
+            sizes = schedule.micro_batch_size, dp_size
+            sentence = check_batch(schedule.global_batch_size, *sizes) or check_levels(
+                BatchSchedule.of(schedule), *sizes
+            )
             if sentence is not None:
                 raise ValueError(sentence)
         self._sampler = MicroBatchNumbers(plan, steps_available, schedule.micro_batch_size, dp_rank, dp_size)
@@ -90,7 +95,7 @@ class BatchLoader:
             plan.packs, sources, config.data.seq_length, config.model, empty_length, skips_bad=skips_bad
         )
         # Where samples may be skipped, a step begins when all of it has been read.
-        ahead = max(_PREFETCH, -(-self._sampler.per_step // workers) if skips_bad and workers else 0)
+        ahead = max(_PREFETCH, -(-self.most_micro_batches // workers) if skips_bad and workers else 0)
         if workers:
             end_workers_at_exit()
         # A generator of its own: otherwise starting to read would advance the global random state.
@@ -107,15 +112,24 @@ class BatchLoader:
             generator=torch.Generator(),
         )
 
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches of this rank in a step, empty ones included. Equal on all ranks."""
+        return self._sampler.per_step.size(step)
+
     @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches of this rank in a step, empty ones included."""
-        return self._sampler.per_step
+    def fewest_micro_batches(self) -> int:
+        """Those of the smallest step."""
+        return min(self._sampler.per_step.sizes)
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Those of the largest step."""
+        return max(self._sampler.per_step.sizes)
 
     @property
     def sequences(self) -> int:
-        """Sequences of a step over all ranks, empty ones included."""
-        return self._sampler.sequences
+        """Sequences of the largest step over all ranks, empty ones included."""
+        return self.most_micro_batches * self._sampler.per_pass
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
         """All micro-batches from a step on, to the last step that is available.
@@ -147,7 +161,8 @@ class BatchLoader:
             first_step: where reading began.
             number: micro-batches that were read before it.
         """
-        step = first_step + number // self.micro_batches_per_step
+        per_step = self._sampler.per_step
+        step = per_step.step_at(per_step.before(first_step) + number)
         return f"step {step + 1}, source {', '.join(self.describe_step(step)) or 'none'}"
 
     def samples(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
@@ -224,8 +239,9 @@ def build_loader(
         aux_paths: auxiliary samples to join (stage 1), in the same form. Not read with mock data either.
         shares: main and auxiliary sources that are open already (`data.mixture_sources`), in place of paths.
         shuffle: True for training: as many shuffled epochs as the steps need. False for evaluation: the samples of one
-            epoch in order, each once whatever the weights. Then `steps_available` is at most what the epoch holds; the
-            last global batch is filled up with empty packs, which are counted nowhere, so that no sample counts twice.
+            epoch in order, each once whatever the weights, in batches of --global-batch-size. Then `steps_available` is
+            at most what the epoch holds; the last global batch is filled up with empty packs, which are counted
+            nowhere, so that no sample counts twice.
         barrier: waits for all processes; without it, each process builds what it does not find.
         is_builder: whether this process builds the plan; default: data-parallel rank 0, or every process if there is
             no barrier.
@@ -238,23 +254,24 @@ def build_loader(
             a sample longer than the sequence, or batch sizes that do not divide.
     """
     in_samples = config.schedule.batch_unit == "samples"
-    batch = None if in_samples else config.schedule.global_batch_size
+    batches = BatchSchedule(config.schedule.global_batch_size, config.schedule.rampup_batch_size if shuffle else ())
     settings = PlanSettings(
         seed=config.run.seed,
         seq_length=config.data.seq_length,
         packing=config.data.packing,
         shuffle=shuffle,
         skip_long_samples=config.data.skip_long_samples,
-        step_samples=config.schedule.global_batch_size if in_samples else None,
+        step_samples=batches.full if in_samples else None,
+        rampup=batches.ramp if in_samples else (),
     )
     # An evaluation reads the first epoch only.
-    needed_steps = max(1, num_steps) if shuffle else 1
+    needed = batches.before(max(1, num_steps)) if shuffle else 1
     started = time.monotonic()
     if config.data.mock_data:
         mock_seed = settings.seed if shuffle else settings.seed + 1
         mock = MockSource(config.model.vocab_size, config.model.vision, settings.seq_length, mock_seed)
         inputs = PlanInputs([SourceShare(mock)], [], config.model.vision, settings)
-        plan = PackPlan([build_epoch(*inputs.blend(), settings, 0)], cycle=shuffle)
+        plan = _mock_plan(inputs, needed)
     else:
         main, aux = shares or (open_sources(paths, config), open_sources(aux_paths, config))
         inputs = PlanInputs(main, aux, config.model.vision, settings)
@@ -264,12 +281,12 @@ def build_loader(
         plan = cached_plan(
             inputs,
             cache,
-            min_packs=1 if batch is None or not shuffle else needed_steps * batch,
-            min_steps=needed_steps if in_samples else 0,
+            min_packs=1 if in_samples else needed,
+            min_documents=needed if in_samples else 0,
             is_builder=(dp_rank == 0 or barrier is None) if is_builder is None else is_builder,
             barrier=barrier or (lambda: None),
         )
-    steps = StepPlan(plan, batch)
+    steps = StepPlan(plan, batches, in_samples=in_samples)
     _report(steps, inputs, time.monotonic() - started)
     return BatchLoader(
         steps,
@@ -284,6 +301,15 @@ def build_loader(
 
 
 _CACHE = "pack_plan_cache"
+
+
+def _mock_plan(inputs: PlanInputs, documents: int) -> PackPlan:
+    """One epoch over and over; behind a ramp every epoch has its own steps, so as many as hold the documents."""
+    sizes, settings = inputs.blend(), inputs.settings
+    epochs = [build_epoch(*sizes, settings, 0)]
+    while settings.rampup and sum(epoch.num_documents for epoch in epochs) < documents:
+        epochs.append(build_epoch(*sizes, settings, len(epochs)))
+    return PackPlan(epochs, cycle=settings.shuffle and not settings.rampup)
 
 
 def parse_blend(paths: tuple[str, ...]) -> list[tuple[float, str]]:
@@ -368,9 +394,10 @@ def _report(plan: StepPlan, inputs: PlanInputs, seconds: float) -> None:
     )
     if inputs.settings.step_samples is not None:
         mean = sum(epoch.num_packs for epoch in epochs) / plan.num_steps
+        ramp = f"{inputs.settings.rampup[0]} to " if inputs.settings.rampup else ""
         logger.info(
-            f"pack plan: {inputs.settings.step_samples} documents per step in {mean:.1f} packs on average, "
-            f"{plan.sequences} at most"
+            f"pack plan: {ramp}{inputs.settings.step_samples} documents per step in {mean:.1f} packs on average, "
+            f"{max(plan.most_packs.sizes)} at most"
         )
     if first.stats["skipped_long"]:
         limit = inputs.settings.seq_length

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_haplovl.checkpoint import write
 from megatron_haplovl.checkpoint.folders import unfinished
 from megatron_haplovl.checkpoint.pieces import MOMENTS, PieceReader
-from megatron_haplovl.checkpoint.state import TrainingState, read_state
+from megatron_haplovl.checkpoint.state import read_state, state_of
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.engine_state import (
     HostPiece,
@@ -191,13 +191,7 @@ class CheckpointWriter:
     def _prepare(self, folder: Path) -> None:
         self._saving.require_lock()
         iteration, plan_key = self._at
-        state = TrainingState(
-            iteration,
-            self._config.schedule.global_batch_size,
-            plan_key,
-            self._saving.run_id,
-            more=self.more_state(),
-        )
+        state = state_of(self._config, iteration, plan_key, self._saving.run_id, self.more_state())
         write.prepare(unfinished(folder), self._config, state, self._saving.bytes)
 
     def _write(self, folder: Path, pieces: list[HostPiece], started: float, stalled: float) -> None:
@@ -256,8 +250,8 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
         Optimizer steps already done.
 
     Raises:
-        ValueError: the global batch size or the data has changed, so that the position in the data would be lost, or
-            other parameters are trained than before.
+        ValueError: the global batch size, its ramp or the data has changed, so that the position in the data would be
+            lost, or other parameters are trained than before.
     """
     state = read_state(folder)
     if state.global_batch_size != config.schedule.global_batch_size:
@@ -265,6 +259,12 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
             f"{folder} was saved with --global-batch-size {state.global_batch_size}, this run has "
             f"{config.schedule.global_batch_size}; the position in the data would be lost, so keep it, or start anew "
             "from its weights: add --finetune, with another --save"
+        )
+    if state.rampup_batch_size != config.schedule.rampup_batch_size:
+        raise ValueError(
+            f"{folder} was saved with {_ramp(state.rampup_batch_size)}, this run has "
+            f"{_ramp(config.schedule.rampup_batch_size)}; the position in the data would be lost, so keep it, or start "
+            "anew from its weights: add --finetune, with another --save"
         )
     if state.plan_key != plan_key:
         raise ValueError(
@@ -277,6 +277,10 @@ def load_checkpoint(engine: Any, model: ShardedModel, folder: Path, config: Conf
     model.groups.world.together(lambda: _copy_pieces(engine, model, reader))
     engine.global_steps = state.iteration
     return state.iteration
+
+
+def _ramp(numbers: tuple[int, ...]) -> str:
+    return f"--rampup-batch-size {' '.join(map(str, numbers))}" if numbers else "no --rampup-batch-size"
 
 
 def _copy_pieces(engine: Any, model: ShardedModel, reader: PieceReader) -> None:

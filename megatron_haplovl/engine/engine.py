@@ -47,7 +47,7 @@ def build_engine(
         terms: the losses, and what each is divided by.
         optimizer_groups: torch's parameter groups. Every stage of a pipeline has every group; one that is empty gets a
             placeholder.
-        sequences: of a step over all ranks, empty ones included.
+        sequences: of the largest step over all ranks, empty ones included.
         enter_phase: is told what begins: forward, backward or reduce.
 
     Returns:
@@ -92,7 +92,7 @@ def build_engine(
     loss = PipelineLoss(
         lambda hidden_BSD, batch: model.module.losses(hidden_BSD, *head_inputs(batch)),
         terms,
-        scale=settings["gradient_accumulation_steps"] * replicas,
+        replicas=replicas,
         device=device,
     )
     stage = PipelineStage(

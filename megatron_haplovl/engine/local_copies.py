@@ -12,7 +12,7 @@ from megatron_haplovl.checkpoint import write
 from megatron_haplovl.checkpoint.folders import unfinished
 from megatron_haplovl.checkpoint.local_copies import local_root, newest_copy, remove_copies
 from megatron_haplovl.checkpoint.machines import find_machines
-from megatron_haplovl.checkpoint.state import TrainingState
+from megatron_haplovl.checkpoint.state import state_of
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.engine_state import dtype_of, pieces_on_host
 from megatron_haplovl.parallel.groups import Group
@@ -75,8 +75,7 @@ class LocalCopies:
         started = time.perf_counter()
         folder = self._root / f"global_step{iteration}"
         aside = unfinished(folder)
-        batch_size = self._config.schedule.global_batch_size
-        state = TrainingState(iteration, batch_size, plan_key, self._run_id, more=more_state)
+        state = state_of(self._config, iteration, plan_key, self._run_id, more_state)
         # The same files on every machine, so that the same manifest names them.
         texts = self._control.gather_objects(write.settings_texts(self._config, state))[0]
         pieces = pieces_on_host(engine, model)

@@ -60,9 +60,22 @@ class _EngineSteps:
         self._gate = UpdateGate(engine)
 
     @property
-    def accumulation(self) -> int:
+    def _accumulation(self) -> int:
         """Micro-batches that a rank goes through in one optimizer step."""
         return int(self._engine.gradient_accumulation_steps())
+
+    def set_accumulation(self, micro_batches: int) -> None:
+        """Say how many micro-batches a rank goes through in the next step. Called by every rank, with the same number.
+
+        DeepSpeed updates the weights when the micro-batches of all steps together are a multiple of that number, so
+        with another number they are counted from here on.
+        """
+        if micro_batches == self._accumulation:
+            return
+        per_pass = self._engine.train_batch_size() // self._accumulation
+        self._engine.set_train_batch_size(micro_batches * per_pass)
+        assert self._accumulation == micro_batches
+        self._engine.micro_steps = 0
 
     def gradients_are_finite(self) -> torch.Tensor:
         """See :func:`engine.gate.gradients_are_finite`; for a :data:`Judge`."""
@@ -118,14 +131,14 @@ class DirectSteps(_EngineSteps):
         """One optimizer step.
 
         Args:
-            micro_batches: as many as the engine accumulates are taken.
+            micro_batches: as many are taken as :meth:`set_accumulation` says.
             counts: valid tokens of the whole global batch.
             judge: whether the weights may be updated.
         """
         sums = _zeros(self._terms, self._device)
         each: list[Sums] = []
         self._gate.expect(lambda: judge(sums))
-        for _ in range(self.accumulation):
+        for _ in range(self._accumulation):
             batch = next(micro_batches)
             self._enter_phase("forward")
             found = self._losses(batch.to(self._device))
@@ -160,7 +173,7 @@ class PipelineLoss:
     Args:
         losses: (the head's input, micro-batch) -> sums of the losses.
         terms: what the sums are divided by.
-        scale: undoes DeepSpeed's averages over micro-batches and replicas.
+        replicas: ranks over which DeepSpeed averages gradients.
         device: where the batches are needed.
     """
 
@@ -169,12 +182,14 @@ class PipelineLoss:
         losses: Callable[[torch.Tensor, Batch], Sums],
         terms: Sequence[LossTerm],
         *,
-        scale: float,
+        replicas: int,
         device: torch.device,
     ) -> None:
-        self._losses, self._terms, self._scale, self._device = losses, terms, scale, device
+        self._losses, self._terms, self._replicas, self._device = losses, terms, replicas, device
         self.counts = StepCounts(0, 0, 0, 0, 0)
         """Valid tokens of the whole global batch that is under way."""
+        self.accumulation = 1
+        """Micro-batches of it on this rank."""
         self.sums = _zeros(terms, device)
         self.each: list[Sums] = []
 
@@ -182,13 +197,14 @@ class PipelineLoss:
         found = self._losses(hidden_BSD, batch.to(self._device))
         _add(self.sums, found)
         self.each.append(_detached(found))
-        return total_loss(found, self._terms, self.counts) * self._scale
+        # DeepSpeed averages over micro-batches and replicas; the factor undoes both.
+        return total_loss(found, self._terms, self.counts) * (self.accumulation * self._replicas)
 
-    def start(self, counts: StepCounts | None = None) -> None:
+    def start(self, counts: StepCounts | None = None, accumulation: int = 1) -> None:
         """Forget the sums and begin anew; without counts, only sums are wanted."""
         self.sums, self.each = _zeros(self._terms, self._device), []
         if counts is not None:
-            self.counts = counts
+            self.counts, self.accumulation = counts, accumulation
 
 
 class PipelinedSteps(_EngineSteps):
@@ -221,7 +237,7 @@ class PipelinedSteps(_EngineSteps):
 
     def train(self, micro_batches: Iterator[Batch], counts: StepCounts, judge: Judge) -> StepResult:
         """See :meth:`DirectSteps.train`. The sums are zero on all stages but the last."""
-        self._loss.start(counts)
+        self._loss.start(counts, self._accumulation)
         self._gate.expect(partial(self._judge, judge))
         # Forward and backward passes of several micro-batches alternate in the schedule.
         self._enter_phase("forward")

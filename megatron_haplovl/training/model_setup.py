@@ -96,7 +96,7 @@ def cut_pipeline(config: Config, groups: ParallelGroups, device: torch.device, d
         trained=trained_parts(config.recipe),
         stage=config.stage,
         method=parallel.pipeline_partition,
-        micro_batches=data.micro_batches_per_step,
+        micro_batches=data.most_micro_batches,
     )
     return PipelineCut(tuple(layers), first)
 

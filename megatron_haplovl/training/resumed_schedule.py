@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from megatron_haplovl.config.files import read_config
 from megatron_haplovl.config.schema import Config
@@ -33,7 +34,7 @@ def resumed_schedule(config: Config, resumed: Path, step: int) -> ResumedSchedul
         step: optimizer steps that are done.
 
     Raises:
-        ValueError: the checkpoint's settings cannot be read.
+        ValueError: the checkpoint's settings cannot be read, or its schedule is asked for and counts something else.
     """
     was = read_config(resumed)
     differences = _differences(was, config)
@@ -59,19 +60,21 @@ def resumed_schedule(config: Config, resumed: Path, step: int) -> ResumedSchedul
 
 def _decay_end(config: Config) -> int | None:
     schedule = config.schedule
-    if schedule.lr_decay_style == "constant":
-        return None
-    return schedule.train_iters if schedule.lr_decay_iters is None else schedule.lr_decay_iters
+    return None if schedule.lr_decay_style == "constant" else schedule.decay_end
 
 
 def _differences(was: Config, now: Config) -> list[str]:
     """What differs, as flags with both values."""
     found = []
+    counted = now.schedule.counted_in
     pairs = [(name, getattr(was.optimizer, name), getattr(now.optimizer, name)) for name in _RATES]
-    for name in ("lr_decay_style", "lr_warmup_iters"):
+    for name in ("lr_decay_style", f"lr_warmup_{counted}"):
         pairs.append((name, getattr(was.schedule, name), getattr(now.schedule, name)))
-    by_length = was.schedule.lr_decay_iters is None and now.schedule.lr_decay_iters is None
-    pairs.append(("train_iters" if by_length else "lr_decay_iters", _decay_end(was), _decay_end(now)))
+    if was.schedule.counted_in == counted:
+        by_length = all(getattr(config.schedule, f"lr_decay_{counted}") is None for config in (was, now))
+        pairs.append((f"train_{counted}" if by_length else f"lr_decay_{counted}", _decay_end(was), _decay_end(now)))
+    else:
+        pairs.append(("train_samples", was.schedule.train_samples, now.schedule.train_samples))
     for name, old, new in pairs:
         if old != new:
             found.append(f"--{name.replace('_', '-')} was {old} and is {new}")
@@ -79,12 +82,19 @@ def _differences(was: Config, now: Config) -> list[str]:
 
 
 def _with_schedule_of(was: Config, config: Config) -> Config:
+    counted = config.schedule.counted_in
+    if was.schedule.counted_in != counted:
+        raise ValueError(
+            f"--use-checkpoint-opt_param-scheduler: the checkpoint's learning rate is counted in "
+            f"{was.schedule.counted_in}, this run in {counted}; give --train-{was.schedule.counted_in}, as before, or "
+            "leave it out"
+        )
     rates = {name: getattr(was.optimizer, name) for name in _RATES}
-    schedule = dataclasses.replace(
-        config.schedule,
-        lr_decay_style=was.schedule.lr_decay_style,
-        lr_warmup_iters=was.schedule.lr_warmup_iters,
-        # In words of its own, because --train-iters may be another one now.
-        lr_decay_iters=_decay_end(was),
-    )
+    of_checkpoint: dict[str, Any] = {
+        "lr_decay_style": was.schedule.lr_decay_style,
+        f"lr_warmup_{counted}": was.schedule.warmup,
+        # In words of its own, because the length may be another one now.
+        f"lr_decay_{counted}": _decay_end(was),
+    }
+    schedule = dataclasses.replace(config.schedule, **of_checkpoint)
     return dataclasses.replace(config, schedule=schedule, optimizer=dataclasses.replace(config.optimizer, **rates))

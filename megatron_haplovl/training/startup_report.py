@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.config.schema import Config, ParallelConfig, RecipeConfig
 from megatron_haplovl.data.loader import BatchLoader
 from megatron_haplovl.engine.optimizer import ADAMW_NAMES, adamw_implementation
@@ -71,12 +72,17 @@ def describe_parameters(model: ShardedModel, recipe: RecipeConfig) -> str:
     return f"parameters: {sum(sizes.values()):,}, of which {trained.total():,} are trained: {parts}"
 
 
+def _from_to(first: int, last: int) -> str:
+    return str(last) if first == last else f"{first} to {last}"
+
+
 def describe_batches(config: Config, data: BatchLoader, groups: ParallelGroups) -> str:
     """How a step's batch is put together, in one line."""
     schedule = config.schedule
     unit = "samples" if schedule.batch_unit == "samples" else "sequences"
+    sizes, numbers = BatchSchedule.of(schedule).sizes, (data.fewest_micro_batches, data.most_micro_batches)
     return (
-        f"a step: {schedule.global_batch_size} {unit} of {config.data.seq_length} tokens at most = "
-        f"{groups.data.size} data-parallel ranks x {data.micro_batches_per_step} micro-batches x "
+        f"a step: {_from_to(sizes[0], sizes[-1])} {unit} of {config.data.seq_length} tokens at most = "
+        f"{groups.data.size} data-parallel ranks x {_from_to(*numbers)} micro-batches x "
         f"{schedule.micro_batch_size}; {schedule.train_iters} steps"
     )

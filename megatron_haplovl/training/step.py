@@ -52,12 +52,14 @@ def train_step(run: Run, step: int, micro_batches: Iterator[Batch]) -> StepResul
     """
     run.operation.clock.start_step(step + 1)
     run.profiler.before_step(step)
-    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, run.train_data.micro_batches_per_step, step)
+    number = run.train_data.micro_batches_of(step)
+    micro_batches = run.bad_samples.settle(run.train_data, micro_batches, number, step)
     counts = run.train_data.counts(step)
     if run.guard.passes_over(step):
-        for _ in range(run.steps.accumulation if run.steps.reads_data else 0):
+        for _ in range(number if run.steps.reads_data else 0):
             next(micro_batches)
         return StepResult({}, None, counts, sums={})
+    run.steps.set_accumulation(number)
     run.steps.set_learning_rate(learning_rate(run.config, step))
     result = run.steps.train(micro_batches, counts, run.guard.judge(step, counts))
     run.guard.after(step, result)

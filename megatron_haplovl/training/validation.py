@@ -34,7 +34,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 def _evaluate(run: Run, data: BatchLoader, step: int) -> dict[str, float]:
     steps = min(run.config.logging.eval_iters, data.steps_available)
-    number = steps * data.micro_batches_per_step
+    number = sum(map(data.micro_batches_of, range(steps)))
     read = data.micro_batches(0) if run.steps.reads_data else iter(())
     micro_batches = TimedBatches(read, run.operation.clock, partial(_describe, data))
     with run.collection.around_evaluation():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.engine.norms import parameters_norm
 from megatron_haplovl.engine.steps import StepResult
 from megatron_haplovl.training.flops import training_flops
@@ -34,6 +35,7 @@ class Window:
         self._by_source = SourceLosses(run.train_data.source_names, run.terms, run.device)
         self._forecast = Forecast(run.config, run.operation.clock, run.first_step)
         self._forward_counts = forward_is_alone(run.groups, run.config.parallel.zero_stage)
+        self._batches = BatchSchedule.of(run.config.schedule)
         self._positions = 0
         self._clear()
         self._expect(run.first_step + 1)
@@ -77,7 +79,7 @@ class Window:
             positions: of the micro-batches that this rank has read so far, padding included.
         """
         run, config = self._run, self._run.config
-        batch_size, ranks = config.schedule.global_batch_size, run.groups.world.size
+        batches, ranks = self._batches, run.groups.world.size
         forward = run.forward_time.take() if self._forward_counts else 0.0
         mine = RankFigures(self._waited, self._waited + forward, peak_bytes(run.device), positions - self._positions)
         figures = gather_figures(mine, run.groups.control)
@@ -85,14 +87,14 @@ class Window:
         read = sum(figure.positions for figure in readers(figures, run.groups))
         rate = self._flops / self._seconds / ranks
         columns: dict[str, float | int] = {
-            "consumed samples": step * batch_size,
+            "consumed samples": batches.before(step),
             **self._kinds.columns(),
             "elapsed time per iteration (ms)": 1000.0 * self._seconds / self._steps,
             "loader wait (ms)": 1000.0 * max(figure.waited for figure in figures) / self._steps,
             **rank_columns(figures, self._steps),
             "learning rate": learning_rate(config, step - 1),
             **self._learning_rates(),
-            "global batch size": batch_size,
+            "global batch size": batches.size(step - 1),
             **result.losses,
             **({} if result.grad_norm is None else {"grad norm": result.grad_norm}),
             **self._norms(),
@@ -100,7 +102,7 @@ class Window:
             "number of nan iterations": run.guard.not_finite,
             **run.bad_samples.columns(),
             "padding (%)": 100.0 * (1.0 - self._read_tokens / read),
-            "samples per second": self._steps * batch_size / self._seconds,
+            "samples per second": (batches.before(step) - batches.before(step - self._steps)) / self._seconds,
             "tokens per gpu per second (tgs)": self._tokens / self._seconds / ranks,
             "TFLOPs": rate / 1e12,
             **({} if run.peak_operations is None else {"MFU (%)": 100.0 * rate / run.peak_operations}),

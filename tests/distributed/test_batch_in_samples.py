@@ -37,7 +37,7 @@ def first_step(rank: int, ranks: int, layout: str) -> tuple[BatchLoader, list[Ba
     c = parallel_config(parallel_case("full", f"samples {layout}"), "torch")
     loader = build_loader((), c, num_steps=2, dp_rank=rank, dp_size=ranks)
     batches = loader.micro_batches()
-    return loader, [next(batches) for _ in range(loader.micro_batches_per_step)]
+    return loader, [next(batches) for _ in range(loader.micro_batches_of(0))]
 
 
 def test_ranks_have_empty_micro_batches_beside_full_ones() -> None:

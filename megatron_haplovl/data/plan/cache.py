@@ -72,13 +72,21 @@ class PlanInputs:
             "main": [share.key for share in self.main],
             "aux": [share.key for share in self.aux],
             "vision": dataclasses.asdict(self.vision),
-            "settings": dataclasses.asdict(self.settings),
+            "settings": _settings_key(self.settings),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def blend(self) -> tuple[list[BlendedSource], list[BlendedSource]]:
         """The sizes of all samples; reads the data once."""
         return [share.blended(self.vision) for share in self.main], [share.blended(self.vision) for share in self.aux]
+
+
+def _settings_key(settings: PlanSettings) -> dict[str, Any]:
+    key = dataclasses.asdict(settings)
+    if not settings.rampup:
+        # Plans without a ramp are those of versions that knew none.
+        del key["rampup"]
+    return key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +105,7 @@ def cached_plan(
     cache: Path,
     *,
     min_packs: int = 1,
-    min_steps: int = 0,
+    min_documents: int = 0,
     is_builder: bool,
     barrier: Callable[[], None],
 ) -> PackPlan:
@@ -107,7 +115,7 @@ def cached_plan(
         inputs: what the plan depends on.
         cache: folder that holds the plans.
         min_packs: packs that will be asked for.
-        min_steps: steps that will be asked for, where a batch is counted in samples.
+        min_documents: documents that will be asked for.
         is_builder: whether this process builds; the others wait in `barrier` until it has. Several builders may share a
             folder.
         barrier: called once by every process.
@@ -118,8 +126,8 @@ def cached_plan(
     folder = cache / inputs.key
 
     def are_missing(epochs: list[EpochPlan]) -> bool:
-        packs, steps = sum(epoch.num_packs for epoch in epochs), sum(epoch.num_steps for epoch in epochs)
-        return packs < min_packs or steps < min_steps
+        packs, documents = sum(epoch.num_packs for epoch in epochs), sum(epoch.num_documents for epoch in epochs)
+        return packs < min_packs or documents < min_documents
 
     if is_builder:
         _build_missing(inputs, folder, are_missing)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_haplovl.config.batch_schedule import Stairs
 from megatron_haplovl.data.plan.packs import COUNT_NAMES, IntArray, StepPlan
 
 EMPTY = -1
@@ -45,8 +46,9 @@ def deal(pairs: IntArray, tiles: IntArray, ranks: int) -> IntArray:
 class MicroBatchNumbers:
     """Sampler: the pack numbers of each micro-batch of one rank, for all steps from `first_step` on.
 
-    A step has the same packs for any number of ranks. A single rank takes them in the plan's order. Every step has the
-    same number of sequences, which all ranks share evenly; those that the step has no pack for are empty.
+    A step has the same packs for any number of ranks. A single rank takes them in the plan's order. Every step of a
+    level (see :class:`BatchSchedule`) has the same number of sequences, which all ranks share evenly; those that the
+    step has no pack for are empty.
 
     Args:
         plan: the packs of each step.
@@ -59,10 +61,11 @@ class MicroBatchNumbers:
     def __init__(self, plan: StepPlan, steps: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
         assert 0 <= dp_rank < dp_size
         self.first_step = 0
-        self.per_step = -(-plan.sequences // (micro_batch_size * dp_size))
-        """Micro-batches of this rank in a step."""
-        self.sequences = self.per_step * micro_batch_size * dp_size
-        """Sequences of a step over all ranks, empty ones included."""
+        self.per_pass = micro_batch_size * dp_size
+        """Sequences of one micro-batch of every rank."""
+        most = plan.most_packs
+        self.per_step = Stairs(most.firsts, [-(-packs // self.per_pass) for packs in most.sizes])
+        """Micro-batches of this rank in each step."""
         self._plan, self._steps, self._micro = plan, steps, micro_batch_size
         self._rank, self._size = dp_rank, dp_size
 
@@ -71,7 +74,7 @@ class MicroBatchNumbers:
             yield from self.of_step(step)
 
     def __len__(self) -> int:
-        return (self._steps - self.first_step) * self.per_step
+        return self.per_step.before(self._steps) - self.per_step.before(self.first_step)
 
     def of_step(self, step: int) -> list[list[int]]:
         """The same for one step."""
@@ -80,7 +83,7 @@ class MicroBatchNumbers:
 
     def packs_of(self, step: int) -> list[int]:
         """The packs that this rank reads in a step, in order, with EMPTY where there is none."""
-        packs = np.full(self.sequences, EMPTY, dtype=np.int64)
+        packs = np.full(self.per_step.size(step) * self.per_pass, EMPTY, dtype=np.int64)
         real = self._plan.packs_of(step)
         packs[: len(real)] = real
         if self._size > 1:

@@ -15,6 +15,7 @@ An epoch is made in four steps:
 
 Where a batch is counted in samples, a window is the documents of a step, and its packs stay together. An epoch is then
 as many whole steps as it comes closest to; because each source's stream goes on, nothing is drawn twice or left out.
+Behind a ramp of the batch (--rampup-batch-size) a step may begin in one epoch and end in the next.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.data.plan.packing import gather_ranges, pack_windows, shuffle_packs
 from megatron_haplovl.data.plan.packs import COUNT_NAMES, ITEM_COUNT_NAMES, EpochPlan
 from megatron_haplovl.data.sources import SampleCounts
@@ -64,6 +66,8 @@ class PlanSettings:
     skip_long_samples: bool
     step_samples: int | None = None
     """Documents of a step, whose packs hold nothing else; None: packs know no steps."""
+    rampup: tuple[int, ...] = ()
+    """How the first steps come to have that many, see `BatchSchedule.ramp`."""
 
 
 def fitting_samples(sources: list[BlendedSource], settings: PlanSettings) -> list[IntArray]:
@@ -128,19 +132,34 @@ def build_epoch(main: list[BlendedSource], aux: list[BlendedSource], settings: P
 
 def _pack(lengths: IntArray, settings: PlanSettings, epoch: int) -> tuple[IntArray, IntArray, IntArray]:
     """Order of the documents, the boundaries of the packs in it, and those of the steps in the packs."""
-    window = settings.step_samples or _WINDOW
+    bounds, goes_on = _windows(len(lengths), settings, epoch)
     if settings.packing:
-        order, pack_offsets, window_offsets = pack_windows(lengths, settings.seq_length, window)
+        order, pack_offsets, window_offsets = pack_windows(lengths, settings.seq_length, bounds)
     else:
-        order, pack_offsets = np.arange(len(lengths)), np.arange(len(lengths) + 1)
-        window_offsets = np.append(np.arange(0, len(lengths), window), len(lengths))
+        order, pack_offsets, window_offsets = np.arange(len(lengths)), np.arange(len(lengths) + 1), bounds
     if settings.step_samples is not None:
         # The documents are in random order already, and a step's packs stay together.
-        return order, pack_offsets, window_offsets
+        return order, pack_offsets, window_offsets[int(goes_on) :]
     if settings.shuffle:
         permutation = _random(settings, _PACK_ORDER, epoch).permutation(len(pack_offsets) - 1)
         order, pack_offsets = shuffle_packs(order, pack_offsets, permutation)
     return order, pack_offsets, np.zeros(1, dtype=np.int64)
+
+
+def _windows(documents: int, settings: PlanSettings, epoch: int) -> tuple[IntArray, bool]:
+    """Where each window begins in an epoch's documents, and their number; whether the first goes on with a step.
+
+    The epochs have as many documents each. Behind a ramp their ends are no ends of steps: such a step takes the last
+    documents of one epoch and the first ones of the next.
+    """
+    if settings.step_samples is None or not settings.rampup:
+        return np.append(np.arange(0, documents, settings.step_samples or _WINDOW), documents), False
+    batches = BatchSchedule(settings.step_samples, settings.rampup)
+    before = epoch * documents
+    steps = range(batches.steps_for(before), batches.steps_for(before + documents))
+    begins = np.array([batches.before(step) - before for step in steps], dtype=np.int64)
+    goes_on = begins[0] > 0
+    return np.concatenate([[0] * int(goes_on), begins, [documents]]).astype(np.int64), bool(goes_on)
 
 
 def _random(settings: PlanSettings, *key: int) -> np.random.RandomState:

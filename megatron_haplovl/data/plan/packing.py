@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -10,21 +11,21 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-def pack_windows(lengths: IntArray, capacity: int, window: int) -> tuple[IntArray, IntArray, IntArray]:
+def pack_windows(lengths: IntArray, capacity: int, bounds: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """Pack documents, those of each window by themselves.
 
     Args:
         lengths: tokens of each document.
         capacity: tokens of a sequence.
-        window: documents that are packed together.
+        bounds: where each window begins in the documents, `[windows + 1]`; those of a window are packed together.
 
     Returns:
         The documents in the order in which they stand in the packs; where each pack begins in it, `[packs + 1]`; and
         where each window begins in the packs, `[windows + 1]`.
     """
     orders, sizes, bins_of_window = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], [0]
-    for start in range(0, len(lengths), window):
-        bin_of = best_fit_decreasing(lengths[start : start + window], capacity)
+    for start, end in pairwise(bounds.tolist()):
+        bin_of = best_fit_decreasing(lengths[start:end], capacity)
         orders.append(start + np.argsort(bin_of, kind="stable"))
         sizes.append(np.bincount(bin_of))
         bins_of_window.append(len(sizes[-1]))

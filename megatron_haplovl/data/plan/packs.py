@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_haplovl.config.batch_schedule import BatchSchedule, Stairs
 from megatron_haplovl.data.batch import StepCounts
 
 IntArray = npt.NDArray[np.int64]
@@ -41,7 +42,8 @@ class EpochPlan:
     doc_offsets: IntArray
     pack_offsets: IntArray
     step_offsets: IntArray
-    """`[steps + 1]`: a step is a range of packs. Where a batch is counted in packs there are no steps in a plan."""
+    """`[steps + 1]`: where in the packs each step begins that begins in this epoch, and the number of packs. Where a
+    batch is counted in packs there are no steps in a plan."""
     cumulative: IntArray
     """`[packs + 1, 7]`: counts of all packs before each one, columns as in COUNT_NAMES."""
     stats: dict[str, int]
@@ -53,8 +55,13 @@ class EpochPlan:
         return len(self.pack_offsets) - 1
 
     @property
+    def num_documents(self) -> int:
+        """Documents in the epoch."""
+        return int(self.pack_offsets[-1])
+
+    @property
     def num_steps(self) -> int:
-        """Steps in the epoch, where a batch is counted in samples."""
+        """Steps that begin in the epoch, where a batch is counted in samples."""
         return len(self.step_offsets) - 1
 
     @property
@@ -167,33 +174,42 @@ def step_counts(total: IntArray) -> StepCounts:
 
 
 class StepPlan:
-    """Which packs a step takes: always as many, or those that hold its samples.
+    """Which packs a step takes: as many as its batch is large, or those that hold its samples.
 
     Args:
         packs: the plan.
-        packs_per_step: None: the plan's own steps, each of as many samples.
+        batches: packs or samples of each step.
+        in_samples: whether these are samples; then the steps are the plan's own.
     """
 
-    def __init__(self, packs: PackPlan, packs_per_step: int | None) -> None:
+    def __init__(self, packs: PackPlan, batches: BatchSchedule, *, in_samples: bool = False) -> None:
+        assert not (in_samples and packs.cycle and batches.ramp), "the second round would begin the ramp anew"
         self.packs = packs
-        self._packs_per_step = packs_per_step
+        self._batches, self._in_samples = batches, in_samples
         self._starts = np.cumsum([0, *(epoch.num_steps for epoch in packs.epochs)])
-        self.sequences = packs_per_step or max(epoch.largest_step for epoch in packs.epochs)
-        """The largest number of packs that a step has."""
+        self.most_packs = self._most_packs() if in_samples else batches.levels
+        """The largest number of packs that a step has, for each level of the ramp."""
+
+    def _most_packs(self) -> Stairs:
+        epochs = enumerate(self.packs.epochs)
+        begins = [self.packs.start(number) + epoch.step_offsets[:-1] for number, epoch in epochs]
+        sizes = np.diff(np.concatenate([*begins, [self.packs.num_packs]]))
+        firsts = [first for first in self._batches.levels.firsts if first < len(sizes)]
+        return Stairs(firsts, np.maximum.reduceat(sizes, firsts).tolist())
 
     @property
     def num_steps(self) -> int:
         """Steps in all epochs; the last one may be smaller than the others."""
-        if self._packs_per_step is not None:
-            return -(-self.packs.num_packs // self._packs_per_step)
+        if not self._in_samples:
+            return self._batches.steps_for(self.packs.num_packs)
         return int(self._starts[-1])
 
     def packs_of(self, step: int) -> range:
         """The packs of a step."""
-        if self._packs_per_step is not None:
-            end = (step + 1) * self._packs_per_step
+        if not self._in_samples:
+            end = self._batches.before(step + 1)
             last = end if self.packs.cycle else min(end, self.packs.num_packs)
-            return range(min(step * self._packs_per_step, last), last)
+            return range(min(self._batches.before(step), last), last)
         return range(self._first_pack(step), self._first_pack(step + 1))
 
     def _first_pack(self, step: int) -> int:

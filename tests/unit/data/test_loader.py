@@ -70,7 +70,7 @@ def test_packs_of_a_step_do_not_depend_on_the_layout(tiny_prefix: str, tmp_path:
         config = make_config(tmp_path, micro_batch_size=micro, batch_unit=unit)
         loaders = [make_loader(tiny_prefix, config, dp_rank=r, dp_size=size) for r in range(size)]
         assert len({loader.plan_key for loader in (one, *loaders)}) == 1
-        per_rank = loaders[0].micro_batches_per_step * micro
+        per_rank = loaders[0].micro_batches_of(0) * micro
         ranks = [rows(loader.micro_batches()) for loader in loaders]
         assert {len(rank) for rank in ranks} == {9 * per_rank}
         for step in range(9):
@@ -90,7 +90,7 @@ def test_a_batch_names_its_packs_and_a_step_its_sources(tiny_prefix: str, tmp_pa
         of_batches = [pack for batch in batches for pack in batch.packs]
         assert of_batches == [pack for step in range(9) for pack in loader._sampler.packs_of(step)]
         assert set(of_batches) - {EMPTY} and (unit == "samples" or EMPTY not in of_batches)
-        per_step = loader.micro_batches_per_step
+        per_step = loader.micro_batches_of(0)
         for step in range(9):
             of_step = batches[step * per_step : (step + 1) * per_step]
             numbers = {int(n) for b in of_step if b.source_BS is not None for n in b.source_BS.unique()} - {-1}

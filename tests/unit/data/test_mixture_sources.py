@@ -185,7 +185,7 @@ def test_counts_by_source_are_those_of_the_batches(prefixes: Path, shuffle: bool
     total = np.zeros((3, 4), dtype=np.int64)
     for step in range(data.steps_available):
         found = np.zeros((3, 3), dtype=np.int64)
-        for batch in (next(batches) for _ in range(data.micro_batches_per_step)):
+        for batch in (next(batches) for _ in range(data.micro_batches_of(0))):
             assert batch.source_BS is not None and batch.num_sources == 3
             positions = (batch.labels_BS != IGNORE_INDEX, batch.text_mask_BS, batch.patch_target_P)
             for column, where in enumerate(positions):

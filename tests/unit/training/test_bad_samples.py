@@ -66,7 +66,7 @@ def test_counts_are_those_of_what_was_read(tmp_path: Path, unit: str, aux: bool,
     by_source = loader.counts_by_source(range(6))
     bad, batches, read = BadSamples(c, Group()), loader.micro_batches(), []
     for step in range(6):
-        read.append(list(bad.settle(loader, batches, loader.micro_batches_per_step, step)))
+        read.append(list(bad.settle(loader, batches, loader.micro_batches_of(step), step)))
         left = vars(loader.counts(step))
         assert {name: left[name] for name in counted(read[-1])} == counted(read[-1])
     met = [gap for step in read for batch in step for gap in batch.gaps]
@@ -177,7 +177,7 @@ def test_ranks_that_share_a_pack_leave_out_the_same(tmp_path: Path) -> None:
         bad = BadSamples(c, group)
         batches = iter(()) if group.rank >= 4 else loader.micro_batches()
         found = [
-            (list(bad.settle(loader, batches, loader.micro_batches_per_step, step)), loader.counts(step))
+            (list(bad.settle(loader, batches, loader.micro_batches_of(step), step)), loader.counts(step))
             for step in range(3)
         ]
         return found, bad.columns(), loader.counts_before(3), loader.counts_by_source(range(3)).tolist()

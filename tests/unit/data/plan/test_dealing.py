@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.data_scale import image_and_text_counts, llava_counts
+from megatron_haplovl.config.batch_schedule import BatchSchedule
 from megatron_haplovl.data.plan.dealing import EMPTY, MicroBatchNumbers, deal
 from megatron_haplovl.data.plan.epoch import BlendedSource, PlanSettings, build_epoch
 from megatron_haplovl.data.plan.packs import COUNT_NAMES, PackPlan, StepPlan
@@ -19,7 +20,7 @@ def column(counts: np.ndarray, name: str) -> np.ndarray:
 def test_pairs_and_tiles_are_even(seq_length: int, ranks: int, most: float) -> None:
     counts = image_and_text_counts(3 * seq_length, np.random.default_rng(1))
     settings = PlanSettings(0, seq_length, packing=True, shuffle=True, skip_long_samples=False)
-    plan = StepPlan(PackPlan([build_epoch([BlendedSource("x", 1.0, counts)], [], settings, 0)]), 256)
+    plan = StepPlan(PackPlan([build_epoch([BlendedSource("x", 1.0, counts)], [], settings, 0)]), BatchSchedule(256))
     for step in range(3):
         of_packs = plan.counts_of_packs(step)
         dealt = deal(column(of_packs, "pairs"), column(of_packs, "tiles"), ranks)
@@ -51,10 +52,10 @@ def test_every_step_has_as_many_sequences_and_the_rest_is_empty() -> None:
     settings = PlanSettings(0, 2048, packing=True, shuffle=True, skip_long_samples=False, step_samples=50)
     epochs = [build_epoch([source], [], settings, number) for number in range(2)]
     for cycle in (False, True):
-        plan = StepPlan(PackPlan(epochs[: 1 if cycle else 2], cycle=cycle), None)
+        plan = StepPlan(PackPlan(epochs[: 1 if cycle else 2], cycle=cycle), BatchSchedule(50), in_samples=True)
         assert plan.num_steps == (20 if cycle else 40)
         ranks = [list(MicroBatchNumbers(plan, 40, 4, rank, 3)) for rank in range(3)]
-        per_step = -(-plan.sequences // 12)
+        per_step = -(-plan.most_packs.size(0) // 12)
         assert {len(rank) for rank in ranks} == {40 * per_step}
         for step in range(40):
             got = [pack for rank in ranks for row in rank[step * per_step : (step + 1) * per_step] for pack in row]
