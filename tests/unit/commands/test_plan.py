@@ -196,3 +196,7 @@ def test_a_batch_in_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     )
     sequences = build_loader((str(tmp_path / "data" / "train"),), config, num_steps=1, dp_rank=0, dp_size=1).sequences
     assert f", {sequences} per step (7 samples, by their pack plan)" in planned and sequences > 2
+    # Of a batch that grows, the largest is planned for.
+    (tmp_path / "ramp.yaml").write_text("rampup-batch-size: [1, 1, 60]")
+    growing = plan(capsys, *words, "--data-path", str(tmp_path / "data" / "train"), "--config", f"{tmp_path}/ramp.yaml")
+    assert growing == (0, planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from megatron_haplovl.checkpoint import write
 from megatron_haplovl.checkpoint.manifest import damaged_files
 from megatron_haplovl.checkpoint.pieces import WEIGHT, Piece
-from megatron_haplovl.checkpoint.state import read_state
+from megatron_haplovl.checkpoint.state import STATE_FILE, read_state
 from megatron_haplovl.config.schema import CheckpointConfig, Config
 from megatron_haplovl.engine import checkpointing
 from megatron_haplovl.engine.checkpointing import CheckpointWriter, Saving
@@ -157,3 +158,14 @@ def test_written_beside_the_training(writer, tmp_path):
         "global_step4",
         "global_step8",
     ]
+
+
+@pytest.mark.parametrize("ramp", [(), (4, 4, 48)])
+def test_a_ramp_is_kept_and_nothing_is_written_without_one(writer, tmp_path, ramp):
+    saving = writer()
+    schedule = dataclasses.replace(saving._config.schedule, rampup_batch_size=ramp)
+    saving._config = dataclasses.replace(saving._config, schedule=schedule)
+    saving.save(7, "a plan")
+    folder = tmp_path / "global_step7"
+    written = json.loads((folder / STATE_FILE).read_text())
+    assert ("rampup_batch_size" in written) == bool(ramp) and read_state(folder).rampup_batch_size == ramp

@@ -109,6 +109,18 @@ def test_before_anything_is_measured_only_steps_count() -> None:
     assert forecast.seconds_left(1) == 50.0
 
 
+def test_steps_that_grow_take_longer() -> None:
+    """Against a walk over all steps that are left, each of which takes half a second a sample."""
+    values = {"train_iters": 40, "global_batch_size": 16, "rampup_batch_size": (4, 4, 48)}
+    settings: dict[tuple[str, ...], Any] = {("schedule", name): value for name, value in values.items()}
+    sizes = [4] * 4 + [8] * 2 + [12] * 2 + [16] * 32
+    forecast = Forecast(build_config("finetune", "haplovl-debug", settings), PhaseClock(), 1)
+    for step, seconds in enumerate((9.0, *(size / 2 for size in sizes[2:8])), start=1):
+        forecast.add(seconds)
+        each = 9.0 / 4 if step == 1 else 0.5
+        assert forecast.seconds_left(step + 1) == pytest.approx(each * sum(sizes[step + 1 :]))
+
+
 def test_the_clock_counts_phases() -> None:
     clock = PhaseClock()
     for _ in range(3):

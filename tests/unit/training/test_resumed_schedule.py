@@ -108,3 +108,45 @@ def test_the_same_end_in_other_words_is_no_difference(saved):
     found = resumed_schedule(config(schedule__lr_decay_iters=100), saved(config()), DONE)
     assert not found.remark
     assert dataclasses.replace(found.config.schedule, lr_decay_iters=None) == config().schedule
+
+
+def in_samples(**changes):
+    """The same run, counted in samples: 100 full batches of 8 behind a ramp."""
+    defaults = {
+        **{"schedule__train_samples": 800, "schedule__lr_warmup_samples": 80, "schedule__lr_decay_style": "cosine"},
+        **{"schedule__global_batch_size": 8, "schedule__rampup_batch_size": (4, 4, 40)},
+        **{"optimizer__lr": 1e-3, "optimizer__min_lr": 1e-4, "data__mock_data": True, "checkpoint__load": "there"},
+    }
+    values = {tuple(name.split("__")): value for name, value in {**defaults, **changes}.items()}
+    return build_config("finetune", "haplovl-debug", values)
+
+
+def test_a_schedule_in_samples_goes_on_exactly(saved):
+    found = resumed_schedule(in_samples(), saved(in_samples()), DONE)
+    assert found.config == in_samples() and not found.remark and not found.is_jump
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"schedule__train_samples": 1600}, "--train-samples was 800 and is 1600"),
+        ({"schedule__lr_decay_samples": 1600}, "--lr-decay-samples was 800 and is 1600"),
+        ({"schedule__lr_warmup_samples": 0}, "--lr-warmup-samples was 80 and is 0"),
+    ],
+)
+def test_a_difference_in_samples_is_named_and_the_checkpoints_schedule_can_go_on(saved, changes, flag):
+    found = resumed_schedule(in_samples(**changes), saved(in_samples()), DONE)
+    assert found.is_jump and flag in found.remark
+    asked = in_samples(**changes, checkpoint__use_checkpoint_opt_param_scheduler=True)
+    found = resumed_schedule(asked, saved(in_samples()), DONE)
+    was = [learning_rate(in_samples(), step) for step in range(DONE, 105)]
+    assert [learning_rate(found.config, step) for step in range(DONE, 105)] == was
+    assert found.config.schedule.train_iters == asked.schedule.train_iters
+
+
+def test_a_schedule_that_counts_something_else(saved):
+    found = resumed_schedule(in_samples(), saved(config()), DONE)
+    assert found.is_jump and "--train-samples was None and is 800" in found.remark
+    asked = in_samples(checkpoint__use_checkpoint_opt_param_scheduler=True)
+    with pytest.raises(ValueError, match="the checkpoint's learning rate is counted in iters, this run in samples"):
+        resumed_schedule(asked, saved(config()), DONE)
