@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> Ending:
-    """Train until --train-iters, or until there is a reason to leave, saving and evaluating on the way.
+    """Train until the last step, or until there is a reason to leave, saving and evaluating on the way.
 
     Returns:
         How the run has ended: done, or to be started again. Every other end is raised.
@@ -31,7 +31,7 @@ def train(run: Run) -> Ending:
     window = Window(run)
     step, reason = run.first_step, None
     if step >= last_step:
-        logger.info(f"nothing to do: {step} steps are done, --train-iters is {last_step}")
+        logger.info(f"nothing to do: {step} steps are done, and the run has {last_step}")
     if step < last_step and step == 0:
         evaluate(run, step)
     while step < last_step and reason is None:

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process, micro-batch 2, ZeRO 1": (1, {"parallel__zero_stage": 1, "schedule__micro_batch_size": 2}),
     "DP 2, ZeRO 0": (2, {"parallel__zero_stage": 0}),
     "DP 2, ZeRO 1": (2, {"parallel__zero_stage": 1}),
+    "DP 2, ZeRO 2, offload": (2, {"parallel__zero_stage": 2, "parallel__offload_optimizer": "cpu"}),
     "DP 2, ZeRO 3": (2, {"parallel__zero_stage": 3}),
     "PP 2, ZeRO 1": (2, {"parallel__zero_stage": 1, "parallel__pipeline_model_parallel_size": 2}),
 }

@@ -93,7 +93,7 @@ def test_ranks_share_every_step_and_count_alike(in_samples: bool) -> None:
             dealt = [pack for n in numbers for row in n.of_step(step) for pack in row]
             assert sorted(pack for pack in dealt if pack != EMPTY) == list(steps.packs_of(step))
             assert len(dealt) == per_step[step] * ranks * micro
-            most = max(len(steps.packs_of(s)) for s in np.flatnonzero(level == level[step]))
+            most = max(len(steps.packs_of(s)) for s in range(STEPS) if level[s] == level[step])
             assert level[step] == FULL or per_step[step] == -(-most // (ranks * micro))
         numbers[0].first_step = 9
         assert list(numbers[0])[0] == numbers[0].of_step(9)[0] and len(numbers[0]) == sum(per_step[9:])
