@@ -97,7 +97,8 @@ def flags(prefix: str, folder: Path, steps: int, save_interval: int) -> list[str
     return [
         *(word for word in TINY if word != "--mock-data"),
         *("--data-path", prefix, "--skip-bad-samples", "1", "--allow-missing", ".*"),
-        *("--train-iters", str(steps), "--lr-decay-style", "cosine"),
+        # So low a rate that the last loss is still one that every earlier step has a part in.
+        *("--train-iters", str(steps), "--lr-decay-style", "cosine", "--lr", "1e-5"),
         *("--save", f"{folder}/save", "--load", f"{folder}/save", "--save-interval", str(save_interval)),
         *("--keep-last", "3", "--metrics-file", f"{folder}/metrics.jsonl"),
         *("--distributed-timeout-minutes", "1", "--loader-timeout-seconds", "30"),
