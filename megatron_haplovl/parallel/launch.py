@@ -39,7 +39,8 @@ class Launch:
         # A process that nobody has launched has a shell for a parent, which is older than the run.
         launched = "LOCAL_RANK" in os.environ
         began = _started(parent) if launched else time.time()
-        own = Path(tempfile.gettempdir()) / f"haplovl-{os.getuid()}-{parent}-{int(began)}"
+        mark = _started_ticks(parent) if launched else int(began)
+        own = Path(tempfile.gettempdir()) / f"haplovl-{os.getuid()}-{parent}-{mark}"
         return Launch(
             folder=Path(given) if given else own,
             is_scripted=bool(given),
@@ -75,16 +76,14 @@ def ranks_on_this_machine() -> int:
 
 
 def _started(pid: int) -> float:
-    """`time.time()` when a process started, by the kernel's clock ticks since boot (proc(5)).
+    """`time.time()` when a process started, to a hundredth of a second."""
+    since_boot = _started_ticks(pid) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
-    The kernel rounds the time of boot to a second. The second that is added is less than any rank takes to say a word.
-    """
+
+def _started_ticks(pid: int) -> int:
+    """The kernel's clock ticks from its boot to the start of a process: the same whoever asks, and when (proc(5))."""
     stat = process_stat(pid)
     if stat is None:
         raise ProcessLookupError(f"process {pid} has gone")
-    boot = next(
-        int(line.split()[1])
-        for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-        if line.startswith("btime")
-    )
-    return boot + stat.started / os.sysconf("SC_CLK_TCK") + 1.0
+    return stat.started
