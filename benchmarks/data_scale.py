@@ -129,7 +129,7 @@ anonymous = _status_kib("RssAnon")
 print(json.dumps({
     "seconds": seconds, "peak MiB": (_status_kib("VmHWM") - before) / 1024, "own MiB": anonymous / 1024,
     "dataset pickled, bytes": len(pickle.dumps(loader._loader.dataset)), "consumed tokens": consumed.tokens,
-    "epochs": len(loader._plan.packs.epochs), "sequences of a step": loader._plan.sequences,
+    "epochs": len(loader._plan.packs.epochs), "sequences of a step": max(loader._plan.most_packs.sizes),
 }))
 """
 
@@ -225,14 +225,15 @@ def measure_fill(samples: int = 100_000) -> list[dict[str, Any]]:
                 0, seq_length, packing=True, shuffle=True, skip_long_samples=False, step_samples=batch
             )
             epoch = build_epoch([BlendedSource("llava", 1.0, counts)], [], settings, 0)
+            largest = int(np.diff(epoch.step_offsets).max())
             tokens = int(epoch.cumulative[-1, COUNT_NAMES.index("tokens")])
             records.append(
                 {
                     "seq length": seq_length,
                     "samples": batch,
                     "fill": tokens / (epoch.num_packs * seq_length),
-                    "sequences": epoch.largest_step,
-                    "of them empty": 1 - epoch.num_packs / (epoch.num_steps * epoch.largest_step),
+                    "sequences": largest,
+                    "of them empty": 1 - epoch.num_packs / (epoch.num_steps * largest),
                     "one sample per row": tokens / (epoch.num_steps * batch * seq_length),
                 }
             )

@@ -65,11 +65,6 @@ class EpochPlan:
         return len(self.step_offsets) - 1
 
     @property
-    def largest_step(self) -> int:
-        """Packs of the step that has most of them."""
-        return int(np.diff(self.step_offsets).max(initial=0))
-
-    @property
     def counts(self) -> IntArray:
         """`[packs, 7]`, columns as in COUNT_NAMES."""
         return np.diff(self.cumulative, axis=0)
