@@ -170,7 +170,7 @@ def _run_program(words: Sequence[str], environment: Mapping[str, str]) -> NoRetu
         traceback.print_exc()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
+    except Exception:
         traceback.print_exc()
     finally:
         threading._shutdown()  # type: ignore[attr-defined]

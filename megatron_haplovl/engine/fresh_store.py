@@ -7,33 +7,15 @@ rank that reads one before its owner has replaced it cannot connect.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import time
 from datetime import timedelta
 
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistStoreError
 
 _KEY = "haplovl/start"
 _BETWEEN_LOOKS = timedelta(seconds=0.5)
-
-
-def agent_store(timeout: timedelta) -> Store | None:
-    """The store that torchrun shares with its ranks, for this start alone; None where there is no such store.
-
-    Args:
-        timeout: how long the ranks may take to come together.
-
-    Raises:
-        DistStoreError: they did not come together in time.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    shared = TCPStore(address, port, size, is_master=False, timeout=timeout)
-    return fresh_store(shared, rank, size, timeout)
 
 
 def fresh_store(shared: Store, rank: int, size: int, timeout: timedelta) -> Store:

@@ -13,9 +13,10 @@ import torch
 
 from megatron_haplovl.config.schema import Config
 from megatron_haplovl.engine.flight_recorder import record_collectives
-from megatron_haplovl.engine.fresh_store import agent_store
+from megatron_haplovl.engine.fresh_store import fresh_store
 from megatron_haplovl.parallel.groups import ParallelGroups, build_groups
 from megatron_haplovl.parallel.launch import Launch, ranks_on_this_machine
+from megatron_haplovl.parallel.launcher_store import connect, launcher_holds_store
 
 
 def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
@@ -52,12 +53,12 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
     else:
         accelerator.set_device(local_rank)
         record_collectives(os.environ, config.checkpoint)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-        store = agent_store(timeout)
-        if store is not None:
+        if launcher_holds_store():
             rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            store = fresh_store(connect(timeout), rank, size, timeout)
             # As DeepSpeed does without a store of ours: torch then splits later groups off this one.
             device = torch.device("cuda", local_rank) if accelerator.device_name() == "cuda" and size > 1 else None
             torch.distributed.init_process_group(
@@ -68,7 +69,7 @@ def initialize_processes(config: Config) -> tuple[torch.device, ParallelGroups]:
         tensor=config.parallel.tensor_model_parallel_size,
         context=config.parallel.context_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
-        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        timeout=timeout,
     )
     return torch.device(accelerator.device_name(local_rank)), groups
 

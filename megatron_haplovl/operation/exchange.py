@@ -6,16 +6,16 @@ nobody waits for.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_haplovl.operation.beats import Beat
+from megatron_haplovl.parallel.launcher_store import connect, launcher_holds_store
 
 _NOTHING = "-"
 _SECONDS_TO_CONNECT = 30
@@ -52,7 +52,7 @@ class Exchange:
     def __init__(self, rank: int, size: int, key: str, *, reads_all: bool, beat: Beat) -> None:
         self._rank, self._size, self._key = rank, size, key
         self.reads_all = reads_all
-        self.rank_0_holds = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.rank_0_holds = not launcher_holds_store()
         """Whether rank 0 holds the store, and no launcher."""
         self.holds_store = self.rank_0_holds and rank == 0
         self.received = Received()
@@ -158,14 +158,7 @@ class Exchange:
             self._store.compare_set("ending", known, mine)
 
     def _connect(self) -> Store:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=_SECONDS_TO_CONNECT),
-            wait_for_workers=False,
-        )
-        return PrefixStore(f"haplovl/{self._key}", store)
+        return PrefixStore(f"haplovl/{self._key}", connect(timedelta(seconds=_SECONDS_TO_CONNECT)))
 
     def _try_again(self) -> None:
         try:

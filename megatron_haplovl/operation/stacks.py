@@ -150,4 +150,4 @@ def _signal_main_thread(pid: int, number: int) -> None:
     if tgkill is None:  # Not with glibc below 2.30.
         os.kill(pid, number)
     elif tgkill(pid, pid, number) != 0:
-        raise ProcessLookupError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -311,11 +311,12 @@ class Watch:
             # A stopped rank may hold the store that the ending is published in.
             wake(_here(mine))
             known = self._publish(mine)
+            if known != mine:
+                wake(_here(known))
             if known.is_hang:
                 self._dump(known.ending.cause)
                 if known.ending.cause == "loader hangs":
                     abort([child.pid for child in multiprocessing.active_children() if child.pid is not None])
-                wake(_here(known))
                 abort(_here(known), _SECONDS_TO_ACKNOWLEDGE)
             self._end(known.ending)
         finally:
