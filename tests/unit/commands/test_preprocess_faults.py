@@ -42,17 +42,41 @@ class Job:
     def main(self, *more: str) -> int:
         return main([*self.flags, f"--output-prefix={self.folder}/x", *more])
 
-    def start(self, *more: str, before: Callable[[], None] = lambda: None) -> Any:
-        """Run it in a child; its sentence goes to a file."""
+    def start(self, *more: str, before: Callable[[], None] = lambda: None, hold: int | None = None) -> Any:
+        """Run it in a child; its sentence goes to a file.
+
+        With `hold`, parts beyond that number are not finished before :meth:`release`: however slow the test is, it
+        finds the child at work.
+        """
 
         def child() -> None:
             sys.stderr = (self.folder.parent / "stderr").open("w", buffering=1)
             before()
+            if hold is not None:
+                self._hold_renames(hold)
             os._exit(self.main(*more))
 
         process = FORK.Process(target=child)
         process.start()
         return process
+
+    def _hold_renames(self, parts: int) -> None:
+        rename = os.rename
+
+        def held(source: Any, target: Any) -> None:
+            while len(self.parts) >= parts and not self._released.exists():
+                time.sleep(0.002)
+            rename(source, target)
+
+        os.rename = held  # type: ignore[assignment]
+
+    @property
+    def _released(self) -> Path:
+        return self.folder.parent / "released"
+
+    def release(self) -> None:
+        """Let a child that is held go on."""
+        self._released.touch()
 
     @property
     def said(self) -> str:
@@ -177,7 +201,7 @@ def test_killed_at_every_rename(job: Job) -> None:
 
 
 def test_a_rerun_names_the_parts_and_uses_them(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    process = job.start("--workers=1")
+    process = job.start("--workers=1", hold=5)
     wait_for_parts(job, 5)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -196,7 +220,7 @@ def test_a_rerun_names_the_parts_and_uses_them(job: Job, capsys: pytest.CaptureF
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_signal(job: Job, number: int, status: int, workers: int) -> None:
-    process = job.start(f"--workers={workers}")
+    process = job.start(f"--workers={workers}", hold=2)
     wait_for_parts(job, 2)
     workers_then = children_of(process.pid)
     os.kill(process.pid, number)
@@ -209,7 +233,7 @@ def test_a_signal(job: Job, number: int, status: int, workers: int) -> None:
 
 
 def test_a_signal_before_anything_is_finished_leaves_nothing(job: Job) -> None:
-    process = job.start("--workers=2", "--records-per-part=100000")
+    process = job.start("--workers=2", "--records-per-part=100000", hold=0)
     wait_until(lambda: any((job.folder / "x.parts").glob("making-*/part.bin")))
     os.kill(process.pid, signal.SIGTERM)
     process.join()
@@ -218,7 +242,7 @@ def test_a_signal_before_anything_is_finished_leaves_nothing(job: Job) -> None:
 
 
 def test_workers_end_with_the_main_process(job: Job) -> None:
-    process = job.start("--workers=3")
+    process = job.start("--workers=3", hold=2)
     wait_for_parts(job, 2)
     workers = children_of(process.pid)
     assert len(workers) == 3
@@ -229,7 +253,7 @@ def test_workers_end_with_the_main_process(job: Job) -> None:
 
 
 def test_a_killed_worker(job: Job) -> None:
-    process = job.start("--workers=3")
+    process = job.start("--workers=3", hold=2)
     wait_for_parts(job, 2)
     workers = children_of(process.pid)
     os.kill(workers[1], signal.SIGKILL)
@@ -283,7 +307,7 @@ def test_a_limit_of_the_system_in_a_worker(job: Job) -> None:
 
 
 def test_other_settings_do_not_continue_a_run(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    process = job.start("--workers=1")
+    process = job.start("--workers=1", hold=3)
     wait_for_parts(job, 3)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -295,12 +319,11 @@ def test_other_settings_do_not_continue_a_run(job: Job, capsys: pytest.CaptureFi
 
 
 def test_two_at_once(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    process = job.start("--workers=1")
+    process = job.start("--workers=1", hold=1)
     wait_for_parts(job, 1)
-    os.kill(process.pid, signal.SIGSTOP)
     assert job.main("--workers=1") == 2
     assert "another process is preprocessing to" in capsys.readouterr().err
-    os.kill(process.pid, signal.SIGCONT)
+    job.release()
     process.join()
     assert process.exitcode == 0 and job.is_complete()
 
