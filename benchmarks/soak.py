@@ -196,11 +196,12 @@ def soak(arguments: argparse.Namespace, folder: Path, log: TextIO) -> Iterator[s
         yield f"start {starts + 1}: " + (", ".join(f"{f.name} at step {f.step}" for f in now) or "no fault is left")
         log.write(f"=== start {starts + 1}\n")
         log.flush()
+        begun = time.time()
         code = one_start(words, disturbed, log, now, faults, arguments.launcher)
         starts += 1
         hit = [fault for fault in now if fault.inflicted is not None]
         if code in AGAIN:
-            sentence = json.loads((disturbed / "save/last_words.json").read_text())["sentence"]
+            sentence = last_words(disturbed / "save", begun)
             if hit:
                 hit[-1].code, hit[-1].sentence = code, sentence
             else:  # A busy machine can be a fault, too. Whoever supervises starts the run again.
@@ -232,6 +233,16 @@ def soak(arguments: argparse.Namespace, folder: Path, log: TextIO) -> Iterator[s
         )
     if code != 0 or not same or any(fault.inflicted is None for fault in faults):
         raise SystemExit(f"the disturbed run is not as the undisturbed one; see {log.name}")
+
+
+def last_words(save: Path, begun: float) -> str:
+    """What the start that began then ended with. A script whose launcher was killed ends before its ranks have."""
+    for _ in range(150):
+        found = json.loads((save / "last_words.json").read_text())
+        if found["time"] >= begun:
+            return str(found["sentence"])
+        time.sleep(0.1)
+    return "no rank has said why it ended"
 
 
 def table(faults: Sequence[Fault]) -> Iterator[str]:
