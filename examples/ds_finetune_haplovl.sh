@@ -21,6 +21,7 @@ TRAINING_ARGS=(
   --load "$SAVE"
   --save-interval 500
   --keep-last 2
+  --keep-every 5000
   --metrics-file "$SAVE/metrics.jsonl"
 )
 DATA_ARGS=(--tokenizer-model "${TOKENIZER_MODEL:?folder of the tokenizer, most often the language model}")

@@ -95,6 +95,22 @@ esac
 # shellcheck source=examples/common/remote_words.sh
 source examples/common/remote_words.sh
 
+# port_is_free PORT: whether this machine can listen there, as torch would: what only lingers after a run's end is free.
+port_is_free() {
+  python3 - "$1" <<'EOF'
+import errno
+import socket
+import sys
+
+with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("", int(sys.argv[1])))
+    except OSError as error:
+        sys.exit(error.errno == errno.EADDRINUSE)
+EOF
+}
+
 # launch SCRIPT [FLAGS]: train to the end; returns the run's exit code, behind its last sentence (docs/launching.md).
 #
 # Ranks and this shell share a folder, HAPLOVL_LAUNCH_DIR. The launcher has a session of its own and ignores what it can, so
@@ -104,6 +120,14 @@ launch() {
   if [ -n "${HOSTFILE:-}" ] && [ -z "${NODE_RANK:-}" ]; then
     remote_words "$HOSTFILE" "$@" || return 1
     exec "$LAUNCHER" "${DISTRIBUTED_ARGS[@]}" "${REMOTE_WORDS[@]}"
+  fi
+  # On one machine torchrun finds a free port by itself, and `deepspeed` is looked after by its ranks.
+  if [ "$LAUNCHER" = torchrun ] && [ "$NNODES" != 1 ] && [ "$NODE_RANK" = 0 ] && ! port_is_free "$MASTER_PORT"; then
+    echo "port $MASTER_PORT of $(hostname) is taken, most often by another run; give another one with MASTER_PORT=N" >&2
+    if [ -n "${HAPLOVL_CODES:-}" ]; then
+      echo 1 >>"$HAPLOVL_CODES"
+    fi
+    return 1
   fi
   local launcher status interrupted interrupts='' code sentence name
   HAPLOVL_LAUNCH_DIR=$(mktemp -d "${TMPDIR:-/tmp}/haplovl-launch.XXXXXX")

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from megatron_haplovl.config.files import read_json
+from megatron_haplovl.data.bounded import TooLongError, bounded
+from megatron_haplovl.data.chat_template import RENDER_BYTES, RENDER_SECONDS
 from megatron_haplovl.data.image_processing import decode_image
 from megatron_haplovl.data.tokenizer import IMAGE_MARK
 from megatron_haplovl.hf.modeling_haplo import HaploForConditionalGeneration
@@ -49,14 +51,32 @@ class Answerer:
         texts = []
         for prompt, paths in zip(prompts, images, strict=True):
             content = prompt if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(paths) + prompt
-            messages = [{"role": "user", "content": content}]
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+            texts.append(self._render(content))
         decoded = [[_read_image(path) for path in paths] for paths in images]
         inputs = self.processor(text=texts, images=decoded).to(self.model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)  # type: ignore[misc]
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+    def _render(self, content: str) -> str:
+        """A question as the model's chat template writes it. The template is a program that came with the folder.
+
+        Raises:
+            ValueError: it does not end, or takes too much memory.
+        """
+        messages = [{"role": "user", "content": content}]
+        try:
+            with bounded(RENDER_SECONDS, RENDER_BYTES):
+                return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+        except TooLongError:
+            raise ValueError(
+                f"the model's chat template has not written the question in {RENDER_SECONDS} s; does it loop?"
+            ) from None
+        except MemoryError:
+            raise ValueError(
+                f"the model's chat template takes more than {RENDER_BYTES >> 20} MiB to write the question"
+            ) from None
 
 
 def _read_image(path: Path) -> Image.Image:

@@ -42,7 +42,8 @@ class LastWords:
     def __init__(self, launch: Launch, save: Path | None) -> None:
         self._launch = launch
         self._folders = [folder for folder in (save, launch.folder) if folder is not None]
-        self._before = None if save is None else self._read(save)
+        # Without --save, the folder of the launch remembers what ended the start before.
+        self._before = self._read(launch.folder if save is None else save)
         if self._before is not None and self._is_of_this_start(self._before):
             self._before = self._before["previous"]
         self._speaking = threading.Lock()

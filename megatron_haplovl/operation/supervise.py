@@ -46,7 +46,15 @@ def supervised(config: Config, signals: StopSignals | None = None) -> Iterator[O
     assert operation.signals is not None
     operation.signals.may_wait = lambda: operation.steps_done is not None
     operation.signals.at_once = operation.end
-    operation.watch = Watch(operation.clock, config, Launcher(os.environ), words.guarded, operation.end)
+    listening = operation.signals
+    operation.watch = Watch(
+        operation.clock,
+        config,
+        Launcher(os.environ),
+        lambda: listening.received is not None,
+        words.guarded,
+        operation.end,
+    )
     operation.watch.start()
     try:
         try:
@@ -78,12 +86,23 @@ def parsed(parse: Callable[[], Parsed]) -> Parsed:
     try:
         return parse()
     except RefusedCommandLine as refused:
-        launch = Launch.of_environment()
-        if launch.is_scripted:
-            words = LastWords(launch, None)
+        launch, save = Launch.of_environment(), _save_of(sys.argv)
+        if launch.is_scripted or save is not None:
+            words = LastWords(launch, save)
             ending = words.speak(Ending(ExitCode.NEEDS_PERSON, refused.sentence, "command line"))
-            sys.exit(words.status(ending))
+            if launch.is_scripted:
+                sys.exit(words.status(ending))
         raise
+
+
+def _save_of(words: list[str]) -> Path | None:
+    """The folder behind --save, in a command line that cannot be read as a whole."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--save" and following and not following.startswith("--"):
+            return Path(following)
+        if word.startswith("--save="):
+            return Path(word.removeprefix("--save="))
+    return None
 
 
 def _begin(launch: Launch, operation: Operation) -> None:

@@ -55,6 +55,8 @@ class Watch:
         clock: what the main thread says about itself.
         config: the run's settings.
         launcher: who has started this process.
+        is_asked: whether this rank has been asked to leave. One that has saves and leaves, although its launcher, which
+            got the same signal, is gone already.
         guarded: looks whether a fault has come before, and a person is needed.
         end: says why the run ends, and ends this process; called in the watch's thread.
     """
@@ -64,11 +66,12 @@ class Watch:
         clock: PhaseClock,
         config: Config,
         launcher: Launcher,
+        is_asked: Callable[[], bool],
         guarded: Callable[[Ending], Ending],
         end: Callable[[Ending], object],
     ) -> None:
         self._clock, self._config, self._launcher = clock, config, launcher
-        self._guarded, self._end = guarded, end
+        self._is_asked, self._guarded, self._end = is_asked, guarded, end
         self._rank, self._size = int(os.environ.get("RANK", "0")), 1
         self._set_timeout(60.0 * config.parallel.distributed_timeout_minutes, "--distributed-timeout-minutes")
         self._main = MainThread(clock)
@@ -83,6 +86,7 @@ class Watch:
         self._finding: Finding | None = None
         self._dumped_in_silence = False
         self._has_ended = False
+        self._alone_for = 0.0
         self._known_for = 0.0
         self._own: Published | None = None
         self._reported = set[str]()
@@ -187,6 +191,8 @@ class Watch:
     def _tick(self, elapsed: float) -> None:
         gone = self._launcher.gone()
         if gone is not None:
+            self._alone_for += elapsed
+        if gone is not None and not (self._is_asked() and self._alone_for < self._timeout):
             self._publish_patience = _TICK
             self._leave(Published(self._ending(gone, LAUNCHER_GONE)))
         sample = self._main.look(elapsed)

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,23 @@ def full_disk(times: int, rank: int) -> None:
     vars(write)["write_rank"] = write_part
 
 
+def slow_step(step: int, rank: int) -> None:
+    """A step takes three seconds more."""
+    at_step(step, rank, lambda: time.sleep(3))
+
+
+def slow_write(seconds: int, rank: int) -> None:
+    """One rank's part of a checkpoint takes so many seconds more."""
+    write_rank = write.write_rank
+
+    def write_part(*arguments: Any) -> Any:
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return write_rank(*arguments)
+
+    vars(write)["write_rank"] = write_part
+
+
 FAULTS: dict[str, Callable[[int, int], None]] = {
     "bit_flip": bit_flip,
     "full_disk": full_disk,
@@ -138,6 +156,8 @@ FAULTS: dict[str, Callable[[int, int], None]] = {
     "kill": kill,
     "nan_loss": nan_loss,
     "out_of_memory": out_of_memory,
+    "slow_step": slow_step,
+    "slow_write": slow_write,
     "spike": spike,
     "stop": stop,
     "truncate": truncate,

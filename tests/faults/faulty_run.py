@@ -3,7 +3,8 @@
     HAPLOVL_FAULT=NAME@STEP:RANK torchrun ... tests/faults/faulty_run.py finetune --model haplovl-debug ...
 
 NAME is one of `faults.FAULTS`; there may be several faults, with spaces between them. Only the first start has them:
-after a restart of torchrun, or where the file of HAPLOVL_FAULT_DONE exists, there are none.
+after a restart of torchrun, or where the file of HAPLOVL_FAULT_DONE exists, there are none. With HAPLOVL_FAULT_AGAIN
+set, every restart has them, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def main() -> None:
     sys.argv.remove(stage)
     faults = os.environ.get("HAPLOVL_FAULT", "").split()
     done = Path(os.environ.get("HAPLOVL_FAULT_DONE", "/nonexistent"))
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and not done.exists():
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not (is_restart and "HAPLOVL_FAULT_AGAIN" not in os.environ) and not done.exists():
         for fault in faults:
             name, _, place = fault.partition("@")
             step, _, rank = place.partition(":")

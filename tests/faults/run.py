@@ -147,6 +147,12 @@ def losses(metrics: Path) -> dict[int, float]:
     return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
 
 
+def last_words(save: Path) -> dict[str, Any]:
+    """What a run said last, with its code; torchrun makes 1 of every code."""
+    words: dict[str, Any] = json.loads((save / "last_words.json").read_text())
+    return words
+
+
 def ends_as_undisturbed(words: Sequence[str], folder: Path) -> None:
     """The command of a run that has ended early, once more: it goes on, and each step has the loss of undisturbed runs.
 
@@ -157,7 +163,7 @@ def ends_as_undisturbed(words: Sequence[str], folder: Path) -> None:
     metrics, save = Path(words[-1]), words[words.index("--save") + 1]
     again = run_to_end(words, folder / "again.log")
     assert again.code == 0, again.output[-4000:]
-    assert json.loads((Path(save) / "last_words.json").read_text())["code"] == 0
+    assert last_words(Path(save))["code"] == 0
     alone = [word.replace(save, str(folder / "undisturbed")) for word in words[:-1]]
     assert run_to_end([*alone, str(folder / "undisturbed.jsonl")], folder / "undisturbed.log").code == 0
     steps = [row["iteration"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def test_one_rank_gets_a_signal_in_a_step(tmp_path, undisturbed, launcher, name)
     assert (f"traceback : {sentence}" in ended.output) == (launcher == "torchrun")
     assert last_words(tmp_path)["sentence"] == sentence
     check_resumed(tmp_path, undisturbed, 3, launcher)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_everybody_gets_a_signal_the_bare_launcher_too(tmp_path, undisturbed, launcher, name):
+    """As from a terminal or a batch system. The launcher may be gone before the ranks have saved."""
+    words = command(launcher, 2, "finetune", flags(tmp_path))
+    log = tmp_path / "log"
+    with started(words, log, HAPLOVL_FAULT="slow_step@3:0 slow_write@6:0") as process:
+        wait_for(f"iteration        2/ {STEPS:>7}", log, timeout=400)
+        os.killpg(process.pid, signal.Signals[name])
+        process.wait(timeout=240)
+        end = time.monotonic() + 60
+        while not (tmp_path / "save" / "last_words.json").exists():
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.1)
+    said = last_words(tmp_path)
+    assert said["code"] == 75 and said["sentence"].endswith(f"{name}; everything is saved"), log.read_text()[-3000:]
+    check_resumed(tmp_path, undisturbed, said["step"], launcher)
 
 
 @pytest.mark.slow

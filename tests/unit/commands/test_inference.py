@@ -12,6 +12,7 @@ from megatron_haplovl.commands import convert, evaluate, generate, preprocess, p
 from megatron_haplovl.config.schema import Config, DataConfig
 from megatron_haplovl.data.chat_template import load_chat_template
 from megatron_haplovl.data.tokenizer import load_tokenizer
+from megatron_haplovl.evaluation import answering
 from megatron_haplovl.evaluation.answering import load_answerer
 from tests.fixtures.tiny_haplo import (
     noise_image,
@@ -87,6 +88,18 @@ def test_generate_errors(work: Path, monkeypatch: pytest.MonkeyPatch, changes: l
     monkeypatch.chdir(work)
     with pytest.raises(SystemExit, match=message):
         generate.main(["--model", "haplo", "--prompt", "what", *changes])
+
+
+def test_a_template_that_loops_or_takes_all_memory_is_a_sentence(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a program that came with the model's folder."""
+    monkeypatch.setattr(answering, "RENDER_SECONDS", 1)
+    answerer = load_answerer(work / "haplo", "cpu")
+    counting = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    growing = "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+    for template, said in ((counting, "has not written the question in 1 s"), (growing, "takes more than 1024 MiB")):
+        answerer.processor.chat_template = template
+        with pytest.raises(ValueError, match=said):
+            answerer.answer(["what color"], [[]], max_new_tokens=2)
 
 
 def test_evaluate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -153,3 +154,28 @@ def test_a_job_that_is_told_to_leave(tmp_path, number):
 def test_a_job_asks_for_a_signal_before_its_limit():
     script = (REPOSITORY / "examples" / "slurm" / "train.sbatch").read_text()
     assert "#SBATCH --signal=USR1@600\n#SBATCH --requeue\n" in script
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 1), ("1", 0)])
+def test_a_port_that_is_taken_is_said_by_the_machine_that_needs_it(tmp_path, rank, code):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        several = {"NNODES": "2", "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = start(tmp_path, "exit 0", **several, HAPLOVL_CODES=str(tmp_path / "codes"))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    said = f"port {port} of {socket.gethostname()} is taken, most often by another run; give another one with MASTER_"
+    assert (said in errors) == bool(code)
+    assert (tmp_path / "codes").read_text() == f"{code}\n"
+
+
+def test_a_free_port_is_no_trouble(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    several = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = start(tmp_path, "exit 0", **several)
+    process.communicate(timeout=60)
+    assert process.returncode == 0

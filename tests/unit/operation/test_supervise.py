@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,13 +29,13 @@ def run(save, action, steps=0):
     """The exit status, and the last words, of a run that does this."""
     status: Any = 0
     try:
-        with supervised(Config(checkpoint=CheckpointConfig(save=str(save)))) as operation:
+        with supervised(Config(checkpoint=CheckpointConfig(save=save and str(save)))) as operation:
             if steps:
                 operation.clock.start_step(steps + 1)
             operation.ending = action()
     except SystemExit as end:
         status = end.code
-    return status, json.loads((save / "last_words.json").read_text())
+    return status, json.loads(((save or Path(os.environ["HAPLOVL_LAUNCH_DIR"])) / "last_words.json").read_text())
 
 
 def fail(error):
@@ -117,6 +118,34 @@ def test_a_refused_command_line_is_not_started_again(save, tmp_path, monkeypatch
         parsed(parse)
     assert end.value.code == 0
     assert (tmp_path / "launch" / "ending").read_text() == "1\nunrecognized arguments: --no-such-flag\n"
+
+
+@pytest.mark.parametrize("scripted", [True, False])
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_a_refused_command_line_leaves_its_words_in_the_folder(save, tmp_path, monkeypatch, capsys, scripted, form):
+    words = ["--save", str(save)] if form == "two words" else [f"--save={save}"]
+    monkeypatch.setattr("sys.argv", ["finetune_haplovl.py", *words, "--no-such-flag"])
+    if scripted:
+        monkeypatch.setenv("HAPLOVL_LAUNCH_DIR", str(tmp_path / "launch"))
+    with pytest.raises(SystemExit) as end:
+        parsed(lambda: parse_args("finetune", argv=["--model", "haplovl-debug", "--mock-data", "--no-such-flag"]))
+    assert end.value.code == (0 if scripted else 2)
+    kept = json.loads((save / "last_words.json").read_text())
+    assert (kept["code"], kept["sentence"]) == (1, "unrecognized arguments: --no-such-flag")
+
+
+def test_without_a_folder_the_launch_remembers(tmp_path, monkeypatch, capsys):
+    """The same fault at the same step, in the second start of one launch."""
+    monkeypatch.setenv("HAPLOVL_LAUNCH_DIR", str(tmp_path / "launch"))
+
+    def gone():
+        fail(RunEnd(ExitCode.MACHINE_FAULT, "gone", cause="x"))
+
+    start_again(monkeypatch, 0)
+    assert run(None, gone, 3)[0] == 70
+    start_again(monkeypatch, 1)
+    assert run(None, gone, 3)[0] == 0  # The script knows that a person is needed.
+    assert (tmp_path / "launch" / "ending").read_text().startswith("1\ngone (the second time in a row after 3 steps")
 
 
 def start_again(monkeypatch, restart):
