@@ -55,6 +55,15 @@ class LastWords:
                 return _ending(words)
         return None
 
+    def of_start_before(self, since: float) -> str | None:
+        """The sentence of the start before this one; None if the folder has none of it.
+
+        Args:
+            since: when that start began (seconds since 1970); what was said earlier is of another one.
+        """
+        words = self._before
+        return None if words is None or words.get("time", -1.0) < since else str(words["sentence"])
+
     def of_this_start(self) -> Ending | None:
         """What another rank has said already, if anything."""
         words = self._of_this_start()

@@ -58,6 +58,10 @@ class Operation:
         known = None if self.watch is None else self.watch.published()
         return known if known is not None or self.words is None else self.words.of_this_start()
 
+    def ending_before(self, since: float) -> str | None:
+        """What the start before this one said last, if that was after a moment (seconds since 1970)."""
+        return None if self.words is None else self.words.of_start_before(since)
+
     def end(self, ending: Ending) -> None:
         """End this process at once, from any thread. It does not return."""
         assert self.words is not None, "only a supervised run ends itself"

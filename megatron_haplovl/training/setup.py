@@ -45,6 +45,7 @@ from megatron_haplovl.training.recipe import optimizer_groups
 from megatron_haplovl.training.resumed_schedule import resumed_schedule
 from megatron_haplovl.training.sample_answers import SampleQuestions, open_sample_questions
 from megatron_haplovl.training.saving_report import bytes_to_save, report_saving
+from megatron_haplovl.training.sinks.json_lines import ThisStart
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.source_report import describe_sources
 from megatron_haplovl.training.stages import head_inputs, stage_of
@@ -211,7 +212,8 @@ def setup(config: Config, differences: str | None = None, operation: Operation |
             lambda: {**bad_samples.state(train_data), **guard.state()},
         )
         writer = CheckpointWriter(engine, model, config, saving)
-    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0)
+    start = ThisStart(operation.run_id, operation.ending_before)
+    sinks = Sinks(config, first_step, enabled=groups.world.rank == 0, start=start)
     return Run(
         config=config,
         model=model,

@@ -21,6 +21,7 @@ from megatron_haplovl.losses.distillation_figures import TIE
 from megatron_haplovl.training.initial_weights import fill_weights
 from megatron_haplovl.training.model_setup import build_model
 from megatron_haplovl.training.teacher import random_teacher
+from tests import metrics_files
 from tests.conftest import make_llava_dataset
 from tests.distributed.cases import STEPS, parallel_case, parallel_config
 from tests.distributed.reference import ONE_RANK
@@ -74,7 +75,7 @@ def sources_config(case: str, folder: Path, skip_bad_samples: int = 0) -> Config
 def logged(folder: Path, recipe: str, layout: str) -> tuple[dict[str, float], dict[str, float]]:
     """What a run has logged: training, and the last validation."""
     path = folder / f"{parallel_case(recipe, layout).replace(': ', '-')}.jsonl"
-    first, train, last = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    first, train, last = metrics_files.logged(path)
     assert {name: value for name, value in first.items() if name not in ("iteration", "time")} == {
         name: value for name, value in last.items() if name not in ("iteration", "time")
     }

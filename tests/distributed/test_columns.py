@@ -14,6 +14,7 @@ from megatron_haplovl.training.recipe import trained_parts
 from tests.distributed.cases import config
 from tests.distributed.columns import CASES, STEPS
 from tests.distributed.launch import run_ranks
+from tests.metrics_files import logged
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return logged(folder / f"{name}.jsonl")
 
 
 def counts(folder: Path, name: str, first: int, end: int) -> dict[str, int]:

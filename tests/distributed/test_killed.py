@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.forks import run_copies
+from tests.metrics_files import logged
 
 
 @pytest.mark.slow
@@ -16,9 +15,7 @@ def test_kill_9_while_saving(tmp_path):
     assert codes == [0], output[-3000:] + log[-3000:]
 
     def read(name):
-        lines = [
-            json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines() if line.endswith("}")
-        ]
+        lines = logged(tmp_path / f"{name}.jsonl")
         return [(line["iteration"], line["loss"], line["grad norm"]) for line in lines]
 
     whole = read("whole")

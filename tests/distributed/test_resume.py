@@ -13,6 +13,7 @@ import pytest
 
 from megatron_haplovl.checkpoint.pieces import PieceReader
 from tests.distributed.launch import run_ranks
+from tests.metrics_files import logged
 
 TRAIN_ITERS, RESUMED_AFTER = 6, 4
 CASES: list[tuple[str, str, int, bool, dict[str, Any]]] = [
@@ -93,8 +94,7 @@ def run(folder, name, ranks):
 
 
 def read(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in logged(path)]
 
 
 @pytest.mark.parametrize("name", [case[0] for case in CASES])

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.distributed.launch import run_ranks
+from tests.metrics_files import logged
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def launch(tmp_path_factory):
 
 
 def losses(folder, name):
-    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    lines = logged(folder / f"{name}.jsonl")
     return [(line["iteration"], line["loss"], line["grad norm"]) for line in lines]
 
 

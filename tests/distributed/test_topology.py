@@ -8,11 +8,10 @@ difference in bf16 only; `test_resume.py` sees that.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.distributed.launch import run_ranks
+from tests.metrics_files import logged
 
 TRAIN_ITERS, SAVED_AFTER = 7, 2
 RECIPES = ("distill", "full")
@@ -38,17 +37,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_losses_go_on(folder, recipe, source, target):
-    whole = read(folder / f"{recipe} undisturbed.jsonl")
-    parts = read(folder / f"{recipe} {source}.jsonl") + read(folder / f"{recipe} {source} -> {target}.jsonl")
+    whole = logged(folder / f"{recipe} undisturbed.jsonl")
+    parts = logged(folder / f"{recipe} {source}.jsonl") + logged(folder / f"{recipe} {source} -> {target}.jsonl")
     assert [line["iteration"] for line in parts] == list(range(1, TRAIN_ITERS + 1))
     for got, expected in zip(parts, whole, strict=True):
         for name in ("loss", "grad norm", "learning rate"):

@@ -10,6 +10,7 @@ import pytest
 from tests.faults.prefixes import words
 from tests.faults.run import losses, run_to_end
 from tests.fixtures.small_prefix import damage_image, write_small_prefix
+from tests.metrics_files import logged
 
 STEPS = 6
 
@@ -20,10 +21,6 @@ def prefix(tmp_path: Path) -> str:
     prefix = write_small_prefix(tmp_path)
     damage_image(prefix, 3)
     return prefix
-
-
-def rows(metrics: Path) -> list[dict]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def test_it_ends_a_run_that_may_skip_none(prefix: str, tmp_path: Path) -> None:
@@ -43,14 +40,14 @@ def test_a_run_that_may_goes_on(prefix: str, tmp_path: Path) -> None:
     )
     assert whole.code == 0, whole.output[-3000:]
     assert whole.output.count(f"skipped {prefix} sample 3 after step") == 1
-    assert rows(tmp_path / "whole.jsonl")[-1]["number of skipped samples"] == 1
+    assert logged(tmp_path / "whole.jsonl")[-1]["number of skipped samples"] == 1
     saved = [*flags, "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"), "--exit-interval", "3"]
     metrics = ["--metrics-file", str(tmp_path / "parts.jsonl")]
     for part in range(2):
         ended = run_to_end(words("deepspeed", prefix, *saved, *metrics), tmp_path / f"{part}.log")
         assert ended.code == (0, 75)[part == 0], ended.output[-3000:]
     assert losses(tmp_path / "parts.jsonl") == losses(tmp_path / "whole.jsonl")
-    last = [path[-1] for path in (rows(tmp_path / "parts.jsonl"), rows(tmp_path / "whole.jsonl"))]
+    last = [path[-1] for path in (logged(tmp_path / "parts.jsonl"), logged(tmp_path / "whole.jsonl"))]
     assert last[0]["consumed tokens"] == last[1]["consumed tokens"]
     (line,) = (tmp_path / "run/debug/bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"] == 3

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.faults.run import command, run_to_end
+from tests.metrics_files import logged, starts
 
 FLAGS = ["--train-iters", "8", "--log-interval", "2"]
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def losses(path: Path) -> list[tuple[int, float]]:
-    return [(row["iteration"], row["loss"]) for row in rows(path)]
+    return [(row["iteration"], row["loss"]) for row in logged(path)]
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -41,8 +36,13 @@ def test_each_step_is_once_in_every_sink(tmp_path: Path, saved: bool) -> None:
     shown = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("loss")
     assert [event.step for event in shown] == [2, 4, 6, 8]
     assert {event.step: event.value for event in shown} == pytest.approx(dict(got), rel=1e-6)
-    aside = tmp_path / "metrics.jsonl.1"
+    metrics, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.1"
+    began = [(start["iteration"], start["repeated steps"], start["set aside"]) for start in starts(metrics)]
     if saved:
         assert "cut back to step 3; 1 lines of later steps are dropped" in log and not aside.exists()
+        assert began == [(0, 0, None), (3, 1, None)]
+        said = starts(metrics)[1]["ending before"]
+        assert said and said in log
     else:
         assert [step for step, _ in losses(aside)] == [2, 4]
+        assert began == [(0, 0, aside.name)] and len(starts(aside)) == 1

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.run import FaultyRun, command, last_words, losses, run_to_end
+from tests.metrics_files import logged
 
 STEPS = 5
 
@@ -21,7 +22,7 @@ def start(folder: Path, name: str, *flags: str, fault: str = "") -> FaultyRun:
 
 
 def rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
-    return {row["iteration"]: row for row in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())}
+    return {row["iteration"]: row for row in logged(folder / f"{name}.jsonl")}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from megatron_haplovl.data.tokenizer import load_tokenizer
 from tests.conftest import make_llava_dataset
 from tests.distributed.launch import run_program
 from tests.forks import run_copies
+from tests.metrics_files import logged
 from tests.processes import REPOSITORY, output_of
 
 SIZES = (
@@ -156,7 +157,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_stage_1_reports_three_losses_and_a_held_out_evaluation(chain):
-    lines = [json.loads(line) for line in (chain.folder / "stage1.jsonl").read_text().splitlines()]
+    lines = logged(chain.folder / "stage1.jsonl")
     training = [line for line in lines if "loss" in line]
     assert [line["iteration"] for line in training] == [1, 2, 3, 4]
     for line in training:
@@ -180,7 +181,7 @@ def test_the_page_of_log_columns_names_what_is_logged(chain):
     columns = {column for column, meaning in named.items() if not conditional.match(meaning)}
     of_stage = {stage: set(re.findall(rf"^\| `([^`]+)` \| {stage} \|", terms, re.MULTILINE)) for stage in (1, 2)}
     for stage, name in ((1, "stage1"), (2, "full")):
-        lines = [json.loads(line) for line in (chain.folder / f"{name}.jsonl").read_text().splitlines()]
+        lines = logged(chain.folder / f"{name}.jsonl")
         training, of_sources = _columns(next(line for line in lines if "loss" in line))
         held_out, _ = _columns(next(line for line in lines if "loss" not in line))
         assert columns | of_stage[stage] <= training <= named.keys() | of_stage[stage]
@@ -220,10 +221,7 @@ def test_hand_over_says_what_was_loaded_dropped_and_initialised(chain):
 )
 def test_a_pipelined_run_loads_trains_evaluates_and_saves_the_same(chain, name, tolerance, weights):
     """Stage 1 in fp32 from pretrained folders, stage 2 in bf16 from a checkpoint."""
-    direct, pipelined = (
-        [json.loads(line) for line in (chain.folder / f"{run}.jsonl").read_text().splitlines()]
-        for run in (name, f"{name}_pipelined")
-    )
+    direct, pipelined = (logged(chain.folder / f"{run}.jsonl") for run in (name, f"{name}_pipelined"))
     for ours, theirs in zip(direct, pipelined, strict=True):
         for key in ours.keys() - {"learning rate"}:
             if "loss" in key or key == "iteration":

@@ -6,7 +6,6 @@ start is DeepSpeed's and torch's own launchers and the real training.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.metrics_files import logged
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = ["bash", "examples/ds_try_launch.sh"]
@@ -65,7 +66,7 @@ def launch(folder: Path, *commands: tuple[list[str], dict[str, str]], ranks: int
     assert codes == [0] * len(machines), output[-6000:]
     # Two machines that each trained alone would have the same losses, so look at the number of ranks.
     assert output.count("ranks: ") == output.count(f"ranks: {ranks}") == 1, output[-6000:]
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    return logged(metrics)
 
 
 def assert_same_training(metrics: list[dict], expected: list[dict]) -> None:

@@ -16,6 +16,7 @@ from megatron_haplovl.data.manifest import read_manifest
 from tests.distributed.launch import run_program
 from tests.fixtures.mixture_stand_ins import RECORDS, write_images, write_records
 from tests.integration.mixtures import FILES, MIXTURES, RECIPES, metrics_file, read, variables
+from tests.metrics_files import logged
 
 
 def preprocess(folder: Path, file: str, tokenizer: Path) -> int:
@@ -46,8 +47,7 @@ def test_a_mixture_is_preprocessed_and_trained_on(folder, file):
     mixture = read(folder, file)
     for source in mixture.sources():
         assert read_manifest(mixture.prefix(source)).counts.samples == RECORDS
-    (line,) = metrics_file(folder, file).read_text(encoding="utf-8").splitlines()
-    columns = json.loads(line)
+    (columns,) = logged(metrics_file(folder, file))
     assert columns["iteration"] == 2
     names = [source.name for source in mixture.sources()]
     found = {name.partition("/")[2] for name in columns if name.startswith("consumed samples/")}

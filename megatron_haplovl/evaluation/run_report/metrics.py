@@ -40,8 +40,25 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A start of the run, from its own line."""
+
+    step: int
+    """Steps that were done when it began."""
+    time: float
+    """Seconds since 1970; NaN where the line has none."""
+    run_id: str = ""
+    repeated: int = 0
+    """Steps that had been logged before and were done again."""
+    aside: str | None = None
+    """File that holds what was logged before."""
+    ending_before: str | None = None
+    """What the start before said last."""
+
+
+@dataclass(frozen=True)
 class Restart:
-    """A place where steps begin again."""
+    """A place where steps begin again, in a file without lines of starts."""
 
     reached: int
     """Last step that was logged before."""
@@ -55,6 +72,8 @@ class Metrics:
 
     path: Path
     columns: dict[str, Column] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+    """In the order in which they began."""
     restarts: list[Restart] = field(default_factory=list)
     lines: int = 0
     notes: list[str] = field(default_factory=list)
@@ -85,6 +104,9 @@ def read_metrics(path: Path) -> Metrics:
                     faults.broken.append(number)
                     continue
                 step = record["iteration"]
+                if "start" in record:
+                    found.starts.append(_start(record))
+                    continue
                 if not all(name.startswith(VALIDATION) for name in record if name not in _NOT_COLUMNS):
                     if reached is not None and step <= reached:
                         found.restarts.append(Restart(reached, step))
@@ -135,10 +157,26 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(step, int) and not isinstance(step, bool) and abs(step) < 2**62 else None
 
 
-def _add(found: Metrics, record: dict[str, Any], step: int, faults: _Faults) -> int:
+def _start(record: dict[str, Any]) -> Start:
+    run_id, repeated = record.get("run id"), record.get("repeated steps")
+    aside, ending = record.get("set aside"), record.get("ending before")
+    return Start(
+        record["iteration"],
+        _seconds(record),
+        run_id if isinstance(run_id, str) else "",
+        repeated if isinstance(repeated, int) else 0,
+        aside if isinstance(aside, str) else None,
+        ending if isinstance(ending, str) else None,
+    )
+
+
+def _seconds(record: dict[str, Any]) -> float:
     time = record.get("time")
-    seconds = float(time) if isinstance(time, int | float) and not isinstance(time, bool) else math.nan
-    repeated = 0
+    return _float(time) if isinstance(time, int | float) and not isinstance(time, bool) else math.nan
+
+
+def _add(found: Metrics, record: dict[str, Any], step: int, faults: _Faults) -> int:
+    seconds, repeated = _seconds(record), 0
     for name, value in record.items():
         if name in _NOT_COLUMNS:
             continue

@@ -11,6 +11,7 @@ from megatron_haplovl.data.inspection.drawing import data_uri
 from megatron_haplovl.data.inspection.page import page
 from megatron_haplovl.evaluation.run_report.answers import answers_html
 from megatron_haplovl.evaluation.run_report.drawing import COLOURS, svg_of
+from megatron_haplovl.evaluation.run_report.metrics import Start
 from megatron_haplovl.evaluation.run_report.panels import Panel, step_seconds
 from megatron_haplovl.evaluation.run_report.record import RunRecord, differing_settings, unusual_settings
 from megatron_haplovl.evaluation.run_report.summary import duration, ending_words, moment, summary_rows
@@ -134,17 +135,33 @@ def _settings(runs: Sequence[RunRecord]) -> str:
 
 
 def _events(run: RunRecord) -> str:
-    lines = [
+    lines = [_start(start, is_first=number == 0) for number, start in enumerate(run.metrics.starts)]
+    lines += [
         f"step {restart.again_from:,} was logged again after step {restart.reached:,}: the run was taken back"
         for restart in run.metrics.restarts
     ]
     if run.checkpoints:
-        lines.append("saved and still there: " + ", ".join(f"step {step:,}" for step in run.checkpoints))
+        steps = ", ".join(f"step {step:,}" for step in run.checkpoints)
+        lines.append(f"checkpoints that are still there, of all that were saved: {steps}")
     if run.debug_files:
         shown = run.debug_files[:_DEBUG_FILES]
         more = f" and {len(run.debug_files) - len(shown)} more" if len(run.debug_files) > len(shown) else ""
         lines.append(f"files for finding faults: {', '.join(shown)}{more}")
-    return _list(f"Restarts, checkpoints and faults of {run.name}", lines)
+    return _list(f"Starts, checkpoints and faults of {run.name}", lines)
+
+
+def _start(start: Start, *, is_first: bool) -> str:
+    parts = [f"start at step {start.step:,}", moment(start.time), start.run_id and f"run id {start.run_id}"]
+    said = [", ".join(part for part in parts if part)]
+    if start.repeated:
+        said.append(f"{start.repeated:,} logged steps were done again")
+    if start.aside is not None:
+        said.append(f"what was logged before is in {start.aside}")
+    if start.ending_before is not None:
+        said.append(f"the start before ended: {start.ending_before}")
+    elif not is_first or start.aside is not None:
+        said.append("how the start before ended is not known")
+    return "; ".join(said)
 
 
 def _notes(run: RunRecord) -> str:

@@ -23,8 +23,9 @@ def summary_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("learning rate", _last_of("learning rate")),
         ("tokens per second and device", _mean_of("tokens per gpu per second (tgs)")),
         ("time between first and last line", _wall_time),
+        ("starts", _starts),
         ("restarts that repeated steps", _restarts),
-        ("checkpoints that are there", _checkpoints),
+        ("checkpoints that are still there", _checkpoints),
         *((name, _last_of(name)) for name in table_columns(runs)),
     ]
     found = [(what, [value(run) for run in runs]) for what, value in rows]
@@ -110,8 +111,16 @@ def _wall_time(run: RunRecord) -> str:
     return "" if seconds is None else duration(seconds[2])
 
 
+def _starts(run: RunRecord) -> str:
+    starts = run.metrics.starts
+    repeated = sum(start.repeated for start in starts)
+    return f"{len(starts)}" + (f"; {repeated:,} logged steps were done again" if repeated else "") if starts else ""
+
+
 def _restarts(run: RunRecord) -> str:
-    return str(len(run.metrics.restarts)) if run.metrics.lines else ""
+    """Of a file that holds more than lines of starts tell."""
+    is_known = run.metrics.lines and (run.metrics.restarts or not run.metrics.starts)
+    return str(len(run.metrics.restarts)) if is_known else ""
 
 
 def _checkpoints(run: RunRecord) -> str:

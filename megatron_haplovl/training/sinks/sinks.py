@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_haplovl.config.schema import Config, LoggingConfig
-from megatron_haplovl.training.sinks.json_lines import JsonLines
+from megatron_haplovl.training.sinks.json_lines import JsonLines, ThisStart
 from megatron_haplovl.training.sinks.sink import GuardedSink
 from megatron_haplovl.training.sinks.tensorboard import TensorBoard
 from megatron_haplovl.training.sinks.weights_and_biases import WeightsAndBiases
@@ -36,12 +36,14 @@ class Sinks:
         config: the run's settings.
         first_step: steps that are done when it starts. A step that is done again stands once in every sink.
         enabled: True on the one rank that reports; on every other rank nothing is recorded.
+        start: what the metrics file says of this start.
     """
 
-    def __init__(self, config: Config, first_step: int, *, enabled: bool) -> None:
+    def __init__(self, config: Config, first_step: int, *, enabled: bool, start: ThisStart | None = None) -> None:
         self._sinks: list[GuardedSink] = []
         if enabled:
-            self._sinks = [GuardedSink(name, open_sink) for name, open_sink in _wanted(config, first_step)]
+            wanted = _wanted(config, first_step, start or ThisStart())
+            self._sinks = [GuardedSink(name, open_sink) for name, open_sink in wanted]
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Values for the metrics file and the trackers, after `step` steps."""
@@ -59,12 +61,12 @@ class Sinks:
             sink.close()
 
 
-def _wanted(config: Config, first_step: int) -> list[tuple[str, Any]]:
+def _wanted(config: Config, first_step: int, start: ThisStart) -> list[tuple[str, Any]]:
     """Name and constructor of each sink."""
     where, wanted = config.logging, list[tuple[str, Any]]()
     if where.metrics_file is not None:
         path = Path(where.metrics_file)
-        wanted.append((f"metrics file {path}", partial(JsonLines, path, first_step)))
+        wanted.append((f"metrics file {path}", partial(JsonLines, path, first_step, start)))
     if where.tensorboard_dir is not None:
         folder = Path(where.tensorboard_dir)
         wanted.append((f"TensorBoard folder {folder}", partial(TensorBoard, folder, first_step)))

@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_haplovl.commands.report_run import main
 from megatron_haplovl.config.cli import build_config
 from megatron_haplovl.evaluation.run_report.curves import smoothed, thinned
-from megatron_haplovl.evaluation.run_report.metrics import Restart, read_metrics
+from megatron_haplovl.evaluation.run_report.metrics import Restart, Start, read_metrics
 from megatron_haplovl.evaluation.run_report.panels import panels_of, step_seconds, table_columns
 from megatron_haplovl.evaluation.run_report.record import differing_settings, read_run, unusual_settings
 from tests.fixtures.tiny_haplo import noise_image
@@ -80,6 +80,58 @@ def test_repeated_steps_and_restarts(tmp_path: Path) -> None:
     assert list(found.column("valid loss").steps) == [2, 4]
     assert found.restarts == [Restart(4, 3)]
     assert found.notes == ["3 values are of steps that were done again after a restart; the later ones are shown."]
+
+
+def start_line(step: int, **about: Any) -> dict[str, Any]:
+    known = {"run id": "", "repeated steps": 0, "set aside": None, "ending before": None}
+    return {**line(step), "start": step, **known, **{name.replace("_", " "): value for name, value in about.items()}}
+
+
+def resumed_twice(path: Path) -> Path:
+    """As the sink leaves it: each step once, and a line of each of the three starts."""
+    lines: list[dict[str, Any]] = [start_line(0, run_id="a0"), *(line(step, loss=1.0 / step) for step in (1, 2))]
+    lines += [start_line(2, run_id="b1", repeated_steps=3, ending_before=f"lost {SCRIPT}"), line(3, loss=0.2)]
+    lines += [start_line(3, run_id="c2"), line(4, loss=0.1)]
+    return write_lines(path, *lines)
+
+
+def test_every_start_is_read_and_is_no_column(tmp_path: Path) -> None:
+    found = read_metrics(resumed_twice(tmp_path / "m"))
+    assert found.starts == [
+        Start(0, 1000.0, "a0"),
+        Start(2, 1002.0, "b1", repeated=3, ending_before=f"lost {SCRIPT}"),
+        Start(3, 1003.0, "c2"),
+    ]
+    assert list(found.columns) == ["loss"] and list(found.column("loss").steps) == [1, 2, 3, 4]
+    assert found.notes == [] and found.restarts == []
+    damaged = {**start_line(5), "run id": 7, "repeated steps": "3", "set aside": [], "ending before": 1.0, "time": None}
+    (start,) = read_metrics(write_lines(tmp_path / "damaged", damaged)).starts
+    assert (start.step, start.run_id, start.repeated, start.aside, start.ending_before) == (5, "", 0, None, None)
+
+
+def test_the_page_shows_every_start(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    resumed_twice(folder / "metrics.jsonl")
+    main([str(folder)])
+    text = (folder / "report.html").read_text()
+    for words in (
+        "<tr><td>starts</td><td>3; 3 logged steps were done again</td></tr>",
+        "<li>start at step 0, 1970-01-01 00:16:40 UTC, run id a0</li>",
+        "<li>start at step 2, 1970-01-01 00:16:42 UTC, run id b1; 3 logged steps were done again; "
+        "the start before ended: lost &lt;script&gt;alert(1)&lt;/script&gt;</li>",
+        "<li>start at step 3, 1970-01-01 00:16:43 UTC, run id c2; how the start before ended is not known</li>",
+    ):
+        assert words in text, words
+    assert "restarts that repeated steps" not in text
+    write_lines(folder / "metrics.jsonl", start_line(0, set_aside="metrics.jsonl.1", ending_before="a fault"))
+    main([str(folder)])
+    text = (folder / "report.html").read_text()
+    assert "UTC; what was logged before is in metrics.jsonl.1; the start before ended: a fault</li>" in text
+    write_lines(folder / "metrics.jsonl", *(line(step, loss=1.0) for step in (1, 2, 2, 3)))
+    main([str(folder)])
+    text = (folder / "report.html").read_text()
+    assert "<tr><td>restarts that repeated steps</td><td>1</td></tr>" in text and "<td>starts</td>" not in text
+    assert "<li>step 2 was logged again after step 2: the run was taken back</li>" in text
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

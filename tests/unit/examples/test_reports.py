@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,7 +12,8 @@ from PIL import Image
 from examples.common.plot_losses import plot, read_losses
 from examples.common.summarize import report, stage1_figures, summarize
 
-STAGE1 = [
+STAGE1: list[dict[str, Any]] = [
+    {"iteration": 0, "start": 0, "run id": "", "repeated steps": 0, "set aside": None, "ending before": None},
     {"iteration": 0, "valid vision loss": 0.75, "valid feature loss": 9.0, "valid ctp loss": 6.0},
     {"iteration": 10, "loss": 5.0, "vision loss": 0.5, "feature loss": 2.0, "ctp loss": 2.5, "learning rate": 1e-3},
     {"iteration": 20, "valid vision loss": 0.25, "valid feature loss": 1.0, "valid ctp loss": 0.5},
@@ -27,7 +29,8 @@ def write_lines(path, lines):
 @pytest.fixture
 def run_folder(tmp_path):
     lines = [{**line, "valid ctp accuracy": 0.1 * line["iteration"] / 2} for line in STAGE1]
-    del lines[1]["valid ctp accuracy"]
+    for number in (0, 2):
+        del lines[number]["valid ctp accuracy"]
     write_lines(tmp_path / "metrics" / "stage1.jsonl", lines)
     score = {"accuracy": 0.9, "majority_accuracy": 0.3, "count": 40, "majority_answer": "red"}
     (tmp_path / "evaluation.json").write_text(json.dumps({**score, "per_type": {"colour": score}, "seconds": 1}))

@@ -42,6 +42,17 @@ def fail(error):
     raise error
 
 
+def test_a_start_knows_how_the_one_before_ended(save):
+    settings, began = Config(checkpoint=CheckpointConfig(save=str(save))), time.time()
+    with supervised(settings) as operation:
+        assert operation.ending_before(0.0) is None
+    run(save, lambda: Ending(ExitCode.DONE, "all done", cause="done"))
+    with supervised(settings) as operation:
+        assert operation.ending_before(began) == "all done"
+        # Another start has begun since, and has said nothing.
+        assert operation.ending_before(time.time()) is None
+
+
 def test_our_refusals_are_sentences(save, capsys):
     status, words = run(save, lambda: Allowed(missing=("(",)))
     printed = capsys.readouterr().err

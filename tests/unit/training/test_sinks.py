@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import subprocess
@@ -21,9 +20,10 @@ from megatron_haplovl.config.schema import Config
 from megatron_haplovl.training.sinks import attempts
 from megatron_haplovl.training.sinks.appended_file import AppendedFile
 from megatron_haplovl.training.sinks.attempts import Attempts
-from megatron_haplovl.training.sinks.json_lines import cut_back
+from megatron_haplovl.training.sinks.json_lines import Cut, ThisStart, cut_back
 from megatron_haplovl.training.sinks.sinks import Sinks, check_packages
 from megatron_haplovl.training.sinks.weights_and_biases import ID_FILE
+from tests.metrics_files import every_line, logged, starts
 
 
 def settings(**overrides: Any) -> Config:
@@ -33,7 +33,7 @@ def settings(**overrides: Any) -> Config:
 
 
 def steps(path: Path) -> list[int]:
-    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
+    return [line["iteration"] for line in logged(path)]
 
 
 def record(sinks: Sinks, *numbers: int) -> None:
@@ -63,9 +63,20 @@ def lines(*numbers: int) -> bytes:
     return b"".join(b'{"iteration": %d, "loss": 1.0}\n' % step for step in numbers)
 
 
+def start(step: int, time: float = 0.0) -> bytes:
+    return b'{"iteration": %d, "time": %f, "start": %d}\n' % (step, time, step)
+
+
 @pytest.mark.parametrize(
     ("before", "first_step", "after"),
     [
+        (start(0) + lines(5, 10, 15), 10, start(0) + lines(5, 10)),
+        (start(0) + lines(5, 10) + start(10) + lines(15, 20), 10, start(0) + lines(5, 10) + start(10)),
+        (start(0) + lines(5, 10) + start(10) + start(10), 10, start(0) + lines(5, 10) + start(10) + start(10)),
+        # The newest checkpoint is damaged: a start from it has been, and stays.
+        (start(0) + lines(5, 10) + start(10) + lines(15), 5, start(0) + lines(5) + start(10)),
+        (start(0) + start(0), 0, start(0) + start(0)),
+        (start(0) + lines(5) + start(5)[:-3], 5, start(0) + lines(5)),
         (lines(5, 10, 15, 20), 10, lines(5, 10)),
         (lines(5, 10), 10, lines(5, 10)),
         (lines(0, 10, 10, 15), 10, lines(0, 10, 10)),
@@ -94,6 +105,76 @@ def test_a_run_that_begins_anew_sets_the_old_file_aside(tmp_path: Path) -> None:
         cut_back(path, 0)
         assert not path.exists()
         assert (tmp_path / f"metrics.jsonl.{number}").read_bytes() == lines(number)
+
+
+def test_every_start_has_a_line_that_stays(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    moments: list[float] = []
+
+    def ending_before(since: float) -> str:
+        moments.append(since)
+        return f"fault {len(moments)}"
+
+    for number, (first_step, *recorded) in enumerate([(0, 5, 10, 15), (10, 15, 20), (20,), (20, 25), (10, 15)]):
+        sinks = Sinks(
+            settings(logging__metrics_file=path),
+            first_step,
+            enabled=True,
+            start=ThisStart(f"id {number}", ending_before),
+        )
+        record(sinks, *recorded)
+    names = ("start", "iteration", "run id", "repeated steps", "set aside", "ending before")
+    assert [tuple(line[name] for name in names) for line in starts(path)] == [
+        (0, 0, "id 0", 0, None, None),
+        (10, 10, "id 1", 5, None, "fault 1"),
+        (20, 20, "id 2", 0, None, "fault 2"),
+        (20, 20, "id 3", 0, None, "fault 3"),
+        (10, 10, "id 4", 15, None, "fault 4"),
+    ]
+    # What was said before the last start is of an earlier one.
+    assert moments == [line["time"] for line in starts(path)][:-1] and moments == sorted(moments)
+    assert steps(path) == [5, 10, 15]
+
+
+def test_a_start_from_nothing_names_the_file_that_it_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sinks = settings(logging__metrics_file=path)
+    record(Sinks(sinks, 0, enabled=True))
+    record(Sinks(sinks, 0, enabled=True), 1, 2)  # The start before has logged nothing: no file is set aside.
+    assert sorted(tmp_path.iterdir()) == [path] and [line["set aside"] for line in starts(path)] == [None, None]
+    record(Sinks(sinks, 0, enabled=True), 1)
+    (line,) = starts(path)
+    assert (line["set aside"], line["repeated steps"]) == ("metrics.jsonl.1", 0) and steps(path) == [1]
+    assert steps(tmp_path / "metrics.jsonl.1") == [1, 2] and len(starts(tmp_path / "metrics.jsonl.1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "last_start"),
+    [
+        (start(0, 3.0) + lines(5) + start(5, 7.0), 7.0),
+        (b'{"iteration": 5, "time": 4.5, "loss": 1.0}\n' + lines(10), 4.5),
+        (b'{"iteration": 5, "time": 9.5, "loss": 1.0}\n' + start(5, 7.0), 7.0),
+        (b"", None),
+    ],
+)
+def test_when_the_start_before_began(tmp_path: Path, before: bytes, last_start: float | None) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(before)
+    assert cut_back(tmp_path / "metrics.jsonl", 10) == Cut(last_start=last_start)
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_the_line_of_a_start_waits_for_room(tmp_path: Path, limited_files: Any, caplog: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(5, 10, 15))
+    limited_files(len(lines(5, 10)) + 5)
+    sinks = Sinks(settings(logging__metrics_file=path), 10, enabled=True)
+    sinks.record(15, {"loss": 1.0})
+    limited_files(None)
+    record(sinks, 20)
+    assert [(line["iteration"], line.get("repeated steps")) for line in every_line(path)] == [
+        *((5, None), (10, None), (10, 5), (15, None), (20, None))
+    ]
+    assert "too large; the run goes on without it" in caplog.text
 
 
 @pytest.mark.parametrize("first_step", [0, 10])
@@ -229,7 +310,7 @@ def test_texts_go_where_they_are_shown(tmp_path: Path, wandb: Any) -> None:
     sinks.close()
     shown = EventAccumulator(str(events)).Reload()
     assert [(e.step, e.tensor_proto.string_val) for e in shown.Tensors("answer/text_summary")] == [(3, [b"a cat"])]
-    assert list(wandb.runs.values()) == [[(3, {"answer": "a cat"})]] and metrics.read_text() == ""
+    assert list(wandb.runs.values()) == [[(3, {"answer": "a cat"})]] and logged(metrics) == []
 
 
 @pytest.mark.usefixtures("no_pause")
