@@ -150,8 +150,22 @@ class _Ranks:
         groups = [_ThreadGroup(rank, self.size, ranks=tuple(range(self.size))) for rank in range(self.size)]
         for group in groups:
             object.__setattr__(group, "exchange", self.exchange)
+
+        def ranked(group: _ThreadGroup) -> Any:
+            try:
+                return program(group)
+            except Exception:
+                self._barrier.abort()  # The others would wait for this one.
+                raise
+
         with ThreadPoolExecutor(self.size) as pool:
-            return [future.result() for future in [pool.submit(program, group) for group in groups]]
+            futures = [pool.submit(ranked, group) for group in groups]
+        failed = [future.exception() for future in futures if future.exception() is not None]
+        # A rank that only waited for another one says nothing of the cause.
+        for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError))[:1]:
+            assert error is not None
+            raise error
+        return [future.result() for future in futures]
 
 
 class _ThreadGroup(Group):
