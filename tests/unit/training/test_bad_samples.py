@@ -133,18 +133,27 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path, log_lines: list[st
 
 
 class _Ranks:
-    """Groups of threads that stand for ranks."""
+    """Groups of threads that stand for ranks. One runs at a time, because threads share what processes do not: decoding an
+    image sets the filters of warnings, for example."""
 
     def __init__(self, size: int) -> None:
         self.size, self._barrier = size, threading.Barrier(size, timeout=60)
+        self._turn = threading.Lock()
         self._slots: list[Any] = [None] * size
 
     def exchange(self, rank: int, mine: Any) -> list[Any]:
         self._slots[rank] = mine
-        self._barrier.wait()
+        self._meet()
         found = list(self._slots)
-        self._barrier.wait()
+        self._meet()
         return found
+
+    def _meet(self) -> None:
+        self._turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self._turn.acquire()
 
     def run(self, program: Callable[[Group], Any]) -> list[Any]:
         groups = [_ThreadGroup(rank, self.size, ranks=tuple(range(self.size))) for rank in range(self.size)]
@@ -152,11 +161,12 @@ class _Ranks:
             object.__setattr__(group, "exchange", self.exchange)
 
         def ranked(group: _ThreadGroup) -> Any:
-            try:
-                return program(group)
-            except Exception:
-                self._barrier.abort()  # The others would wait for this one.
-                raise
+            with self._turn:
+                try:
+                    return program(group)
+                except Exception:
+                    self._barrier.abort()  # The others would wait for this one.
+                    raise
 
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(ranked, group) for group in groups]
