@@ -133,8 +133,8 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path: Path, log_lines: list[st
 
 
 class _Ranks:
-    """Groups of threads that stand for ranks. One runs at a time, because threads share what processes do not: decoding an
-    image sets the filters of warnings, for example."""
+    """Groups of threads that stand for ranks. One runs at a time, because threads share what processes do not, such as
+    the filters of warnings, which decoding an image sets."""
 
     def __init__(self, size: int) -> None:
         self.size, self._barrier = size, threading.Barrier(size, timeout=60)
